@@ -1,0 +1,1 @@
+"""Inside a hospital; a DICOM dataset never leaves this folder."""

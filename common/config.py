@@ -1,0 +1,518 @@
+"""Text becomes types here and nowhere else.
+
+Hydra composes the YAML under `configs/` with the overrides of the command line; pydantic
+checks the result once. Beyond `load_settings` nobody sees YAML or dictionaries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from common.errors import ConfigError
+
+T = TypeVar("T")
+
+_STRICT = ConfigDict(extra="forbid", use_enum_values=True, validate_default=True, allow_inf_nan=False)
+
+Fraction = Annotated[float, Ge(0), Le(1)]
+Positive = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Task:
+    """What is to be told apart."""
+
+    kind: Literal["binary", "multiclass", "multilabel"] = "binary"
+    dimensions: Literal[2, 3] = 2
+    """2: one image is a sample; 3: one volume is a sample."""
+    classes: Annotated[tuple[str, ...], Len(2)] = ("negative", "positive")
+    """Class names; for binary tasks the second is the positive one. Multi-label: one column of the label table each."""
+    key: Literal["patient", "study", "accession", "series"] = "patient"
+    """Which DICOM identifier the first column of labels.csv holds."""
+    laterality_sensitive: bool = True
+    """True forbids left-right flips as augmentation."""
+    subgroups: tuple[str, ...] = ()
+    """Columns of labels.csv by which results are also shown; small cells are suppressed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError(f"a binary task has exactly 2 classes, got {len(self.classes)}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("class names must differ from each other")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits: one per class, also for binary tasks (softmax); multi-label: one sigmoid per class."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Augmentation:
+    """Random changes of the training samples (MONAI transforms); everything off by default."""
+
+    probability: Fraction = 0.5
+    flip_left_right: bool = False
+    flip_up_down: bool = False
+    rotate_deg: Annotated[float, Ge(0), Le(180)] = 0.0
+    shift_fraction: Annotated[float, Ge(0), Le(0.5)] = 0.0
+    """Largest translation as a fraction of each axis."""
+    zoom_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Zoom is drawn from [1 - z, 1 + z]."""
+    intensity_shift: Annotated[float, Ge(0)] = 0.0
+    """Largest offset in normalised intensity units."""
+    intensity_scale: Annotated[float, Ge(0), Lt(1)] = 0.0
+    noise_std: Annotated[float, Ge(0)] = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self.probability > 0 and any(
+            (
+                self.flip_left_right, self.flip_up_down, self.rotate_deg, self.shift_fraction,
+                self.zoom_fraction, self.intensity_shift, self.intensity_scale, self.noise_std,
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Preprocessing:
+    """How a DICOM image or volume becomes the model's input; the same in training, evaluation and the exported file."""
+
+    size: Annotated[tuple[Annotated[int, Ge(8), Le(1024)], ...], Len(2, 3)] = (28, 28)
+    """Voxels along (row, column) or (slice, row, column)."""
+    spacing_mm: Annotated[tuple[Positive, ...], Len(2, 3)] | None = None
+    """Resample to this spacing first; null keeps the spacing of the source."""
+    fit: Literal["resize", "crop_pad"] = "resize"
+    """How the result reaches `size`: interpolation, or centred crop and pad."""
+    orientation: Literal["LPS", "RAS", "source"] = "LPS"
+    """Direction of growing (column, row, slice) index of a volume; `source` leaves the axes as acquired."""
+    intensity: Literal["window", "percentile"] = "percentile"
+    """`window`: [low, high] in stored units (HU for CT) -> [0, 1]; `percentile`: these percentiles of the image -> [0, 1]."""
+    low: float = 0.5
+    high: float = 99.5
+    mean: float = 0.0
+    """Subtracted after scaling to [0, 1]."""
+    std: Positive = 1.0
+    """Divided by after `mean` is subtracted."""
+    modalities: tuple[str, ...] = ()
+    """Modalities (0008,0060) to use; empty accepts every one."""
+    augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.intensity == "percentile" and not (0 <= self.low and self.high <= 100):
+            raise ValueError(f"percentiles lie in [0, 100], got {self.low} and {self.high}")
+        if self.spacing_mm is not None and len(self.spacing_mm) != len(self.size):
+            raise ValueError(f"spacing_mm has {len(self.spacing_mm)} numbers, size has {len(self.size)}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ModelConfig:
+    """Which network."""
+
+    family: Literal["timm", "monai"] = "timm"
+    name: str = "resnet18"
+    """timm: any classifier of `timm.list_models()`; monai: resnet10, resnet18, resnet34, resnet50, densenet121, efficientnet-b0 ... b7, vit."""
+    dimensions: Literal[2, 3] = 2
+    channels: Count = 1
+    norm: Literal["auto", "batch", "group"] = "auto"
+    """auto: group norm under differential privacy, the network's own otherwise."""
+    stem: Literal["default", "small"] = "default"
+    """small: 3-wide stride-1 first convolution without pooling, for images below 64 pixels (ResNets only)."""
+    width: Positive = 1.0
+    """Factor on the channels of MONAI ResNets."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    weights_file: str | None = None
+    """Local safetensors file to start from; never downloaded."""
+    weights_sha256: Annotated[str, Len(64, 64)] | None = None
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone: only the classification head is trained and exchanged."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.family == "timm" and self.dimensions == 3:
+            raise ValueError(f"timm network {self.name!r} is 2D; a 3D task needs family=monai, for example model=resnet18_3d")
+        if (self.weights_file is None) != (self.weights_sha256 is None):
+            raise ValueError("weights_file and weights_sha256 go together: the file's hash is part of what a site approves")
+        if self.freeze == "backbone" and self.weights_file is None:
+            raise ValueError("freeze=backbone needs weights_file: a frozen random backbone learns nothing")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Training:
+    """A round's work at a site."""
+
+    local_epochs: Positive = 1.0
+    """Passes over the site's training patients in one round."""
+    batch_size: Count = 32
+    """Patients a step; under differential privacy the expected number."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """SGD only."""
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Over the whole federation, not restarted each round."""
+    warmup_rounds: Annotated[float, Ge(0)] = 0.0
+    restarts: Annotated[int, Ge(0)] = 0
+    """Warm restarts of the cosine (SGDR, Loshchilov and Hutter 2017), equally spaced."""
+    min_lr_fraction: Fraction = 0.01
+    layer_lr_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Learning rate factor from each block to the one before it."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    focal_gamma: Annotated[float, Ge(0)] = 2.0
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    class_weights: Annotated[tuple[Positive, ...], Len(2)] | Literal["balanced"] | None = None
+    """balanced: from the site's own counts (refused under differential privacy: counts are private)."""
+    proximal_mu: Annotated[float, Ge(0)] = 0.0
+    """FedProx (Li et al. 2020): mu / 2 * ||w - w_global||^2 added to the loss."""
+    gradient_clip: Positive | None = None
+    precision: Literal["float32", "auto"] = "float32"
+    """auto: bfloat16 autocast on a GPU, float32 on CPU."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Privacy:
+    """Patient-level differential privacy of every site's updates (DP-SGD, Abadi et al. 2016)."""
+
+    mechanism: Literal["none", "dp_sgd"] = "none"
+    epsilon: Positive | None = None
+    """Budget of the whole run at each site; the site solves for the noise."""
+    delta: Annotated[float, Gt(0), Lt(0.01)] | None = None
+    noise_multiplier: Annotated[float, Ge(0.3)] | None = None
+    """Noise standard deviation in units of `clip_norm`, instead of `epsilon`."""
+    clip_norm: Positive = 1.0
+    """Bound on the L2 norm of one patient's gradient."""
+    physical_batch: Count = 64
+    """Patients whose gradients are held in memory at once; changes memory, not the result."""
+    secure_rng: bool = False
+    """Noise from a ChaCha20 keystream instead of a generator seeded by the operating system."""
+    unsafe_seeded_noise: bool = False
+    """Simulation and tests only: noise that anybody with the recipe can subtract. Deployed sites refuse it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mechanism == "none":
+            if self.epsilon is not None or self.noise_multiplier is not None:
+                raise ValueError("mechanism is none but a budget was given; say privacy=dp_sgd")
+            return self
+        if self.delta is None:
+            raise ValueError("dp_sgd needs delta (for example 1e-5, and below 1 / number of patients)")
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        return self
+
+    @property
+    def active(self) -> bool:
+        return self.mechanism != "none"
+
+
+Strategy = Literal[
+    "fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
+]
+ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class EarlyStopping:
+    """Ends the run when the federated validation metric has not improved."""
+
+    patience_rounds: Annotated[int, Ge(0)] = 0
+    """0 never stops early."""
+    min_improvement: Annotated[float, Ge(0)] = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Federation:
+    """Who takes part and how updates become one."""
+
+    sites: Count = 4
+    quorum: Count = 2
+    """Fewest accepted updates that may change the model."""
+    timeout_s: Positive = 3600.0
+    strategy: Strategy = "fedavg"
+    site_weights: Literal["patients", "equal"] = "equal"
+    """patients: weighted by training patients, a count that then leaves the site; equal: every site the same."""
+    server_lr: Positive = 0.1
+    """Step size of fedadam and fedyogi; fedavgm uses 1."""
+    server_momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """fedavgm only."""
+    trim_fraction: Annotated[float, Ge(0), Lt(0.5)] = 0.2
+    """fedtrimmedavg: share cut from each end."""
+    malicious_sites: Annotated[int, Ge(0)] = 0
+    """krum, multikrum, bulyan: how many sites may lie."""
+    max_update_norm: Positive = 1e4
+    """Updates with a larger L2 norm are refused."""
+    early_stopping: EarlyStopping = EarlyStopping()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.quorum > self.sites:
+            raise ValueError(f"quorum {self.quorum} is above the number of sites {self.sites}")
+        needed = {"krum": 2, "multikrum": 2, "bulyan": 4}.get(self.strategy)
+        if needed is not None and self.quorum < needed * self.malicious_sites + 3:
+            raise ValueError(
+                f"{self.strategy} against {self.malicious_sites} malicious sites needs a quorum of at least "
+                f"{needed * self.malicious_sites + 3}, got {self.quorum}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Evaluation:
+    """How results are measured and shown."""
+
+    bootstraps: Annotated[int, Ge(100), Le(10_000)] = 1000
+    """Resamples of patients for each confidence interval."""
+    confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    specificity: Annotated[float, Gt(0), Lt(1)] = 0.95
+    """Sensitivity is reported at this specificity."""
+    min_cell: Count = 5
+    """Results over fewer patients are suppressed."""
+    validation_fraction: Annotated[float, Ge(0), Lt(0.5)] = 0.15
+    test_fraction: Annotated[float, Ge(0), Lt(0.5)] = 0.15
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Recipe:
+    """All that decides what is trained; a site approves it by its id."""
+
+    name: Annotated[str, Len(1, 80)]
+    description: str = ""
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    rounds: Count = 10
+    task: Task = Task()
+    data: Preprocessing = Preprocessing()
+    model: ModelConfig = ModelConfig()
+    training: Training = Training()
+    privacy: Privacy = Privacy()
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        task, model, privacy = self.task, self.model, self.privacy
+        if model.dimensions != task.dimensions:
+            raise ValueError(
+                f"model.dimensions is {model.dimensions} but task.dimensions is {task.dimensions}; "
+                f"choose a {task.dimensions}D model"
+            )
+        if len(self.data.size) != task.dimensions:
+            raise ValueError(f"data.size has {len(self.data.size)} axes but task.dimensions is {task.dimensions}")
+        if task.laterality_sensitive and self.data.augmentation.flip_left_right:
+            raise ValueError("data.augmentation.flip_left_right is not allowed while task.laterality_sensitive is true")
+        weights = self.training.class_weights
+        if isinstance(weights, tuple) and len(weights) != task.outputs:
+            raise ValueError(f"training.class_weights has {len(weights)} numbers for {task.outputs} classes")
+        if task.kind == "multilabel" and self.training.label_smoothing:
+            raise ValueError("training.label_smoothing is for single-label tasks")
+        if self.federation.strategy == "fedprox" and self.training.proximal_mu == 0:
+            raise ValueError("federation.strategy=fedprox needs training.proximal_mu above 0")
+        if privacy.active:
+            if weights == "balanced":
+                raise ValueError("training.class_weights=balanced uses private counts; give fixed weights under privacy")
+            if model.norm == "batch":
+                raise ValueError("model.norm=batch mixes patients; under privacy use group or auto")
+            if self.federation.site_weights == "patients":
+                raise ValueError("federation.site_weights=patients releases exact counts; under privacy use equal")
+        return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Canonical JSON (sorted keys, no spaces, UTF-8): the bytes that are hashed and signed."""
+        return json.dumps(as_plain(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @cached_property
+    def id(self) -> str:
+        """SHA-256 of `canonical`, hexadecimal."""
+        return hashlib.sha256(self.canonical).hexdigest()
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Phantom:
+    """Virtual hospitals made of synthetic DICOM; nothing is downloaded."""
+
+    dimensions: Literal[2, 3] = 2
+    patients: Count = 120
+    """Patients of each hospital, before its own quantity factor."""
+    central_patients: Count = 160
+    """Patients of the coordinator's test set, which no hospital holds."""
+    size: Annotated[int, Ge(16), Le(512)] = 64
+    """Pixels (voxels) along each axis of an image (volume)."""
+    seed: Annotated[int, Ge(0)] = 0
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Simulation:
+    """Where the virtual hospitals are and how they run; not part of what is trained."""
+
+    hospitals: str | None = None
+    """Folder with one folder a hospital (`dicom/` and `labels.csv` in each) and `central/`; null: phantoms are made."""
+    phantom: Phantom = Phantom()
+    workers: Annotated[int, Ge(1), Le(64)] = 1
+    """Sites that train at the same time, each in a process of its own."""
+    threads: Annotated[int, Ge(0)] = 0
+    """CPU threads of each worker; 0 shares the cores out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Settings:
+    """One `fedicom simulate`: a recipe, the virtual hospitals, and what to do."""
+
+    recipe: Recipe
+    simulation: Simulation = Simulation()
+    out: str = "runs/latest"
+    """Folder of everything the run writes."""
+    resume: bool = False
+    """Continue the run in `out` where it stopped."""
+    baselines: bool = False
+    """Also train each site alone and all data pooled, with the same number of steps."""
+    torchscript: bool = False
+    """Also write model.ts.pt."""
+
+
+_RUN_KEYS = ("simulation", "out", "resume", "baselines", "torchscript")
+
+
+def as_plain(value: Any) -> Any:
+    """A dataclass as JSON types, field by field."""
+    return json.loads(json.dumps(asdict(value)))
+
+
+def recipe_from_json(text: bytes | str) -> Recipe:
+    """Reads a recipe back from its canonical JSON.
+
+    Raises:
+        ConfigError: It is not a recipe of this version; the message names the field.
+    """
+    return _validate(Recipe, text)
+
+
+def load_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that these overrides compose, for example `["recipe=pneumonia_xray", "rounds=10"]`.
+
+    Raises:
+        ConfigError: A field is unknown or its value is not allowed; the message names its path.
+    """
+    return load_settings(overrides).recipe
+
+
+def load_settings(overrides: Sequence[str] = ()) -> Settings:
+    """Composes `configs/fedicom.yaml` with the overrides and checks the result once.
+
+    Raises:
+        ConfigError: A field is unknown or its value is not allowed; the message names its path.
+    """
+    plain = _compose(overrides)
+    run = {key: plain.pop(key) for key in _RUN_KEYS if key in plain}
+    return _validate(Settings, json.dumps({"recipe": plain, **run}))
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Names of the files one may choose in each folder of `configs/`, for example `model=resnet18`."""
+    root = config_root()
+    return {
+        folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml")))
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and any(folder.glob("*.yaml"))
+    }
+
+
+def config_root() -> Path:
+    """Folder of the packaged YAML files."""
+    import configs
+
+    return Path(configs.__file__).parent
+
+
+def _compose(overrides: Sequence[str]) -> dict[str, Any]:
+    # Imported here: Hydra takes 0.2 s, and `fedicom --help` needs none of it.
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    choices = groups()
+    words = []
+    for word in overrides:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException:
+            raise ConfigError(f"cannot read {word!r}: expected name=value, for example rounds=10") from None
+        key = override.key_or_group
+        if key in choices and override.value() is not None and not isinstance(override.value(), dict):
+            chosen = str(override.value())
+            if chosen not in choices[key]:
+                raise ConfigError(f"{key}: got {chosen!r}; expected one of {', '.join(choices[key])}")
+            words.append(word)
+        else:
+            # `++` lets every key through to pydantic, whose answer names the field and what is allowed.
+            words.append(word if word.startswith(("+", "~")) else f"++{word}")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(config_root()), version_base="1.3"):
+            composed = OmegaConf.to_container(compose("fedicom", overrides=words), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot compose the configuration: {str(error).splitlines()[0]}") from None
+    finally:
+        GlobalHydra.instance().clear()
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
+
+
+def _validate(kind: type[T], text: bytes | str) -> T:
+    try:
+        # Strict JSON: no bool as int, no text as number, but lists become tuples.
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        lines = [_sentence(kind, dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _sentence(kind: type, problem: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "(" in part))]
+    parts = [str(part) for part in location]
+    shown = ".".join(parts[1:] if parts[:1] == ["recipe"] else parts) or "recipe"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        allowed = _fields_at(kind, parts[:-1])
+        if parts[:-1] == ["recipe"]:
+            allowed = (*allowed, *_RUN_KEYS)
+        close = get_close_matches(parts[-1], allowed, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return f"{shown}: no such field.{hint} Expected one of {', '.join(allowed)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{shown}: missing; every recipe needs it"
+    reason = str(problem["msg"]).removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    if problem["type"] == "value_error":
+        return f"{shown}: {reason}"
+    return f"{shown}: got {json.dumps(problem['input'])}; {reason}"
+
+
+def _fields_at(kind: type, path: Sequence[str]) -> tuple[str, ...]:
+    current: Any = kind
+    for part in path:
+        current = get_type_hints(current).get(part)
+        if current is None:
+            return ()
+    return tuple(field.name for field in fields(current)) if is_dataclass(current) else ()

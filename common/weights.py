@@ -1,0 +1,115 @@
+"""Named float32 arrays that can be added, scaled and hashed: a model's exchanged state, or the change of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float32]
+
+
+class Weights(Mapping[str, Array]):
+    """An immutable vector of named arrays, in the order of the model's state.
+
+    Two weights can be added or subtracted when names and shapes are equal; anything else
+    is a `ValueError`, never a broadcast.
+    """
+
+    __slots__ = ("_arrays",)
+
+    def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Copies nothing that is already a contiguous float32 array; later writes to `arrays` are forbidden.
+
+        Raises:
+            ValueError: An array is not of a floating type (integer counters are not exchanged).
+        """
+        held: dict[str, Array] = {}
+        for name, array in arrays.items():
+            if not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"{name}: got {array.dtype}, expected a floating type")
+            value = np.asarray(array, dtype=np.float32, order="C").view()
+            value.flags.writeable = False
+            held[name] = value
+        self._arrays = held
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __repr__(self) -> str:
+        return f"Weights({len(self)} arrays, {self.size} numbers, {self.digest[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weights) and self.shapes == other.shapes and self.digest == other.digest
+
+    __hash__ = None  # type: ignore[assignment]  # compared by content, used as no key
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in self._arrays.items()}
+
+    @property
+    def size(self) -> int:
+        """How many numbers in all."""
+        return sum(array.size for array in self._arrays.values())
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.size
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and little-endian float32 bytes, in order of name."""
+        state = hashlib.sha256()
+        for name in sorted(self._arrays):
+            array = self._arrays[name]
+            state.update(f"{name}\0{','.join(map(str, array.shape))}\0".encode())
+            state.update(memoryview(np.ascontiguousarray(array, dtype="<f4")).cast("B") if array.size else b"")
+        return state.hexdigest()
+
+    @property
+    def norm(self) -> float:
+        """L2 norm over all numbers; infinite or NaN when one of them is."""
+        # float64: 10^7 float32 squares lose the small ones
+        return math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(np.isfinite(array).all()) for array in self._arrays.values())
+
+    def __add__(self, other: Weights) -> Weights:
+        self._same(other)
+        return Weights({name: array + other[name] for name, array in self._arrays.items()})
+
+    def __sub__(self, other: Weights) -> Weights:
+        self._same(other)
+        return Weights({name: array - other[name] for name, array in self._arrays.items()})
+
+    def __mul__(self, factor: float) -> Weights:
+        return Weights({name: array * np.float32(factor) for name, array in self._arrays.items()})
+
+    __rmul__ = __mul__
+
+    def zeros(self) -> Weights:
+        """Zeros of the same names and shapes."""
+        return Weights({name: np.zeros_like(array) for name, array in self._arrays.items()})
+
+    def _same(self, other: Weights) -> None:
+        if self.shapes != other.shapes:
+            odd = [name for name in {**self.shapes, **other.shapes} if self.shapes.get(name) != other.shapes.get(name)]
+            raise ValueError(f"weights differ in names or shapes, first at {sorted(odd)[:3]}")
+
+
+def _square_sum(array: Array) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = array.astype(np.float64).ravel()
+        return float(wide @ wide)

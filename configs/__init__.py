@@ -1,0 +1,1 @@
+"""Hydra configuration files; see docs/configuration.md."""
