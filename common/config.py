@@ -100,7 +100,7 @@ class Preprocessing:
     orientation: Literal["LPS", "RAS", "source"] = "LPS"
     """Direction of growing (column, row, slice) index of a volume; `source` leaves the axes as acquired."""
     intensity: Literal["window", "percentile"] = "percentile"
-    """`window`: [low, high] in stored units (HU for CT) -> [0, 1]; `percentile`: these percentiles of the image -> [0, 1]."""
+    """What becomes [0, 1]: `window`, the values low to high (HU for CT); `percentile`, these percentiles of each image."""
     low: float = 0.5
     high: float = 99.5
     mean: float = 0.0
@@ -115,7 +115,7 @@ class Preprocessing:
     def _check(self) -> Self:
         if self.low >= self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
-        if self.intensity == "percentile" and not (0 <= self.low and self.high <= 100):
+        if self.intensity == "percentile" and not (self.low >= 0 and self.high <= 100):
             raise ValueError(f"percentiles lie in [0, 100], got {self.low} and {self.high}")
         if self.spacing_mm is not None and len(self.spacing_mm) != len(self.size):
             raise ValueError(f"spacing_mm has {len(self.spacing_mm)} numbers, size has {len(self.size)}")
@@ -128,7 +128,7 @@ class ModelConfig:
 
     family: Literal["timm", "monai"] = "timm"
     name: str = "resnet18"
-    """timm: any classifier of `timm.list_models()`; monai: resnet10, resnet18, resnet34, resnet50, densenet121, efficientnet-b0 ... b7, vit."""
+    """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit."""
     dimensions: Literal[2, 3] = 2
     channels: Count = 1
     norm: Literal["auto", "batch", "group"] = "auto"
@@ -147,9 +147,13 @@ class ModelConfig:
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.family == "timm" and self.dimensions == 3:
-            raise ValueError(f"timm network {self.name!r} is 2D; a 3D task needs family=monai, for example model=resnet18_3d")
+            raise ValueError(
+                f"timm network {self.name!r} is 2D; a 3D task needs family=monai, for example model=resnet18_3d"
+            )
         if (self.weights_file is None) != (self.weights_sha256 is None):
-            raise ValueError("weights_file and weights_sha256 go together: the file's hash is part of what a site approves")
+            raise ValueError(
+                "weights_file and weights_sha256 go together: the file's hash is part of what a site approves"
+            )
         if self.freeze == "backbone" and self.weights_file is None:
             raise ValueError("freeze=backbone needs weights_file: a frozen random backbone learns nothing")
         return self
@@ -327,7 +331,9 @@ class Recipe:
             raise ValueError("federation.strategy=fedprox needs training.proximal_mu above 0")
         if privacy.active:
             if weights == "balanced":
-                raise ValueError("training.class_weights=balanced uses private counts; give fixed weights under privacy")
+                raise ValueError(
+                    "training.class_weights=balanced uses private counts; give fixed weights under privacy"
+                )
             if model.norm == "batch":
                 raise ValueError("model.norm=batch mixes patients; under privacy use group or auto")
             if self.federation.site_weights == "patients":

@@ -73,7 +73,7 @@ class Weights(Mapping[str, Array]):
         for name in sorted(self._arrays):
             array = self._arrays[name]
             state.update(f"{name}\0{','.join(map(str, array.shape))}\0".encode())
-            state.update(memoryview(np.ascontiguousarray(array, dtype="<f4")).cast("B") if array.size else b"")
+            state.update(np.ascontiguousarray(array, dtype="<f4").data)
         return state.hexdigest()
 
     @property
