@@ -1,0 +1,47 @@
+"""The front door: `fedicom <verb>`. Wiring only; a room is imported when its verb is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+_VERBS = {
+    "simulate": ("simulations.cli", "simulate_verb", "a whole federation on this machine"),
+    "hospitals": ("simulations.cli", "hospitals_verb", "make virtual hospitals: phantoms, or public data as DICOM"),
+    "recipe": ("common.cli", "recipe_verb", "look at a recipe before it runs"),
+    "predict": ("common.cli", "predict_verb", "run an exported model over a DICOM folder"),
+    "audit": ("common.cli", "audit_verb", "check the signed logs of a run"),
+    "version": ("common.cli", "version_verb", "print the version"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0 done, 1 it failed with a message, 2 the request was wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, _VERBS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="fedicom",
+        description="Federated learning on DICOM images: the model travels, the images stay.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}{says}" for verb, (_, _, says) in _VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=_VERBS, metavar="verb", help="what to do; `fedicom verb --help` tells more")
+    # Only the first word is read here: `fedicom --help` shall answer at once, without the rooms.
+    verb = parser.parse_args(words[:1]).verb
+    room, function, _ = _VERBS[verb]
+    from common.errors import FedicomError
+
+    try:
+        return int(getattr(import_module(room), function)(words[1:]))
+    except FedicomError as error:
+        print(f"fedicom: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fedicom: stopped by you", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

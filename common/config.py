@@ -130,13 +130,16 @@ class ModelConfig:
     name: str = "resnet18"
     """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit."""
     dimensions: Literal[2, 3] = 2
-    channels: Count = 1
+    channels: Literal[1] = 1
+    """Grey values; the weights of a colour network are folded into one channel."""
     norm: Literal["auto", "batch", "group"] = "auto"
     """auto: group norm under differential privacy, the network's own otherwise."""
     stem: Literal["default", "small"] = "default"
     """small: 3-wide stride-1 first convolution without pooling, for images below 64 pixels (ResNets only)."""
     width: Positive = 1.0
-    """Factor on the channels of MONAI ResNets."""
+    """Factor on the channels of MONAI ResNets and ViT (1 is ViT-Tiny, 4 is ViT-Base)."""
+    patch: Count | None = None
+    """Patch edge of a transformer; null: timm's own, for MONAI each axis' largest divisor up to 16 and size / 4."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     weights_file: str | None = None
     """Local safetensors file to start from; never downloaded."""
@@ -385,17 +388,19 @@ class Settings:
 
     recipe: Recipe
     simulation: Simulation = Simulation()
-    out: str = "runs/latest"
-    """Folder of everything the run writes."""
+    out: str | None = None
+    """Folder of everything the run writes; null: runs/<name of the recipe>."""
     resume: bool = False
     """Continue the run in `out` where it stopped."""
     baselines: bool = False
     """Also train each site alone and all data pooled, with the same number of steps."""
+    overwrite: bool = False
+    """Start again in an `out` that holds another run; that run is removed."""
     torchscript: bool = False
     """Also write model.ts.pt."""
 
 
-_RUN_KEYS = ("simulation", "out", "resume", "baselines", "torchscript")
+_RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript")
 
 
 def as_plain(value: Any) -> Any:
@@ -430,6 +435,11 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     plain = _compose(overrides)
     run = {key: plain.pop(key) for key in _RUN_KEYS if key in plain}
     return _validate(Settings, json.dumps({"recipe": plain, **run}))
+
+
+def settings_from_json(text: bytes | str) -> Settings:
+    """Reads back what `as_plain` made of settings, for another process."""
+    return _validate(Settings, text)
 
 
 def groups() -> dict[str, tuple[str, ...]]:

@@ -41,3 +41,7 @@ class StorageError(FedicomError):
 
 class ExportError(FedicomError):
     """A model file that did not pass its checks and was not written."""
+
+
+class ModelFileError(FedicomError):
+    """A model file that cannot be used: unreadable, not written by Fedicom, or changed since."""

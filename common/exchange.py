@@ -1,131 +1,136 @@
 """The closed list of what may cross between a site and the coordinator. Nothing else leaves a site.
 
-Every type is frozen and holds numbers, hashes and short codes only: no identifier, no path,
-no pixel. `docs/what-leaves-the-site.md` is generated from this file.
+Every type is frozen, checked and bounded when it is made, on both sides: numbers, hashes and
+short words only, no identifier, no path, no pixel. `docs/what-leaves-the-site.md` is
+generated from this file and a test holds the two equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import ConfigDict, StringConstraints
+from pydantic.dataclasses import dataclass
 
 from common.weights import Weights
 
 WIRE_VERSION = 1
-"""Raised when a message changes meaning; a site refuses a newer one."""
+"""Raised when a message changes meaning; a newer one is refused."""
+
+_STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+"""A site's or a package's name."""
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""A SHA-256, hexadecimal."""
+MaybeDigest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
+ScoreName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+Score = Annotated[float, Ge(0), Le(100)]
+Round = Annotated[int, Ge(1), Le(1_000_000)]
+Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
+Reason = Annotated[str, StringConstraints(max_length=500)]
+Version = Annotated[str, StringConstraints(max_length=40)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RoundPlan:
     """Coordinator to site: what is asked in one visit."""
 
-    recipe_id: str
-    """SHA-256 of the recipe's canonical JSON; the recipe itself lies approved at the site."""
-    round: int
-    """1 for the first round; `rounds + 1` for the closing evaluation."""
+    recipe_id: Digest
+    """Hash of the recipe, which lies approved at the site."""
+    round: Round
+    """1 for the first round; the closing evaluation has the number after the last."""
     work: Literal["train", "evaluate"]
     weights: Weights
     """The global model before this round."""
-    audit_head: str = ""
-    """Head of the coordinator's audit chain, recorded by the site."""
+    audit_head: MaybeDigest = ""
+    """Head of the coordinator's audit chain, which the site records."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Scores:
-    """Site to coordinator: bounded results of the incoming global model on a split of the site.
+    """Site to coordinator: results of the incoming global model on one split of the site.
 
-    Every value lies in [0, 1] except `loss`, which is capped at 100.
-    Nothing is given when the split has fewer patients than `evaluation.min_cell`.
+    Empty when the split has fewer patients than `evaluation.min_cell`.
     """
 
-    patients: int
-    values: Mapping[str, float]
-    """Names from `common.metrics.SCALARS`, with `_low` and `_high` for interval ends."""
+    patients: Patients
+    values: Annotated[Mapping[ScoreName, Score], Len(0, 64)]
+    """Names of `common.metrics.SCALARS`, with `_low` and `_high` for the ends of an interval."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Spent:
     """Site to coordinator: the privacy cost so far, as the site's ledger has it."""
 
-    epsilon: float
-    delta: float
-    noise_multiplier: float
-    clip_norm: float
-    sampling_rate: float
-    steps: int
+    epsilon: Annotated[float, Ge(0)]
+    delta: Annotated[float, Gt(0), Le(1)]
+    noise_multiplier: Annotated[float, Ge(0)]
+    clip_norm: Annotated[float, Gt(0)]
+    sampling_rate: Annotated[float, Gt(0), Le(1)]
+    steps: Annotated[int, Ge(0)]
     """Noised steps so far, over all rounds."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Hello:
-    """Site to coordinator: who is there, asked once before the first round."""
+    """Site to coordinator: who is there, asked before the first round."""
 
-    site: str
-    versions: Mapping[str, str]
-    """Package name to version, for the packages that change numbers."""
-    patients: Mapping[str, int]
-    """Split name to number of patients; cells below `evaluation.min_cell` are given as 0."""
-    manifest: str
-    """SHA-256 of the cohort's manifest."""
-    audit_head: str = ""
+    site: Name
+    versions: Annotated[Mapping[Name, Version], Len(0, 32)]
+    """Versions of the packages that change numbers."""
+    patients: Annotated[Mapping[str, Patients], Len(0, 3)]
+    """Patients in each split; a cell below `evaluation.min_cell` is given as 0."""
+    manifest: Digest
+    """Hash of the cohort's manifest, for the lineage of the model."""
+    audit_head: MaybeDigest = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Update:
     """Site to coordinator: the change that local training made, clipped and noised under privacy."""
 
-    site: str
-    recipe_id: str
-    round: int
-    base: str
+    site: Name
+    recipe_id: Digest
+    round: Round
+    base: Digest
     """Digest of the weights that training started from."""
     delta: Weights
-    """Trained minus incoming weights; zeros for `evaluate` work are left out (an empty record)."""
-    weight: float
+    """Trained minus incoming weights; empty after an evaluation."""
+    weight: Annotated[float, Gt(0), Le(1e9)]
     """Share in weighted averages: training patients, or 1."""
-    steps: int
-    train_loss: float | None
+    steps: Annotated[int, Ge(0)]
+    train_loss: Annotated[float, Ge(0)] | None = None
     """Mean loss of the round; absent under privacy, where it would leak."""
     validation: Scores | None = None
     """Of the incoming model, on the site's validation patients."""
     test: Scores | None = None
-    """Of the final model, on the site's test patients; only for `evaluate` work."""
+    """Of the final model, on the site's test patients."""
     spent: Spent | None = None
-    audit_head: str = ""
+    audit_head: MaybeDigest = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Refusal:
     """Site to coordinator: the site will not do this, and why, in words without patient data."""
 
-    site: str
-    recipe_id: str
-    round: int
+    site: Name
+    recipe_id: Digest
+    round: Round
     code: Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
-    why: str
-    audit_head: str = ""
+    why: Reason
+    audit_head: MaybeDigest = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Failure:
-    """Coordinator's own record of silence or a broken reply; never crosses the wire."""
+    """The coordinator's own record of silence or of a reply it could not read; never crosses the wire."""
 
     site: str
-    round: int
+    round: Round
     why: str
 
 
 Reply = Update | Refusal | Failure
-
-__all__ = [
-    "WIRE_VERSION",
-    "Failure",
-    "Hello",
-    "Refusal",
-    "Reply",
-    "RoundPlan",
-    "Scores",
-    "Spent",
-    "Update",
-]

@@ -19,7 +19,7 @@ class Weights(Mapping[str, Array]):
     is a `ValueError`, never a broadcast.
     """
 
-    __slots__ = ("_arrays",)
+    __slots__ = ("_arrays", "_digest")
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Copies nothing that is already a contiguous float32 array; later writes to `arrays` are forbidden.
@@ -35,6 +35,7 @@ class Weights(Mapping[str, Array]):
             value.flags.writeable = False
             held[name] = value
         self._arrays = held
+        self._digest: str | None = None
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
@@ -69,6 +70,11 @@ class Weights(Mapping[str, Array]):
     @property
     def digest(self) -> str:
         """SHA-256 over names, shapes and little-endian float32 bytes, in order of name."""
+        if self._digest is None:
+            self._digest = self._hash()
+        return self._digest
+
+    def _hash(self) -> str:
         state = hashlib.sha256()
         for name in sorted(self._arrays):
             array = self._arrays[name]

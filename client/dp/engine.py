@@ -1,0 +1,262 @@
+"""One private gradient: per-patient gradients, clipped, summed, noised, over a public denominator."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from client.dp import bookkeeping
+from client.dp.bookkeeping import Loss, clip_factors, memory_format, trainable
+from client.dp.noise import Noise
+from client.dp.rules import settle_norms
+from common.errors import PrivacyError
+
+log = logging.getLogger(__name__)
+
+_SELF_TEST_RECORDS = 3
+_SELF_TEST_ERROR = 1e-4  # the loss alone is float32; a wrong gradient is off by far more
+
+
+class PrivateGradient:
+    """DP-SGD's gradient for a model whose records do not influence each other.
+
+    Each call of `step` takes the patients that were drawn, one record of each, so the bound per
+    record is a bound per patient. What is released is
+
+        (sum of clipped gradients + normal(0, noise_multiplier * clip_norm)) / expected_batch
+
+    A record whose gradient is not finite (a NaN voxel, an overflow) contributes exactly zero: the
+    bound holds, and no error tells anybody that such a patient was drawn. Always float32 (or the
+    parameters' type); autocast is switched off inside.
+
+    Two ways give the same sums: book-keeping (`client.dp.bookkeeping`, one backward pass) where every
+    parameter's use has a rule, else `torch.func` per-sample gradients. The choice is made once.
+
+    Source: Abadi et al. 2016, algorithm 1; Poisson sampling by the caller (`poisson_patients`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_B: Loss,
+        *,
+        clip_norm: float,
+        noise_multiplier: float,
+        expected_batch: float,
+        physical_batch: int,
+        noise: Noise,
+        fast: bool = True,
+    ) -> None:
+        """Checks the settings and the layers; the first step runs `self_test`.
+
+        Args:
+            model: Trained in place by the caller; only its trainable parameters get a gradient.
+            loss_B: (model output, targets) -> one loss a record, shape (B,), no record looking at another.
+            clip_norm: Largest L2 norm of one record's gradient, above 0.
+            noise_multiplier: Noise standard deviation in units of `clip_norm`; 0 means no privacy.
+            expected_batch: Public denominator; never the number that was drawn.
+            physical_batch: Records at once; changes memory, not the result.
+            noise: The site's own source.
+            fast: False forces the `torch.func` way.
+
+        Raises:
+            PrivacyError: A setting or a layer breaks the bound.
+        """
+        for name, value, least in (
+            ("clip_norm", clip_norm, 0.0),
+            ("expected_batch", expected_batch, 0.0),
+            ("physical_batch", physical_batch, 0.0),
+            ("noise_multiplier", noise_multiplier, -1e-300),
+        ):
+            if not (math.isfinite(value) and value > least):
+                raise PrivacyError(
+                    f"{name}: got {value}, expected a finite number {'above' if least == 0 else 'from'} 0"
+                )
+        if not trainable(model):
+            raise PrivacyError("the model has no trainable parameter; unfreeze its head at least")
+        self.model, self.loss_B = model, loss_B
+        self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
+        self.expected_batch, self.physical_batch = float(expected_batch), int(physical_batch)
+        self._noise = noise
+        self._fast = fast
+        self._tested = False
+        settle_norms(model)
+
+    @property
+    def way(self) -> str:
+        """`bookkeeping` or `torch.func`, as chosen so far."""
+        return "bookkeeping" if self._fast else "torch.func"
+
+    def step(self, x_B: torch.Tensor, target_B: torch.Tensor) -> torch.Tensor:
+        """Sets `.grad` of every trainable parameter to a private gradient.
+
+        Args:
+            x_B: Records of the drawn patients, (B, ...); B may be 0, then the gradient is noise alone.
+            target_B: Their targets, (B, ...).
+
+        Returns:
+            Gradient norms before the clip, (B,); private, not for release.
+
+        Raises:
+            PrivacyError: The self-test of the first step failed, or a layer changed its buffers.
+        """
+        if len(x_B) != len(target_B):
+            raise PrivacyError(f"got {len(x_B)} records and {len(target_B)} targets; expected one target a record")
+        if not self._tested and len(x_B):
+            self.self_test(x_B, target_B)
+        settle_norms(self.model)
+        sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
+        norms = [x_B.new_zeros(0, dtype=sums[0].dtype)]
+        with _buffers_unchanged(self.model):
+            for start in range(0, len(x_B), self.physical_batch):
+                part = slice(start, start + self.physical_batch)
+                chunk, chunk_norms = self._clipped_sum(self.model, self.loss_B, x_B[part], target_B[part])
+                torch._foreach_add_(sums, chunk)
+                norms.append(chunk_norms)
+        self._release(sums)
+        return torch.cat(norms)
+
+    def self_test(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
+        """Compares three records with a loop over them, and the noise with its variance.
+
+        The records are random numbers of the shape and memory format of `x_B`, so the outcome says nothing about a
+        patient. In float64 and on a copy without dropout: there a right gradient agrees to many digits, while in
+        float32 one activation that rounds to the other side of zero can hide in a per cent.
+
+        Args:
+            x_B: At least one record, for shape, device and memory format.
+            target_B: Its targets; the first ones are used.
+
+        Raises:
+            PrivacyError: Gradients, norms or noise are not what the privacy claim rests on.
+        """
+        if not len(x_B):
+            raise PrivacyError("the self-test needs a record to know the shape of; got none")
+        settle_norms(self.model)
+        dtype = next(iter(trainable(self.model).values())).dtype
+        model = copy.deepcopy(self.model).double().eval()
+
+        def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self.loss_B(output.to(dtype), target)  # it may hold class weights of this type
+
+        rows = torch.arange(_SELF_TEST_RECORDS, device=x_B.device) % len(x_B)
+        values = torch.randn((_SELF_TEST_RECORDS, *x_B.shape[1:]), generator=torch.Generator().manual_seed(0))
+        x = values.to(x_B.device, torch.float64).to(memory_format=memory_format(x_B))
+        with _buffers_unchanged(model):
+            sums, norms = self._clipped_sum(model, loss, x, target_B[rows])
+            expected_sums, expected_norms = loop(model, loss, x, target_B[rows], self.clip_norm)
+        for what, error in (
+            ("norms", _distance([norms], [expected_norms])),
+            ("clipped sum", _distance(sums, expected_sums)),
+        ):
+            if not error <= _SELF_TEST_ERROR:
+                raise PrivacyError(
+                    f"self-test: {what} by {self.way} differ by {error:.1e} from a loop over the records, expected at "
+                    f"most {_SELF_TEST_ERROR:.0e}; some layer mixes the records of a batch, or the model's gradient "
+                    "is zero or not finite"
+                )
+        self._test_noise()
+        self._tested = True
+
+    def _clipped_sum(
+        self, model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        with torch.autocast(x_B.device.type, enabled=False):
+            if self._fast:
+                try:
+                    return bookkeeping.clipped_sum(model, loss_B, x_B, target_B, self.clip_norm)
+                except bookkeeping.NoRuleError as missing:
+                    self._fast = False
+                    log.info("per-sample gradients by torch.func: %s", missing)
+            return vectorised(model, loss_B, x_B, target_B, self.clip_norm)
+
+    def _release(self, sums: list[torch.Tensor]) -> None:
+        scale = self.noise_multiplier * self.clip_norm
+        for parameter, total in zip(trainable(self.model).values(), sums, strict=True):
+            if scale:
+                total.add_(self._noise.normal(total), alpha=scale)
+            parameter.grad = total.div_(self.expected_batch)
+
+    def _test_noise(self) -> None:
+        if not self.noise_multiplier:
+            return
+        parameters = list(trainable(self.model).values())
+        before = [parameter.grad for parameter in parameters]
+        self._release([torch.zeros_like(parameter) for parameter in parameters])
+        squares = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+        count = sum(parameter.numel() for parameter in parameters)
+        expected = (self.noise_multiplier * self.clip_norm / self.expected_batch) ** 2
+        # Mean of `count` squares has relative standard deviation sqrt(2 / count); the upper tail is heavier for few.
+        allowed = 8 * math.sqrt(2 / count) + 60 / count
+        share = squares / count / expected
+        if not abs(share - 1) <= allowed or share == 0:
+            raise PrivacyError(
+                f"self-test: the noise has {share:.4f} of the variance that is accounted, expected 1 within "
+                f"{allowed:.4f}; do not train with this noise source"
+            )
+
+
+def vectorised(
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Clipped sum and norms by `torch.func`: right for every model that `vmap` takes; B gradients in memory."""
+    parameters = {name: parameter.detach() for name, parameter in trainable(model).items()}
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses = loss_B(functional_call(model, weights, (x.unsqueeze(0),)), target.unsqueeze(0))
+        return bookkeeping.per_record(losses, 1)[0]
+
+    # different: every record has its own dropout
+    per_record = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")
+    gradients, _ = per_record(parameters, x_B, target_B)
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+    factors, rows = clip_factors(squares, clip_norm)
+    sums = [torch.tensordot(factors, g if rows is None else g[rows], 1) for g in gradients.values()]
+    return sums, squares.sqrt()
+
+
+def loop(
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Clipped sum and norms by one backward pass a record: the reference, slow and plain."""
+    parameters = list(trainable(model).values())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    norms = []
+    for i in range(len(x_B)):
+        losses = bookkeeping.per_record(loss_B(model(x_B[i : i + 1]), target_B[i : i + 1]), 1)
+        found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+        norms.append(norm)
+        if torch.isfinite(norm):
+            factor = min(1.0, clip_norm / float(norm)) if norm > 0 else 1.0
+            torch._foreach_add_(sums, gradient, alpha=factor)
+    return sums, torch.stack(norms)
+
+
+def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    """L2 distance relative to b; NaN when b is zero or something is not finite."""
+    off = torch.stack([(x - y).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
+    return float((off / torch.stack([y.double().square().sum() for y in b]).sum()).sqrt())
+
+
+@contextmanager
+def _buffers_unchanged(model: nn.Module) -> Iterator[None]:
+    """Statistics that a layer keeps would leave the site without noise."""
+    before = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+    yield
+    for name, buffer in model.named_buffers():
+        if name not in before or before[name][0] is not buffer or before[name][1] != buffer._version:
+            raise PrivacyError(
+                f"buffer {name!r} changed while private gradients were taken: its layer keeps statistics of patients "
+                "that no noise covers; freeze the layer or replace it by group norm"
+            )

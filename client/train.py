@@ -1,0 +1,261 @@
+"""A round's work at a site: from the global weights to the change that local training makes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from client.cohort import Cohort
+from client.dp import Noise, PrivateGradient, Sampling, poisson_patients
+from common.config import Recipe, Training
+from common.errors import FedicomError
+from common.imaging import augmentation
+from common.models import get_weights, parameter_groups, set_weights
+from common.weights import Weights
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class TrainingError(FedicomError):
+    """Local training gave no usable weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Private:
+    """What a private round needs beside the recipe; all of it the site's own."""
+
+    sampling: Sampling
+    noise_multiplier: float
+    noise: Noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The outcome of one round at one site."""
+
+    delta: Weights
+    """Trained minus incoming weights."""
+    steps: int
+    loss: float | None
+    """Mean training loss; None under privacy, where it would leak."""
+
+
+def train(
+    model: nn.Module,
+    weights: Weights,
+    cohort: Cohort,
+    recipe: Recipe,
+    *,
+    round_: int,
+    site: str,
+    device: torch.device,
+    private: Private | None = None,
+) -> Trained:
+    """Trains `model` from `weights` for one round on the cohort's training patients.
+
+    Without privacy an epoch takes every training sample once, in batches of near-equal size. Under
+    privacy each step takes a Poisson sample of the patients and one random sample of each. The proximal
+    term, weight decay and momentum act on the gradient after noise.
+
+    Given recipe, round, site and weights the result on a CPU is the same to the bit, unless noise is secret.
+
+    Args:
+        model: Of `common.models.build`; overwritten.
+        round_: 1 for the first; places the round in the schedule of the whole federation.
+        site: Part of the seed, so that sites shuffle differently.
+
+    Raises:
+        TrainingError: The weights became NaN or infinite.
+    """
+    rng = np.random.default_rng(seed_of("train", recipe, round_, site))
+    augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
+    loss_B = record_loss(recipe, cohort)
+    set_weights(model, weights)
+    model.to(device).train()
+    anchor = [value.detach().clone() for value in _trainable(model)] if recipe.training.proximal_mu else []
+    optimiser = _optimiser(model, recipe.training)
+    if private is None:
+        steps, batches = _epochs(cohort, recipe.training, rng)
+        engine = None
+    else:
+        steps, batches = private.sampling.steps, _poisson(cohort, private, rng)
+        engine = PrivateGradient(
+            model,
+            loss_B,
+            clip_norm=recipe.privacy.clip_norm,
+            noise_multiplier=private.noise_multiplier,
+            expected_batch=recipe.training.batch_size,
+            physical_batch=recipe.privacy.physical_batch,
+            noise=private.noise,
+        )
+    losses = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(rng.integers(2**63)))  # dropout
+        for step, index_B in enumerate(batches):
+            x_B, target_B = _batch(cohort, index_B, device)
+            if augment is not None and len(index_B):
+                x_B = augment(x_B)
+            progress = (round_ - 1 + step / steps) / recipe.rounds
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.training.lr * group["lr_scale"] * rate(recipe.training, progress, recipe.rounds)
+            optimiser.zero_grad()
+            if engine is not None:
+                engine.step(x_B, target_B)
+            else:
+                losses.append(_plain_gradient(model, loss_B, x_B, target_B, recipe.training, device))
+            _finish_gradient(model, anchor, recipe.training)
+            optimiser.step()
+    delta = get_weights(model) - weights
+    if not delta.finite:
+        raise TrainingError(
+            f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "
+            "training.gradient_clip"
+        )
+    return Trained(delta=delta, steps=steps, loss=float(np.mean(losses)) if losses else None)
+
+
+def seed_of(purpose: str, recipe: Recipe, round_: int, site: str) -> int:
+    """A seed below 2^63 of its own for every purpose, recipe seed, round and site."""
+    text = f"{purpose}/{recipe.seed}/{round_}/{site}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def rate(training: Training, progress: float, rounds: int) -> float:
+    """Factor on the learning rate at `progress` in [0, 1] of the whole federation.
+
+    Linear warm-up, then a cosine from 1 to `min_lr_fraction`, warmly restarted (SGDR, Loshchilov and Hutter 2017).
+    """
+    warmup = min(training.warmup_rounds / rounds, 1.0)
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    if training.schedule == "constant":
+        return 1.0
+    rest = (progress - warmup) / max(1 - warmup, 1e-12) * (training.restarts + 1)
+    phase = rest % 1.0 if rest < training.restarts + 1 else 1.0
+    low = training.min_lr_fraction
+    return low + (1 - low) * (1 + math.cos(math.pi * phase)) / 2
+
+
+def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
+    """(logits (B, classes), targets) -> one loss a record (B,); no record looks at another.
+
+    Focal loss of Lin et al. 2017; label smoothing of Szegedy et al. 2016. Class weights multiply
+    the loss and are not normalised over the batch, which would couple records.
+
+    Args:
+        cohort: Counted when `class_weights` is `balanced`: samples / (classes x samples of the class), as scikit-learn.
+    """
+    training, multilabel = recipe.training, recipe.task.kind == "multilabel"
+    weights = training.class_weights
+    if weights == "balanced":
+        assert cohort is not None
+        counts = np.maximum(_counts(cohort, recipe.task.outputs), 1)
+        weights = tuple((counts.sum() / (len(counts) * counts)).tolist())
+    weight_C = torch.tensor(weights) if weights is not None else None
+    gamma = training.focal_gamma if training.loss == "focal" else 0.0
+
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        class_weight = weight_C.to(logits) if weight_C is not None else None
+        if multilabel:
+            entropy_BC = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            if gamma:
+                entropy_BC = entropy_BC * (1 - torch.exp(-entropy_BC)) ** gamma
+            if class_weight is not None:
+                entropy_BC = entropy_BC * class_weight
+            return entropy_BC.mean(dim=1)
+        entropy_B = functional.cross_entropy(logits, target, reduction="none", label_smoothing=training.label_smoothing)
+        if gamma:
+            true_B = torch.softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+            entropy_B = entropy_B * (1 - true_B) ** gamma
+        return entropy_B if class_weight is None else entropy_B * class_weight[target]
+
+    return loss
+
+
+def _epochs(
+    cohort: Cohort, training: Training, rng: np.random.Generator
+) -> tuple[int, Iterator[npt.NDArray[np.int64]]]:
+    indices = cohort.indices("train")
+    per_epoch = math.ceil(len(indices) / training.batch_size)
+    steps = max(1, round(training.local_epochs * per_epoch))
+
+    def batches() -> Iterator[npt.NDArray[np.int64]]:
+        done = 0
+        while done < steps:
+            # near-equal parts: a last batch of one would break batch norm
+            for part in np.array_split(rng.permutation(indices), per_epoch)[: steps - done]:
+                done += 1
+                yield part
+
+    return steps, batches()
+
+
+def _poisson(cohort: Cohort, private: Private, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    indices = cohort.indices("train")
+    patient_n = cohort.samples.patient_N[indices]
+    of_patient = [indices[patient_n == patient] for patient in np.unique(patient_n)]
+    for _ in range(private.sampling.steps):
+        drawn = poisson_patients(len(of_patient), private.sampling.rate, private.noise)
+        yield np.array([rng.choice(of_patient[patient]) for patient in drawn], dtype=np.int64)
+
+
+def _batch(cohort: Cohort, index_B: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    x_B = torch.from_numpy(np.ascontiguousarray(cohort.samples.x_N[index_B]))
+    target_B = torch.from_numpy(np.ascontiguousarray(cohort.samples.targets_N[index_B]))
+    if device.type == "cuda":
+        x_B, target_B = x_B.pin_memory(), target_B.pin_memory()
+    return x_B.to(device, non_blocking=True), target_B.to(device, non_blocking=True)
+
+
+def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, training)
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=training.lr)
+    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
+
+
+def _plain_gradient(
+    model: nn.Module,
+    loss_B: Loss,
+    x_B: torch.Tensor,
+    target_B: torch.Tensor,
+    training: Training,
+    device: torch.device,
+) -> float:
+    mixed = training.precision == "auto" and device.type == "cuda"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+        logits = model(x_B)
+    loss = loss_B(logits.float(), target_B).mean()
+    loss.backward()
+    return float(loss.detach())
+
+
+def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Training) -> None:
+    parameters = _trainable(model)
+    with torch.no_grad():
+        for parameter, start in zip(parameters, anchor, strict=bool(anchor)):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - start, alpha=training.proximal_mu)
+    if training.gradient_clip is not None:
+        nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _counts(cohort: Cohort, classes: int) -> npt.NDArray[np.int64]:
+    targets = cohort.samples.targets_N[cohort.indices("train")]
+    if targets.ndim == 1:
+        counts: npt.NDArray[np.int64] = np.bincount(targets.astype(np.int64), minlength=classes).astype(np.int64)
+    else:
+        counts = targets.sum(axis=0).astype(np.int64)
+    return counts

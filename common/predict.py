@@ -1,0 +1,242 @@
+"""`fedicom predict`: a model file and a folder of DICOM become two tables, on the user's own machine."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError, DataError
+from common.imaging import Image, Refused, Volume, iterate_folder, prepare
+from common.onnx_model import Description, OnnxModel
+from common.storage import commit, storing
+
+Array = npt.NDArray[np.float32]
+
+_BATCH_NUMBERS = 2**24  # 64 MiB of float32 prepared at a time, however large one sample is
+_BATCH_MOST = 32
+_MULTILABEL_CUT = 0.5  # as in common.metrics
+# What Excel and LibreOffice take for a formula (OWASP "CSV Injection"), also behind blanks and in full width
+_FORMULA = re.compile(r"\s*[=+\-@\t\r\n＝＋－＠]|[\t\r\n]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What was predicted; counts only, the tables hold the rest."""
+
+    samples: int
+    patients: int
+    positive: int | None
+    """Samples at or above the operating threshold; None where the file holds none."""
+    refused: dict[str, int]
+    """Reason code -> number of files that were not used."""
+    path: Path
+    refused_path: Path
+    model_sha256: str
+    description: Description = field(repr=False)
+
+
+def predict(
+    model_path: Path,
+    dicom_dir: Path,
+    out_csv: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """Runs a model that Fedicom exported over every image of a folder.
+
+    The preprocessing is the one embedded in the file. `out_csv` gets one row a sample, in the
+    order of `common.imaging.iterate_folder`: identifiers as in the images, the probability of
+    each class, the predicted class (multi-label: all above one half, joined by `;`), and for binary
+    tasks whether the operating point is reached. `<out>.refused.csv` gets one row for each file that
+    was not used. Both hold patient data: mode 0600, whole or absent, and no predictions without their refusals.
+    A cell that a spreadsheet would run as a formula is written with a leading apostrophe.
+
+    Args:
+        progress: Told (files done, files in all).
+
+    Raises:
+        ConfigError: `out_csv` lies inside `dicom_dir`.
+        ModelFileError: The model is unreadable or was not exported by Fedicom.
+        DataError: No image of the folder can be used; the refusals are written all the same.
+        StorageError: A table cannot be written.
+    """
+    model = OnnxModel(model_path)
+    if not dicom_dir.is_dir():
+        raise DataError("the folder of DICOM images does not exist; give the folder that holds them")
+    if out_csv.resolve().is_relative_to(dicom_dir.resolve()):
+        raise ConfigError("the output lies inside the folder of images; choose a place beside it")
+    refused_csv = out_csv.with_name(f"{out_csv.stem}.refused.csv")
+    with ExitStack() as open_tables:
+        # Entered first, so it takes its name last: predictions never stand there without their refusals
+        table = open_tables.enter_context(_table(out_csv))
+        refusals = open_tables.enter_context(_table(refused_csv))
+        run = _Run(model, dicom_dir, table, refusals)
+        run.over(iterate_folder(dicom_dir, progress))
+        if run.samples:
+            table.keep = True
+        refusals.keep = True
+    if not run.samples:
+        raise DataError(
+            f"no image of the folder can be used by this {model.description.task.dimensions}D model; files refused: "
+            f"{dict(run.refused) or 'none, the folder is empty'}; see {refused_csv.name}"
+        )
+    return Predictions(
+        samples=run.samples,
+        patients=len(run.patients),
+        positive=None if run.threshold is None else run.positive,
+        refused=dict(sorted(run.refused.items())),
+        path=out_csv,
+        refused_path=refused_csv,
+        model_sha256=model.sha256,
+        description=model.description,
+    )
+
+
+class _Table:
+    """A CSV file in the making."""
+
+    def __init__(self, out: TextIO, name: str) -> None:
+        self._writer = csv.writer(out, lineterminator="\n")
+        self._name = name
+        self.keep = False
+
+    def row(self, *cells: str) -> None:
+        with storing(self._name):
+            self._writer.writerow([_harmless(cell) for cell in cells])
+
+
+class _Run:
+    """One pass over a folder; holds one batch of prepared samples."""
+
+    def __init__(self, model: OnnxModel, folder: Path, table: _Table, refusals: _Table) -> None:
+        self.model, self.folder, self.table, self.refusals = model, folder, table, refusals
+        self.task, self.data = model.description.task, model.description.data
+        self.threshold = model.description.operating_threshold if self.task.kind == "binary" else None
+        self.samples = self.positive = 0
+        self.patients: set[str] = set()
+        self.refused: Counter[str] = Counter()
+        self._batch: list[tuple[Volume | Image, Array]] = []
+        self._batch_size = max(1, min(_BATCH_MOST, _BATCH_NUMBERS // int(np.prod(self.data.size))))
+        table.row(
+            *("patient", "study", "series", "instance", "accession", "modality"),
+            *(f"probability_{name}" for name in self.task.classes),
+            *("predicted", "above_operating_point"),
+        )
+        refusals.row("file", "code", "why")
+
+    def over(self, items: Iterator[Volume | Image | Refused]) -> None:
+        for item in items:
+            if isinstance(item, Refused):
+                self._refuse((item.path,), str(item.code), item.why)
+                continue
+            problem = self._unsuitable(item)
+            if problem is None:
+                try:
+                    x = prepare(item, self.data)
+                except DataError as error:
+                    problem = ("not_preparable", str(error))
+                else:
+                    if not np.isfinite(x).all():
+                        problem = ("not_finite", "the prepared image holds numbers that are not finite")
+            if problem is not None:
+                self._refuse(item.source.files, *problem)
+                continue
+            self._batch.append((item, x))
+            if len(self._batch) == self._batch_size:
+                self._flush()
+        self._flush()
+
+    def _unsuitable(self, item: Volume | Image) -> tuple[str, str] | None:
+        dimensions = 3 if isinstance(item, Volume) else 2
+        if dimensions != self.task.dimensions:
+            return "wrong_dimensions", f"a {dimensions}D image; the model takes {self.task.dimensions}D ones"
+        modality, wanted = item.source.modality, self.data.modalities
+        if wanted and modality not in wanted:
+            return "other_modality", f"modality {modality or 'not given'}; the model was trained on {', '.join(wanted)}"
+        return None
+
+    def _refuse(self, files: Sequence[Path], code: str, why: str) -> None:
+        self.refused[code] += len(files)
+        for path in files:
+            shown = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
+            self.refusals.row(str(shown), code, why)
+
+    def _flush(self) -> None:
+        if not self._batch:
+            return
+        _, probabilities_NC = self.model.run(np.stack([x for _, x in self._batch]))
+        for (item, _), probability_C in zip(self._batch, probabilities_NC, strict=True):
+            if np.isfinite(probability_C).all():
+                self._write(item, probability_C)
+            else:
+                self._refuse(item.source.files, "not_finite", "the model's output is not finite")
+        # Pixels are let go here; the reader holds one item at a time
+        self._batch.clear()
+
+    def _write(self, item: Volume | Image, probability_C: Array) -> None:
+        source, classes = item.source, self.task.classes
+        above = ""
+        if self.threshold is not None:
+            reached = float(probability_C[1]) >= self.threshold
+            self.positive += reached
+            above = "yes" if reached else "no"
+        if self.task.kind == "multilabel":
+            predicted = ";".join(
+                name for name, p in zip(classes, probability_C, strict=True) if float(p) > _MULTILABEL_CUT
+            )
+        else:
+            predicted = classes[int(probability_C.argmax())]
+        self.samples += 1
+        self.patients.add(source.patient_id)
+        self.table.row(
+            source.patient_id,
+            source.study_uid,
+            source.series_uid,
+            # A series of single images has one row for each; a volume is its series
+            source.sop_uids[0] if len(source.sop_uids) == 1 else "",
+            source.accession,
+            source.modality,
+            *(f"{float(p):.7f}" for p in probability_C),
+            predicted,
+            above,
+        )
+
+
+@contextmanager
+def _table(path: Path) -> Iterator[_Table]:
+    """A CSV file that gets its name when the block ends well and `keep` was set; else nothing is left of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with storing(path.name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        # backslashreplace: a file name need not be text
+        out = os.fdopen(handle, "w", encoding="utf-8", newline="", errors="backslashreplace")
+        try:
+            table = _Table(out, path.name)
+            yield table
+            with storing(path.name):
+                out.flush()
+                os.fsync(out.fileno())
+        finally:
+            with suppress(OSError):  # a full disk fails the flush again on closing; it was reported
+                out.close()
+        if table.keep:
+            with storing(path.name):
+                commit(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _harmless(cell: str) -> str:
+    return "'" + cell if _FORMULA.match(cell) else cell

@@ -1,0 +1,170 @@
+"""Exchange types to and from Flower records: one JSON text and one flat array a message, both bounded.
+
+A message holds nothing that is executed or unpickled. Whatever bytes arrive, the answer is
+an exchange type or an `ExchangeError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any, TypeVar, get_type_hints
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import ValidationError
+
+from common.errors import ExchangeError
+from common.exchange import WIRE_VERSION, Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.weights import Weights
+
+T = TypeVar("T", RoundPlan, Hello, Update, Refusal)
+
+_KINDS: dict[str, type] = {"plan": RoundPlan, "hello": Hello, "update": Update, "refusal": Refusal}
+_PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent}
+_MAX_BODY_BYTES = 4 << 20
+_MAX_ARRAYS = 20_000
+_MAX_NUMBERS = 1 << 31
+_STYPE = "fedicom.flat.f4"
+
+
+def encode(value: RoundPlan | Hello | Update | Refusal) -> RecordDict:
+    """One record of JSON and, where the type carries weights, one flat little-endian float32 array."""
+    kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
+    body: dict[str, Any] = {}
+    record = RecordDict()
+    for name in get_type_hints(type(value)):
+        part = getattr(value, name)
+        if isinstance(part, Weights):
+            body[name] = {key: list(shape) for key, shape in part.shapes.items()}
+            record["weights"] = ArrayRecord({name: _flat(part)})
+        else:
+            body[name] = _plain(part)
+    record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body)})
+    return record
+
+
+def encode_question() -> RecordDict:
+    """The message that asks a node who it is."""
+    return RecordDict({"message": ConfigRecord({"kind": "who", "version": WIRE_VERSION, "body": "{}"})})
+
+
+def decode(record: RecordDict, kind: type[T]) -> T:
+    """The message in `record`, when it is a `kind`.
+
+    Raises:
+        ExchangeError: It is another kind, of a newer version, or breaks a bound; nothing of the content is quoted.
+    """
+    value = _decode(record, (kind,))
+    assert isinstance(value, kind)
+    return value
+
+
+def decode_reply(record: RecordDict) -> Update | Refusal:
+    """A site's answer to a plan.
+
+    Raises:
+        ExchangeError: As `decode`.
+    """
+    value = _decode(record, (Update, Refusal))
+    assert isinstance(value, Update | Refusal)
+    return value
+
+
+def to_bytes(record: RecordDict) -> bytes:
+    """A record as bytes, for a pipe between processes of one machine."""
+    message = record.config_records["message"]
+    head = {key: message[key] for key in ("kind", "version", "body")}
+    arrays = record.array_records.get("weights", ArrayRecord())
+    name, array = next(iter(arrays.items()), ("", None))
+    text = json.dumps({**head, "array": name}).encode()
+    return len(text).to_bytes(8, "little") + text + (array.data if array is not None else b"")
+
+
+def from_bytes(data: bytes) -> RecordDict:
+    """Inverse of `to_bytes`."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:end])
+    name = head.pop("array")
+    record = RecordDict({"message": ConfigRecord(head)})
+    if name:
+        record["weights"] = ArrayRecord({name: _array(data[end:])})
+    return record
+
+
+def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
+    try:
+        message = record.config_records["message"]
+        kind, version, text = message["kind"], message["version"], message["body"]
+    except KeyError:
+        raise ExchangeError("message without the fields kind, version and body") from None
+    if version != WIRE_VERSION:
+        raise ExchangeError(f"message of version {version!r}; this installation speaks {WIRE_VERSION}")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None or cls not in kinds:
+        raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
+    if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
+        raise ExchangeError(f"message body is not a text below {_MAX_BODY_BYTES} characters")
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ExchangeError("message body is not JSON") from None
+    if not isinstance(body, dict):
+        raise ExchangeError("message body is not a JSON object")
+    try:
+        for name, hint in get_type_hints(cls).items():
+            if hint is Weights:
+                body[name] = _weights(record, name, body.get(name))
+            elif name in _PARTS and isinstance(body.get(name), dict):
+                body[name] = _PARTS[name](**body[name])
+        return cls(**body)
+    except TypeError:
+        raise ExchangeError(f"{cls.__name__} with fields that are no names") from None
+    except ValidationError as error:
+        where = sorted({".".join(str(part) for part in problem["loc"])[:60] for problem in error.errors()})
+        raise ExchangeError(f"{cls.__name__} with fields out of bounds: {', '.join(where[:5])}") from None
+
+
+def _flat(weights: Weights) -> Array:
+    return _array(b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values()))
+
+
+def _array(data: bytes) -> Array:
+    # Given as bytes: Flower's own ndarray path writes an .npy copy of each array.
+    return Array(dtype="float32", shape=(len(data) // 4,), stype=_STYPE, data=data)
+
+
+def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
+    if not isinstance(shapes, dict) or len(shapes) > _MAX_ARRAYS:
+        raise ExchangeError(f"{name}: expected at most {_MAX_ARRAYS} shapes")
+    sizes = []
+    for shape in shapes.values():
+        if (
+            not isinstance(shape, list)
+            or len(shape) > 8
+            or not all(type(n) is int and 0 <= n <= 1 << 28 for n in shape)
+        ):
+            raise ExchangeError(f"{name}: a shape is not a short list of sizes")
+        sizes.append(math.prod(shape))
+    total = sum(sizes)
+    if total > _MAX_NUMBERS:
+        raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
+    try:
+        array = record.array_records["weights"][name]
+        data, dtype, stype = array.data, array.dtype, array.stype
+    except KeyError:
+        raise ExchangeError(f"{name}: no array in the message") from None
+    if stype != _STYPE or dtype != "float32" or not isinstance(data, bytes) or len(data) != 4 * total:
+        raise ExchangeError(f"{name}: expected {4 * total} bytes of flat float32")
+    flat = np.frombuffer(data, dtype="<f4")
+    ends = np.cumsum([0, *sizes])
+    return Weights({key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())})
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if hasattr(value, "items"):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,64 @@
+"""Whether a reply may change the model. Everything unexpected is a refusal with its reason."""
+
+from __future__ import annotations
+
+from common.config import Recipe
+from common.exchange import Failure, Refusal, Reply, RoundPlan, Update
+
+
+def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe) -> str | None:
+    """Why `reply` is not admitted to the round of `plan`, or None when it is.
+
+    Checked: recipe, round, base weights, names, shapes, finiteness, norm, declared weight
+    and the privacy account that the recipe demands.
+    """
+    if isinstance(reply, Failure):
+        return reply.why
+    if isinstance(reply, Refusal):
+        return f"site refused ({reply.code}): {reply.why}"
+    return _identity(reply, plan) or _content(reply, plan, recipe) or _account(reply, plan, recipe)
+
+
+def _identity(update: Update, plan: RoundPlan) -> str | None:
+    if update.recipe_id != plan.recipe_id:
+        return f"update of recipe {update.recipe_id[:12]}, expected {plan.recipe_id[:12]}"
+    if update.round != plan.round:
+        return f"update of round {update.round}, expected {plan.round}"
+    if update.base != plan.weights.digest:
+        return f"trained from weights {update.base[:12]}, expected {plan.weights.digest[:12]}"
+    return None
+
+
+def _content(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
+    if plan.work == "evaluate":
+        return f"evaluation came with {len(update.delta)} arrays, expected none" if len(update.delta) else None
+    got, expected = update.delta.shapes, plan.weights.shapes
+    if got != expected:
+        odd = sorted(name for name in {**got, **expected} if got.get(name) != expected.get(name))
+        return f"names or shapes differ from the model's in {len(odd)} arrays"
+    if not update.delta.finite:
+        return "update holds NaN or infinity"
+    norm, limit = update.delta.norm, recipe.federation.max_update_norm
+    if norm > limit:
+        return f"update norm {norm:.4g} exceeds federation.max_update_norm {limit:.4g}"
+    if recipe.federation.site_weights == "equal" and update.weight != 1.0:
+        return f"declared weight {update.weight:g}, expected 1 (federation.site_weights is equal)"
+    if update.steps < 1:
+        return "no training step was made"
+    return None
+
+
+def _account(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
+    privacy = recipe.privacy
+    if not privacy.active or plan.work == "evaluate":
+        return None
+    spent = update.spent
+    if spent is None:
+        return "the recipe demands differential privacy, the update has no privacy account"
+    if privacy.epsilon is not None and spent.epsilon > privacy.epsilon:
+        return f"epsilon {spent.epsilon:.4g} is above the recipe's {privacy.epsilon:.4g}"
+    if spent.noise_multiplier <= 0 or spent.clip_norm != privacy.clip_norm:
+        return f"clipped at {spent.clip_norm:g} with noise {spent.noise_multiplier:g}, not as the recipe says"
+    if update.train_loss is not None:
+        return "the mean training loss came along, which leaks under privacy"
+    return None

@@ -1,0 +1,223 @@
+"""After the last round: central evaluation, export, model card, report and summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.audit import AuditLog
+from common.config import Recipe
+from common.errors import ExportError
+from common.exchange import Scores
+from common.metrics import Metrics
+from common.models import build, set_weights
+from common.samples import Samples
+from common.storage import write_whole
+from server.coordinator import Federated, round_line
+from server.evaluate import CentralResult, central
+from server.export import Exported, export_onnx, export_torchscript
+from server.model_card import write_model_card
+from server.report import Baselines, ExportLine, RunReport, SiteSummary, write_report
+
+_REFERENCE_SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """What the reports say about the run beside its results."""
+
+    started: str
+    """ISO 8601, with the zone."""
+    wall_s: float
+    device: str
+    versions: Mapping[str, str]
+    baselines: Baselines | None = None
+    refused_files: Mapping[str, Mapping[str, int]] | None = None
+    """Site to reason code to files; known in a simulation only."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conclusion:
+    """What a run came to."""
+
+    report: RunReport
+    exported: Exported
+    summary: Mapping[str, Any]
+    """What summary.json holds."""
+
+
+def conclude(
+    federated: Federated,
+    recipe: Recipe,
+    out: Path,
+    *,
+    test: Samples | None,
+    device: torch.device,
+    circumstances: Circumstances,
+    audit: AuditLog,
+    torchscript: bool = False,
+) -> Conclusion:
+    """Evaluates and exports the final model, and writes report.html, model_card.md and summary.json into `out`.
+
+    Args:
+        test: The coordinator's own set, which no site holds; None leaves the central figures out.
+
+    Raises:
+        ExportError: The exported graph does not give the model's probabilities; the other files are not written.
+        StorageError: The disk is full or not writable.
+    """
+    state = federated.state
+    model = build(recipe)
+    set_weights(model, state.weights)
+    result = central(model, test, recipe, device=device) if test is not None else None
+    if result is not None:
+        audit.append("central evaluation", weights=state.weights.digest, values=_headline(result.metrics))
+    model.cpu()
+    spent = {name: done.spent for name, done in state.history[-1].accepted.items()}
+    exported = export_onnx(
+        model,
+        recipe,
+        state.weights,
+        out / "model.onnx",
+        reference_x=_reference(test, recipe),
+        operating_threshold=result.metrics.threshold if result else None,
+        metrics=_headline(result.metrics) if result else None,
+        privacy=_privacy(recipe, [item.epsilon for item in spent.values() if item is not None]),
+    )
+    audit.append("model exported", file=exported.path.name, sha256=exported.sha256, weights=state.weights.digest)
+    if torchscript:
+        path = out / "model.ts.pt"
+        traced = export_torchscript(model, recipe, state.weights, path, reference_x=_reference(test, recipe))
+        audit.append("model exported", file=path.name, sha256=traced.sha256, weights=state.weights.digest)
+    report = _report(federated, recipe, result, exported, circumstances)
+    write_model_card(report, out / "model_card.md", exported=exported)
+    write_report(report, out / "report.html")
+    summary = _summary(report, exported)
+    write_whole(out / "summary.json", (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode())
+    audit.append("run concluded", recipe_id=recipe.id, weights=state.weights.digest)
+    return Conclusion(report=report, exported=exported, summary=summary)
+
+
+def _reference(test: Samples | None, recipe: Recipe) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if test is not None:
+        return np.ascontiguousarray(test.x_N[:_REFERENCE_SAMPLES])
+    shape = (8, recipe.model.channels, *recipe.data.size)
+    return np.random.default_rng(recipe.seed).standard_normal(shape, dtype=np.float32)
+
+
+def _privacy(recipe: Recipe, epsilons: list[float]) -> Mapping[str, Any]:
+    if not recipe.privacy.active:
+        return {"mechanism": "none"}
+    if not epsilons:
+        raise ExportError("the recipe demands differential privacy, but no site reported what it spent")
+    return {
+        "mechanism": recipe.privacy.mechanism,
+        "unit": "patient",
+        "epsilon": max(epsilons),
+        "delta": recipe.privacy.delta,
+        "accountant": "PLD",
+        "seeded_noise": recipe.privacy.unsafe_seeded_noise,
+    }
+
+
+def _report(
+    federated: Federated,
+    recipe: Recipe,
+    result: CentralResult | None,
+    exported: Exported,
+    circumstances: Circumstances,
+) -> RunReport:
+    state, last = federated.state, federated.state.history[-1].accepted
+    refused = circumstances.refused_files
+    sites = tuple(
+        SiteSummary(
+            name=name,
+            patients=dict(hello.patients),
+            test=last[name].test if name in last else None,
+            spent=last[name].spent if name in last else None,
+            refused_files=refused.get(name, {}) if refused is not None else None,
+        )
+        for name, hello in federated.hellos.items()
+    )
+    return RunReport(
+        recipe=recipe,
+        recipe_id=recipe.id,
+        weight_digest=state.weights.digest,
+        started=circumstances.started,
+        wall_s=circumstances.wall_s,
+        device=circumstances.device,
+        versions=circumstances.versions,
+        sites=sites,
+        rounds=tuple(round_line(report) for report in state.history),
+        central=result.metrics if result else None,
+        subgroups=result.subgroups if result else {},
+        baselines=circumstances.baselines,
+        export=ExportLine(
+            file=exported.path.name,
+            sha256=exported.sha256,
+            max_abs_difference=exported.max_abs_difference,
+            opset=exported.opset or 0,
+            size_bytes=exported.bytes,
+        ),
+        notes=(*_notes(recipe), *circumstances.notes),
+    )
+
+
+def _notes(recipe: Recipe) -> tuple[str, ...]:
+    privacy = recipe.privacy
+    if not privacy.active:
+        return ("privacy: none. Nothing bounds what this model may reveal about a training patient.",)
+    if privacy.unsafe_seeded_noise:
+        return (
+            "unsafe_seeded_noise was on: anybody with the recipe can subtract the noise, so epsilon means nothing.",
+        )
+    return ()
+
+
+def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
+    def auroc(values: Mapping[str, float]) -> dict[str, Any]:
+        ends = [values.get("auroc_low"), values.get("auroc_high")]
+        return {"auroc": values.get("auroc"), "auroc_ci": ends if None not in ends else None}
+
+    def site(summary: SiteSummary) -> dict[str, Any]:
+        test: Scores | None = summary.test
+        return {
+            "patients": sum(summary.patients.values()),
+            "train_patients": summary.patients.get("train", 0),
+            **auroc(test.values if test is not None else {}),
+            "epsilon": summary.spent.epsilon if summary.spent else None,
+            "delta": summary.spent.delta if summary.spent else None,
+        }
+
+    summary: dict[str, Any] = {
+        "recipe": report.recipe.name,
+        "recipe_id": report.recipe_id,
+        "weight_digest": report.weight_digest,
+        "rounds": sum(1 for line in report.rounds if line.accepted),
+        "privacy": report.recipe.privacy.mechanism,
+        "global": auroc(report.central.values if report.central else {}),
+        "sites": {item.name: site(item) for item in report.sites},
+        "onnx": {"sha256": exported.sha256, "max_abs_difference": exported.max_abs_difference},
+        "notes": list(report.notes),
+        "wall_s": round(report.wall_s, 1),
+    }
+    if report.baselines is not None:
+        centralised = report.baselines.centralised
+        summary["baselines"] = {
+            "centralised": auroc(centralised.values if centralised else {}),
+            "alone": {name: auroc(metrics.values) for name, metrics in report.baselines.alone.items()},
+        }
+    return summary
+
+
+def _headline(metrics: Metrics) -> dict[str, float]:
+    return {
+        name: value for name, value in metrics.values.items() if name.startswith(("auroc", "auprc", "brier", "ece"))
+    }

@@ -1,0 +1,107 @@
+"""A federation from the first hello to the last round, kept on disk so that a crash loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.audit import AuditLog
+from common.config import Recipe
+from common.exchange import Hello
+from common.models import buffers, build, get_weights
+from server import checkpoint, rounds
+from server.report import RoundLine
+from server.rounds import RoundReport, ServerState, Transport
+from server.scalars import Scalars
+
+OnRound = Callable[[ServerState, RoundReport], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federated:
+    """A finished federation."""
+
+    state: ServerState
+    hellos: Mapping[str, Hello]
+
+
+def coordinate(
+    recipe: Recipe,
+    transport: Transport,
+    out: Path,
+    *,
+    audit: AuditLog,
+    resume: bool = False,
+    on_round: OnRound = lambda state, report: None,
+) -> Federated:
+    """Runs, or finishes, the recipe's rounds with the sites behind `transport`.
+
+    After every round TensorBoard, the audit log and the checkpoint are written, in this order:
+    a crash in between repeats the round, whose answers the sites still have.
+
+    Args:
+        out: Gets `checkpoints/` and `tensorboard/`.
+        resume: Go on from the newest checkpoint, if there is one.
+        on_round: Called after every round that is safely on disk.
+
+    Raises:
+        QuorumError: Too few sites, or too few admitted updates; resume goes on from the round before.
+        StorageError: The disk is full; resume goes on from the last round on disk.
+    """
+    model = build(recipe)
+    checkpoints = out / "checkpoints"
+    state = checkpoint.load(checkpoints, recipe.id) if resume else None
+    audit.append("run resumed" if state else "run started", recipe_id=recipe.id, round=state.round if state else 0)
+    state = state or rounds.start(recipe, get_weights(model))
+    hellos = transport.hello(recipe)
+    audit.append(
+        "sites present",
+        sites={name: {"manifest": hello.manifest, "versions": dict(hello.versions)} for name, hello in hellos.items()},
+        heads={name: hello.audit_head for name, hello in hellos.items()},
+    )
+    with Scalars(out / "tensorboard") as scalars:
+        running = rounds.run(
+            state, recipe, transport, sorted(hellos), buffers=buffers(model), audit_head=lambda: audit.head
+        )
+        for state, report in running:
+            scalars.write(round_line(report))
+            _record(audit, report)
+            checkpoint.write(state, checkpoints)
+            on_round(state, report)
+    return Federated(state=state, hellos=hellos)
+
+
+def round_line(report: RoundReport) -> RoundLine:
+    """The round as the report and TensorBoard show it."""
+    accepted = report.accepted if report.work == "train" else {}
+    return RoundLine(
+        round=report.round,
+        mean_validation=report.validation,
+        validation={site: done.validation for site, done in report.accepted.items() if done.validation is not None},
+        train_loss={site: done.train_loss for site, done in accepted.items() if done.train_loss is not None},
+        accepted=tuple(accepted),
+        refused=report.refused,
+        update_norms={site: done.update_norm for site, done in accepted.items()},
+        epsilon={site: done.spent.epsilon for site, done in report.accepted.items() if done.spent is not None},
+        seconds=report.seconds,
+    )
+
+
+def _record(audit: AuditLog, report: RoundReport) -> None:
+    audit.append(
+        "round aggregated" if report.work == "train" else "evaluation received",
+        round=report.round,
+        before=report.before,
+        after=report.after,
+        admitted={
+            site: {"digest": done.update_digest, "norm": done.update_norm, "epsilon": _epsilon(done)}
+            for site, done in report.accepted.items()
+        },
+        refused=dict(report.refused),
+        heads=dict(report.heads),
+    )
+
+
+def _epsilon(done: rounds.SiteRound) -> float | None:
+    return done.spent.epsilon if done.spent is not None else None

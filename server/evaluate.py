@@ -1,0 +1,70 @@
+"""The global model on the coordinator's own test images, which no site holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from common.config import Recipe
+from common.errors import DataError
+from common.inference import logits
+from common.metrics import Metrics, by_subgroup, fit_temperature, probabilities, score
+from common.samples import Samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralResult:
+    """What the global model does on the central test set."""
+
+    metrics: Metrics
+    """Of uncalibrated probabilities (temperature 1)."""
+    subgroups: Mapping[str, Mapping[str, Metrics]]
+    """Column of `task.subgroups` -> value -> metrics; small cells are suppressed."""
+    logits_NC: npt.NDArray[np.float32] = field(repr=False)
+    """(samples, classes), in the order of the samples."""
+    probabilities_NC: npt.NDArray[np.float32] = field(repr=False)
+    temperature: float | None
+    """By how much to divide logits for the best log loss on these very samples: above 1, the model is too sure.
+
+    A diagnosis, not a calibration: applied here and measured here it would flatter itself.
+    None where the metrics are suppressed.
+    """
+
+
+def central(
+    model: nn.Module, samples: Samples, recipe: Recipe, *, device: torch.device | str, batch_size: int = 64
+) -> CentralResult:
+    """Evaluates the model on every sample of the coordinator's folder, as `prepare_folder` gave them.
+
+    Args:
+        model: Holds the global weights; comes back in its modes, on `device`.
+        samples: All of them are test data.
+        recipe: Decides task, metrics and the seed of the bootstrap.
+
+    Raises:
+        DataError: There is no sample.
+        FedicomError: The model's output is not finite.
+    """
+    if not len(samples.x_N):
+        raise DataError("central evaluation: the test set has no samples; give a folder with labelled images")
+    raw_NC = logits(model, samples.x_N, np.arange(len(samples.x_N)), device=device, batch_size=batch_size)
+    p_NC = probabilities(raw_NC, recipe.task.kind)
+    task, evaluation, seed = recipe.task, recipe.evaluation, recipe.seed
+    metrics = score(samples.targets_N, p_NC, samples.patient_N, task, evaluation, seed=seed)
+    return CentralResult(
+        metrics=metrics,
+        subgroups={
+            column: by_subgroup(
+                samples.targets_N, p_NC, samples.patient_N, samples.subgroups[column], task, evaluation, seed=seed
+            )
+            for column in task.subgroups
+        },
+        logits_NC=raw_NC,
+        probabilities_NC=p_NC,
+        temperature=None if metrics.suppressed else fit_temperature(raw_NC, samples.targets_N, task.kind),
+    )

@@ -1,0 +1,113 @@
+"""The report of a run: what it holds, and one HTML file that shows it without network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.storage import write_whole
+
+if TYPE_CHECKING:
+    from common.config import Recipe
+    from common.exchange import Scores, Spent
+    from common.metrics import Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundLine:
+    """One round, as the coordinator saw it.
+
+    `validation` is of the model that came *into* the round, that is, after `round - 1` rounds of training.
+    The closing evaluation is the line of round `rounds + 1`, with nothing accepted.
+    """
+
+    round: int
+    mean_validation: float | None = None
+    """Mean over sites of the validation AUROC; None where no site gave one."""
+    validation: Mapping[str, Scores] = field(default_factory=dict)
+    """Site to scores; a site below the minimum cell has no values in it."""
+    train_loss: Mapping[str, float] = field(default_factory=dict)
+    """Site to mean training loss; empty under privacy."""
+    accepted: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Site to why its reply was not used: a refusal of the site or of the coordinator, or silence."""
+    update_norms: Mapping[str, float] = field(default_factory=dict)
+    """Site to L2 norm of its update."""
+    epsilon: Mapping[str, float] = field(default_factory=dict)
+    """Site to epsilon spent so far, this round included."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSummary:
+    """One hospital at the end of the run."""
+
+    name: str
+    patients: Mapping[str, int]
+    """Split (train, validation, test) to patients; cells below the minimum were given as 0."""
+    test: Scores | None = None
+    """Of the final model on the site's own test patients."""
+    spent: Spent | None = None
+    """None without privacy."""
+    refused_files: Mapping[str, int] | None = None
+    """Reason code to DICOM files left out; known in a simulation only, a deployed site keeps it at home."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """The same number of steps without federation, all on the central test set."""
+
+    centralised: Metrics | None
+    """Trained on the pooled data."""
+    alone: Mapping[str, Metrics]
+    """Site to the model trained on that site only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportLine:
+    """The ONNX file that passed its gate."""
+
+    file: str
+    sha256: str
+    max_abs_difference: float
+    """Largest difference of a probability between torch and onnxruntime."""
+    opset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """Everything that a report shows; nothing in it can name a patient."""
+
+    recipe: Recipe
+    recipe_id: str
+    weight_digest: str
+    started: str
+    """ISO 8601, with the zone."""
+    wall_s: float
+    device: str
+    versions: Mapping[str, str]
+    sites: tuple[SiteSummary, ...]
+    rounds: tuple[RoundLine, ...]
+    central: Metrics | None = None
+    """Of the final model on the coordinator's test set."""
+    subgroups: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)
+    """Column of labels.csv to value to metrics, on the central test set."""
+    baselines: Baselines | None = None
+    export: ExportLine | None = None
+    notes: tuple[str, ...] = ()
+    """Warnings, shown first: `privacy: none`, `unsafe_seeded_noise was on: the privacy figures do not hold`."""
+
+
+def write_report(report: RunReport, path: Path) -> None:
+    """Writes one self-contained HTML file, atomically; the same report gives the same bytes.
+
+    Raises:
+        StorageError: The file could not be written.
+    """
+    # Imported here: matplotlib takes half a second, and reading the types above needs none of it.
+    from server.report.page import page
+
+    write_whole(path, page(report).encode())

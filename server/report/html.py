@@ -1,0 +1,70 @@
+"""HTML that escapes by default: text becomes markup only where `Html` says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+_VOID = frozenset({"br", "hr", "meta", "link", "img"})
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+Child = str | Html | None
+
+
+def tag(kind: str, /, *children: Child, **attributes: str | None) -> Html:
+    """An element; plain strings are escaped, `Html` and elements are not.
+
+    Attributes: `class_` is class, other underscores become hyphens; None leaves the attribute out.
+    """
+    shown = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    if kind in _VOID:
+        return Html(f"<{kind}{shown}>")
+    return Html(f"<{kind}{shown}>{join(*children)}</{kind}>")
+
+
+def join(*children: Child) -> Html:
+    """Children one after another, escaped unless they are markup."""
+    return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))
+
+
+def table(
+    head: Iterable[Child], rows: Iterable[Iterable[Child]], *, caption: str, numbers_from: int = 1, class_: str = ""
+) -> Html:
+    """A table that scrolls sideways on a narrow screen; the first cell of each row is its header.
+
+    Args:
+        head: Column titles.
+        rows: Cells of each row.
+        caption: What the table shows; read aloud by screen readers, shown small above it.
+        numbers_from: First column that is set flush right.
+        class_: Extra class of the table.
+    """
+
+    def kind(column: int) -> str | None:
+        return "n" if column >= numbers_from else None
+
+    top = tag("tr", *(tag("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(head)))
+    body = []
+    for row in rows:
+        first, *rest = row
+        cells = (tag("td", cell, class_=kind(i)) for i, cell in enumerate(rest, start=1))
+        body.append(tag("tr", tag("th", first, scope="row"), *cells))
+    inner = tag(
+        "table", tag("caption", tag("span", caption)), tag("thead", top), tag("tbody", *body), class_=class_ or None
+    )
+    return tag("div", inner, class_="scroll", tabindex="0", role="region", aria_label=caption)
+
+
+def items(*children: Child, class_: str | None = None) -> Html:
+    """A bullet list."""
+    return tag("ul", *(tag("li", child) for child in children), class_=class_)

@@ -1,0 +1,215 @@
+"""The federation's loop: plan, ask, admit, aggregate. State in, new state out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Literal, Protocol
+
+from common.config import Recipe
+from common.errors import QuorumError
+from common.exchange import Failure, Hello, Reply, RoundPlan, Scores, Spent, Update
+from common.weights import Weights
+from server.admit import refusal
+from server.aggregate import Memory, aggregate
+
+METRIC = "auroc"
+"""The validation score that early stopping watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRound:
+    """What one admitted site reported in a round."""
+
+    steps: int
+    weight: float
+    update_norm: float
+    train_loss: float | None
+    validation: Scores | None
+    test: Scores | None
+    spent: Spent | None
+    update_digest: str
+    audit_head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """One round, as the report, TensorBoard and the audit log show it."""
+
+    round: int
+    work: str
+    accepted: Mapping[str, SiteRound]
+    refused: Mapping[str, str]
+    """Site to reason."""
+    validation: float | None
+    """Mean AUROC of the incoming model over the sites that gave one, unweighted."""
+    before: str
+    """Digest of the weights the round started from."""
+    after: str
+    seconds: float
+    heads: Mapping[str, str] = field(default_factory=dict)
+    """Site to the head of its audit chain, of refusals too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """All that must survive a restart of the coordinator."""
+
+    recipe_id: str
+    round: int
+    """Rounds behind us."""
+    weights: Weights
+    memory: Memory = field(default_factory=dict)
+    history: tuple[RoundReport, ...] = ()
+    done: bool = False
+    """Training and the closing evaluation are behind us."""
+    best: Weights | None = None
+    """Weights with the best federated validation so far; kept only with early stopping."""
+
+
+class Transport(Protocol):
+    """How plans reach sites: in this process, or over the network."""
+
+    def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
+        """Who is there, by site name."""
+
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
+        """One reply for every site asked; silence is a `Failure`, never missing."""
+
+
+def start(recipe: Recipe, weights: Weights) -> ServerState:
+    """The state before the first round."""
+    return ServerState(recipe_id=recipe.id, round=0, weights=weights)
+
+
+def run(
+    state: ServerState,
+    recipe: Recipe,
+    transport: Transport,
+    sites: Sequence[str],
+    *,
+    buffers: frozenset[str],
+    audit_head: Callable[[], str] = str,
+) -> Iterator[tuple[ServerState, RoundReport]]:
+    """Runs what is left of a federation and yields after every round; the caller saves, plots and prints.
+
+    Args:
+        sites: Who is asked.
+        buffers: Exchanged names that are running statistics, see `aggregate`.
+        audit_head: Gives the head of the coordinator's audit chain, which goes out with every plan.
+
+    The last report is the closing evaluation: every site measures the final model on its test patients.
+
+    Raises:
+        QuorumError: Fewer than `federation.quorum` replies were admitted; the last yielded state stands.
+    """
+    while not state.done:
+        training = state.round < recipe.rounds and not _should_stop(state, recipe)
+        if not training and state.best is not None:
+            state = replace(state, weights=state.best)
+        state, report = _step(
+            state, recipe, transport, sites, "train" if training else "evaluate", buffers, audit_head()
+        )
+        yield state, report
+
+
+def _step(
+    state: ServerState,
+    recipe: Recipe,
+    transport: Transport,
+    sites: Sequence[str],
+    work: Literal["train", "evaluate"],
+    buffers: frozenset[str],
+    audit_head: str,
+) -> tuple[ServerState, RoundReport]:
+    began = time.monotonic()
+    plan = RoundPlan(
+        recipe_id=state.recipe_id,
+        round=state.round + 1,
+        work=work,
+        weights=state.weights,
+        audit_head=audit_head,
+    )
+    replies = {reply.site: reply for reply in transport.ask(plan, sites, recipe.federation.timeout_s)}
+    accepted: dict[str, Update] = {}
+    refused: dict[str, str] = {}
+    for site in sorted(sites):
+        reply = replies.get(site) or Failure(site=site, round=plan.round, why="no reply")
+        why = refusal(reply, plan, recipe)
+        if why is None and isinstance(reply, Update):
+            accepted[site] = reply
+        else:
+            refused[site] = why or "not an update"
+    if len(accepted) < recipe.federation.quorum:
+        raise QuorumError(
+            f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is "
+            f"{recipe.federation.quorum}; the model is as it was. Refused: {refused}"
+        )
+    weights, memory = state.weights, state.memory
+    if work == "train":
+        step, memory = aggregate(list(accepted.values()), recipe.federation, memory, round_=plan.round, buffers=buffers)
+        weights = state.weights + step
+    report = RoundReport(
+        round=plan.round,
+        work=work,
+        accepted={site: _site_round(update) for site, update in accepted.items()},
+        refused=refused,
+        validation=_mean_score(accepted.values()),
+        before=state.weights.digest,
+        after=weights.digest,
+        seconds=round(time.monotonic() - began, 3),
+        heads={site: head for site, reply in replies.items() if (head := getattr(reply, "audit_head", ""))},
+    )
+    return _after(state, recipe, report, weights, memory), report
+
+
+def _after(state: ServerState, recipe: Recipe, report: RoundReport, weights: Weights, memory: Memory) -> ServerState:
+    best = state.best
+    if recipe.federation.early_stopping.patience_rounds and report.work == "train":
+        earlier = [past.validation for past in state.history if past.validation is not None]
+        if report.validation is not None and report.validation > max(earlier, default=-1.0):
+            best = state.weights  # the round measured the weights it started from
+    return replace(
+        state,
+        round=state.round + (report.work == "train"),
+        weights=weights,
+        memory=memory,
+        history=(*state.history, report),
+        done=report.work == "evaluate",
+        best=best,
+    )
+
+
+def _should_stop(state: ServerState, recipe: Recipe) -> bool:
+    stopping = recipe.federation.early_stopping
+    scores = [report.validation for report in state.history]
+    if not stopping.patience_rounds or len(scores) <= stopping.patience_rounds:
+        return False
+    known = [(-1.0 if score is None else score) for score in scores]
+    before = max(known[: -stopping.patience_rounds])
+    return max(known[-stopping.patience_rounds :]) <= before + stopping.min_improvement
+
+
+def _mean_score(updates: Iterable[Update]) -> float | None:
+    scores = [
+        update.validation.values[METRIC]
+        for update in updates
+        if update.validation is not None and METRIC in update.validation.values
+    ]
+    return fmean(scores) if scores else None
+
+
+def _site_round(update: Update) -> SiteRound:
+    return SiteRound(
+        steps=update.steps,
+        weight=update.weight,
+        update_norm=update.delta.norm,
+        train_loss=update.train_loss,
+        validation=update.validation,
+        test=update.test,
+        spent=update.spent,
+        update_digest=update.delta.digest,
+        audit_head=update.audit_head,
+    )

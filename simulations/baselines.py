@@ -1,0 +1,76 @@
+"""What federation is compared with: each site alone, and all data in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from client.cohort import Cohort
+from client.train import train
+from common.config import Privacy, Recipe
+from common.metrics import Metrics
+from common.models import build, get_weights, set_weights
+from common.samples import Samples
+from server.evaluate import central
+from server.report import Baselines
+
+
+def baselines(
+    recipe: Recipe,
+    cohorts: Mapping[str, Cohort],
+    test: Samples,
+    device: torch.device,
+    done: Callable[[str], None] = lambda name: None,
+) -> Baselines:
+    """Trains without privacy and without federation; every model is measured on the same central test set.
+
+    Each training makes as many passes over its data as the federation did: a site alone takes
+    exactly its own local steps, the pooled data as many as all sites together.
+    """
+    plain = _in_one_go(recipe)
+    alone = {}
+    for name, cohort in cohorts.items():
+        alone[name] = _trained(plain, cohort, test, device, name)
+        done(name)
+    centralised = _trained(plain, pooled(list(cohorts.values())), test, device, "pooled")
+    done("pooled")
+    return Baselines(centralised=centralised, alone=alone)
+
+
+def pooled(cohorts: list[Cohort]) -> Cohort:
+    """All sites' samples as one cohort, in memory; possible in a simulation only."""
+    first = np.cumsum([0, *(len(cohort.samples.patients) for cohort in cohorts)])
+    samples = [cohort.samples for cohort in cohorts]
+    everything = Samples(
+        x_N=np.concatenate([part.x_N for part in samples]),
+        targets_N=np.concatenate([part.targets_N for part in samples]),
+        patient_N=np.concatenate([part.patient_N + start for part, start in zip(samples, first, strict=False)]),
+        patients=tuple(f"{i}/{name}" for i, part in enumerate(samples) for name in part.patients),
+        subgroups={},
+        digest="",
+    )
+    split_P = np.concatenate([cohort.split_P for cohort in cohorts])
+    return Cohort(everything, split_P, "", {}, cohorts[0].outputs)
+
+
+def _in_one_go(recipe: Recipe) -> Recipe:
+    # One round of all epochs: the optimiser keeps its moments, as a site that trains alone would.
+    training = replace(
+        recipe.training,
+        local_epochs=recipe.training.local_epochs * recipe.rounds,
+        warmup_rounds=recipe.training.warmup_rounds / recipe.rounds,
+        proximal_mu=0.0,
+    )
+    federation = replace(recipe.federation, strategy="fedavg")
+    return replace(recipe, rounds=1, training=training, privacy=Privacy(), federation=federation)
+
+
+def _trained(recipe: Recipe, cohort: Cohort, test: Samples, device: torch.device, name: str) -> Metrics:
+    model = build(recipe)
+    start = get_weights(model)
+    trained = train(model, start, cohort, recipe, round_=1, site=name, device=device)
+    set_weights(model, start + trained.delta)
+    return central(model, test, recipe, device=device).metrics

@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common import samples as room
+from common.config import Augmentation, Preprocessing, Task
+from common.errors import ConfigError, DataError, StorageError
+from common.labels import read_labels
+from common.samples import Prepared, prepare_folder, pseudonym
+from common.storage import write_whole
+from simulations.dicom_writer import Machine, Subject, write_image, write_series
+
+AXIAL = np.eye(4)[[2, 1, 0, 3]]  # slices along z, rows along y, columns along x
+KEY = b"a site's own secret"
+TASK = Task(key="patient")
+DATA = Preprocessing(size=(8, 8), intensity="window", low=0, high=200)
+CR = Machine(modality="CR", bits_stored=8)
+
+
+def someone(number: int) -> Subject:
+    return Subject(patient_id=f"MRN-{number:04d}", entropy=("test_samples",))
+
+
+def image_of(number: int) -> np.ndarray:
+    """8 x 8 values up to 200, different for every number."""
+    return ((np.arange(64).reshape(8, 8) * 3 + number) % 201).astype(np.uint8)
+
+
+def hospital(folder: Path, patients: int = 6, table: Sequence[str] | None = None) -> Path:
+    """One CR image a patient; odd numbers are positive."""
+    for number in range(patients):
+        write_image(folder / "dicom" / f"p{number}" / "1.dcm", image_of(number), CR, someone(number))
+    rows = [f"MRN-{number:04d},{('negative', 'positive')[number % 2]}" for number in range(patients)]
+    label(folder, ["patient,label", *rows] if table is None else table)
+    return folder
+
+
+def label(folder: Path, lines: Sequence[str]) -> None:
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def read(folder: Path, task: Task = TASK, data: Preprocessing = DATA, **kwargs: Any) -> Prepared:
+    return prepare_folder(folder, task, data, cache=folder.parent / "cache", key=KEY, **kwargs)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    return hospital(tmp_path / "north")
+
+
+@pytest.fixture
+def no_dicom(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fail(*_: object) -> None:
+        raise AssertionError("DICOM was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "iterate_folder", fail)
+        yield
+
+
+def test_each_sample_holds_its_own_patients_pixels_and_label(site: Path) -> None:
+    samples = read(site).samples
+    assert samples.x_N.shape == (6, 1, 8, 8)
+    assert samples.x_N.dtype == np.float32
+    for number in range(6):
+        patient = samples.patients.index(pseudonym(KEY, "patient", f"MRN-{number:04d}")[:16])
+        (row,) = np.flatnonzero(samples.patient_N == patient)
+        # window [0, 200] -> [0, 1]
+        np.testing.assert_allclose(samples.x_N[row, 0], image_of(number) / 200, atol=1e-5)
+        assert samples.targets_N[row] == number % 2
+
+
+def test_the_digest_is_the_sha256_of_pixels_then_targets(site: Path) -> None:
+    samples = read(site).samples
+    assert samples.digest == hashlib.sha256(samples.x_N.tobytes() + samples.targets_N.tobytes()).hexdigest()
+    assert samples.targets_N.dtype == np.int64
+
+
+def test_nothing_in_the_cache_names_a_patient_and_only_the_owner_enters(site: Path) -> None:
+    read(site)
+    cache = site.parent / "cache"
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"index.json"}
+    assert not any(b"MRN-" in path.read_bytes() or "MRN-" in str(path) for path in files)
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_second_run_opens_no_image(site: Path, request: pytest.FixtureRequest) -> None:
+    first = read(site)
+    request.getfixturevalue("no_dicom")
+    second = read(site)
+    assert second.samples.digest == first.samples.digest
+    assert second.samples.patients == first.samples.patients
+    assert second.refused == first.refused
+    assert isinstance(second.samples.x_N, np.memmap)
+    assert not second.samples.x_N.flags.writeable
+    other = replace(DATA, augmentation=Augmentation(flip_up_down=True))
+    assert read(site, data=other).samples.digest == first.samples.digest
+
+
+@pytest.mark.parametrize("change", ["image", "label", "key", "preprocessing", "code"])
+def test_whatever_decides_the_samples_makes_the_cache_stale(
+    site: Path, change: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read(site)
+    key, data = KEY, DATA
+    if change == "image":
+        os.utime(site / "dicom" / "p0" / "1.dcm", ns=(1, 1))
+    elif change == "label":
+        (site / "labels.csv").write_text((site / "labels.csv").read_text().replace("0000,negative", "0000,positive"))
+    elif change == "key":
+        key = b"the secret of another site"
+    elif change == "preprocessing":
+        data = replace(DATA, high=100)
+    else:
+        monkeypatch.setattr(room, "_maker", lambda: "other code")
+    request.getfixturevalue("no_dicom")
+    with pytest.raises(AssertionError, match="DICOM was read"):
+        prepare_folder(site, TASK, data, cache=site.parent / "cache", key=key)
+
+
+def test_order_and_digest_do_not_depend_on_where_the_files_lie(tmp_path: Path) -> None:
+    one = hospital(tmp_path / "a" / "site")
+    two = hospital(tmp_path / "b" / "site")
+    (two / "dicom" / "p0").rename(two / "dicom" / "zz")
+    (two / "dicom" / "p5").rename(two / "dicom" / "aa")
+    assert read(one).samples.digest == read(two).samples.digest
+
+
+def test_a_shortened_or_foreign_cache_file_is_made_anew(site: Path) -> None:
+    first = read(site)
+    (file,) = (site.parent / "cache").rglob("*.npy")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    assert read(site).samples.digest == first.samples.digest
+    assert file.read_bytes() == whole
+    (index,) = (site.parent / "cache").rglob("index.json")
+    index.write_bytes(index.read_bytes()[:100])
+    assert read(site).samples.digest == first.samples.digest
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_trusted_later(site: Path) -> None:
+    cache = site.parent / "cache"
+
+    def die(done: int, total: int) -> None:
+        if done >= 3 * total // 4:  # some pixels are in
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            read(site, progress=die)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert list(cache.rglob("*.tmp"))
+    assert not list(cache.rglob("index.json"))
+    assert len(read(site).samples.targets_N) == 6
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_a_crash_between_samples_and_index_is_no_cache(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "write_whole", crash)
+        with pytest.raises(KeyboardInterrupt):
+            read(site)
+    assert not list((site.parent / "cache").rglob("index.json"))
+    assert len(read(site).samples.targets_N) == 6
+    assert len(list((site.parent / "cache").rglob("*.npy"))) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full disk that Linux keeps at /dev/full")
+def test_a_full_disk_is_a_storage_error_and_leaves_no_part(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(site)
+    (place,) = (path.parent for path in (site.parent / "cache").rglob("index.json"))
+    os.utime(site / "dicom" / "p0" / "1.dcm", ns=(1, 1))
+    (place / "index.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_clear", lambda *_, **__: None)
+        (place / "rows.tmp").symlink_to("/dev/full")
+        with pytest.raises(StorageError, match="No space left on device; free space"):
+            read(site)
+    assert not list(place.glob("*.tmp"))
+    assert not (place / "index.json").exists()
+
+    kept = place / "kept"
+    kept.write_bytes(b"old")
+    (place / f".kept.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="kept could not be written"):
+        write_whole(kept, b"new")
+    assert kept.read_bytes() == b"old"
+
+
+def test_images_that_change_while_they_are_read_are_refused(site: Path) -> None:
+    def meddle(done: int, total: int) -> None:
+        (site / "dicom" / "late.txt").write_text("just arrived")
+
+    with pytest.raises(DataError, match="changed while they were read"):
+        read(site, progress=meddle)
+    assert read(site).refused  # late.txt, counted
+
+
+@pytest.mark.parametrize("key", ["patient", "study", "accession", "series"])
+def test_labels_are_found_by_each_key(tmp_path: Path, key: str) -> None:
+    site = hospital(tmp_path / "north", patients=4)
+    found = {
+        "patient": lambda who: who.patient_id,
+        "study": lambda who: who.uid("study", 1),
+        "accession": lambda who: who.accession,
+        "series": lambda who: who.uid("series", 1, 1),
+    }[key]
+    label(site, [f"{key},label", *(f"{found(someone(n))},{('negative', 'positive')[n // 2]}" for n in range(4))])
+    samples = read(site, replace(TASK, key=key)).samples
+    of = {samples.patients[at]: target for at, target in zip(samples.patient_N, samples.targets_N, strict=True)}
+    assert [of[pseudonym(KEY, "patient", f"MRN-{n:04d}")[:16]] for n in range(4)] == [0, 0, 1, 1]
+
+
+def test_two_images_of_one_patient_are_two_samples_of_one_patient(site: Path) -> None:
+    write_image(site / "dicom" / "again.dcm", image_of(90), CR, someone(0), number=2)
+    samples = read(site).samples
+    assert (len(samples.x_N), len(samples.patients)) == (7, 6)
+    assert sorted(np.bincount(samples.patient_N)) == [1, 1, 1, 1, 1, 2]
+
+
+def test_multi_label_targets_are_one_float_column_a_class(tmp_path: Path) -> None:
+    site = hospital(tmp_path / "north", 2, ["patient,edema,age,mass,sex", "MRN-0000,1,70,0,F", "MRN-0001,0,60,0,"])
+    task = Task(kind="multilabel", classes=("mass", "edema"), subgroups=("sex",))
+    samples = read(site, task).samples
+    first = samples.patients.index(pseudonym(KEY, "patient", "MRN-0000")[:16])
+    row = int(np.flatnonzero(samples.patient_N == first)[0])
+    assert samples.targets_N.dtype == np.float32
+    assert samples.targets_N[row].tolist() == [0.0, 1.0]
+    assert samples.targets_N[1 - row].tolist() == [0.0, 0.0]
+    assert (samples.subgroups["sex"][row], samples.subgroups["sex"][1 - row]) == ("F", "unknown")
+
+
+def test_unused_files_are_counted_by_reason(site: Path) -> None:
+    write_image(site / "dicom" / "stranger.dcm", image_of(50), CR, someone(50))
+    write_image(site / "dicom" / "echo.dcm", image_of(51), Machine(modality="US", bits_stored=8), someone(0), number=3)
+    write_image(site / "dicom" / "nobody.dcm", image_of(52), CR, replace(someone(0), patient_id="", study=9))
+    write_series(
+        site / "dicom" / "ct",
+        np.zeros((4, 8, 8), np.int16),
+        np.eye(4),
+        Machine(modality="CT"),
+        replace(someone(1), study=2),
+    )
+    (site / "dicom" / "readme.txt").write_text("not DICOM")
+    (site / "dicom" / "copy.dcm").write_bytes((site / "dicom" / "p1" / "1.dcm").read_bytes())
+    got = read(site, data=replace(DATA, modalities=("CR",)))
+    assert len(got.samples.x_N) == 6
+    counts = dict(got.refused)
+    assert counts.pop("no_label") == 1
+    assert counts.pop("other_modality") == 1
+    assert counts.pop("no_patient") == 1
+    assert counts.pop("wrong_dimensions") == 4  # files, not series
+    assert counts == {"not_dicom": 1, "copy": 1}
+
+
+def test_volumes_are_the_samples_of_a_3d_task(tmp_path: Path) -> None:
+    site = tmp_path / "north"
+    for number in range(2):
+        stored = np.arange(512, dtype=np.int16).reshape(8, 8, 8) + number
+        write_series(site / "dicom" / str(number), stored, AXIAL, Machine(modality="CT"), someone(number))
+    write_image(site / "dicom" / "flat.dcm", image_of(0), CR, replace(someone(0), study=2))
+    label(site, ["patient,label", "MRN-0000,negative", "MRN-0001,positive"])
+    data = Preprocessing(size=(8, 8, 8), intensity="window", low=0, high=1024, orientation="source")
+    got = read(site, replace(TASK, dimensions=3), data)
+    assert got.samples.x_N.shape == (2, 1, 8, 8, 8)
+    positive = got.samples.x_N[int(np.flatnonzero(got.samples.targets_N == 1)[0]), 0]
+    np.testing.assert_allclose(positive, (np.arange(512).reshape(8, 8, 8) + 1) / 1024, atol=1e-5)
+    assert got.refused == {"wrong_dimensions": 1}
+
+
+def test_an_image_that_cannot_be_prepared_is_counted_and_one_reason_is_told(site: Path) -> None:
+    write_image(site / "dicom" / "p0" / "1.dcm", image_of(0), CR, someone(0), spacing_mm=(1.0, 1.0))
+    write_image(site / "dicom" / "p1" / "1.dcm", image_of(1), CR, someone(1), spacing_mm=(1.0, 1.0))
+    got = read(site, data=replace(DATA, spacing_mm=(1.0, 1.0)))
+    assert len(got.samples.x_N) == 2
+    assert got.refused == {"not_preparable": 4}
+    write_image(site / "dicom" / "p0" / "1.dcm", image_of(0), CR, someone(0))
+    write_image(site / "dicom" / "p1" / "1.dcm", image_of(1), CR, someone(1))
+    with pytest.raises(DataError, match=r"none of 6 images .*'not_preparable': 6}; first: .* no pixel spacing"):
+        read(site, data=replace(DATA, spacing_mm=(1.0, 1.0)))
+
+
+def test_files_may_lie_beside_labels_csv(tmp_path: Path) -> None:
+    site = hospital(tmp_path / "north")
+    (site / "dicom").rename(site / "images")
+    got = read(site)
+    assert len(got.samples.x_N) == 6
+    assert got.refused == {}  # labels.csv itself is no refused image
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["study,label"], "first column must be named 'patient'.*got 'study'"),
+        (["MRN-0000,positive"], "first column must be named 'patient'"),
+        (["patient;label"], "separate the columns by commas"),
+        (["patient,lable"], "no column 'label'"),
+        (["patient,label,label"], "'label' more than once"),
+        ([], "labels.csv is empty"),
+        (["patient,label"], "no rows"),
+        (["patient,label", "MRN-0000,negative", "MRN-0001,Positive"], "row 3: the label is not one of negative, pos"),
+        (["patient,label", "MRN-0000,1"], "row 2: .*holds a number, write the class name"),
+        (["patient,label", "MRN-0000,negative", ",positive"], "row 3: the patient is empty"),
+        (["patient,label", "MRN-0000,negative", "MRN-0001"], "row 3: 1 cells, but the header has 2"),
+        (["patient,label", "MRN-0000,negative", "", "MRN-0000,positive"], "row 4: the same patient as row 2"),
+        (["patient,label", 'MRN-0000,"negative'], "row 2 cannot be read as CSV"),
+        (["patient,label", "MRN-0000,negative", "MRN-0001,negative"], "one class only: only the class 'negative'"),
+    ],
+)
+def test_a_label_table_that_makes_no_sense_is_refused_by_row(lines: Sequence[str], says: str) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        read_labels("\n".join(lines).encode(), TASK)
+    assert "MRN" not in str(caught.value)
+
+
+def test_other_label_tables_are_refused() -> None:
+    multilabel = Task(kind="multilabel", classes=("mass", "edema"))
+    with pytest.raises(DataError, match="no column 'edema'"):
+        read_labels(b"patient,mass\nA,1\n", multilabel)
+    with pytest.raises(DataError, match="row 2: column 'edema' must be 0 or 1"):
+        read_labels(b"patient,mass,edema\nA,1,2\n", multilabel)
+    with pytest.raises(DataError, match="has one class only: the same labels for everything"):
+        read_labels(b"patient,mass,edema\nA,1,0\nB,1,0\n", multilabel)
+    with pytest.raises(DataError, match="no column 'sex'"):
+        read_labels(b"patient,label\nA,negative\n", replace(TASK, subgroups=("sex",)))
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_labels("patient,label\nMüller,negative\n".encode("latin-1"), TASK)
+
+
+def test_a_spreadsheets_byte_order_mark_spaces_and_repeated_rows_are_read() -> None:
+    labels = read_labels(b"\xef\xbb\xbfpatient, label\r\nA ,negative\r\nB,positive\r\nA,negative\r\n", TASK)
+    assert {name: (found.row, found.target) for name, found in labels.items()} == {"A": (2, 0), "B": (3, 1)}
+
+
+def test_numbers_are_labels_where_they_are_the_class_names() -> None:
+    labels = read_labels(b"patient,label\nA,1\nB,0\n", replace(TASK, classes=("0", "1")))
+    assert (labels["A"].target, labels["B"].target) == (1, 0)
+
+
+def test_a_row_without_image_is_named_by_number(site: Path) -> None:
+    with (site / "labels.csv").open("a") as out:
+        out.write("MRN-7777,positive\nMRN-8888,negative\n")
+    with pytest.raises(DataError, match=r"row 8: no image has this patient; 2 such rows \(8, 9\) of 8") as caught:
+        read(site)
+    assert "MRN" not in str(caught.value)
+    assert not list((site.parent / "cache").rglob("*.tmp"))
+
+
+def test_labels_that_match_nothing_say_how_many_rows_and_images(site: Path) -> None:
+    label(site, ["accession,label", "nowhere,negative", "nothing,positive"])
+    with pytest.raises(
+        DataError, match=r"match nothing: 2 rows of labels\.csv, 6 images, none with the same accession"
+    ):
+        read(site, replace(TASK, key="accession"))
+
+
+def test_folders_without_images_or_labels_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read(tmp_path / "nowhere")
+    site = tmp_path / "north"
+    (site / "dicom").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no labels\.csv"):
+        read(site)
+    label(site, ["patient,label", "A,negative", "B,positive"])
+    with pytest.raises(DataError, match="holds no files"):
+        read(site)
+    (site / "dicom" / "note.txt").write_text("no image")
+    with pytest.raises(DataError, match="no file of the folder is a DICOM image"):
+        read(site)
+
+
+def test_images_of_the_wrong_kind_alone_are_refused(site: Path) -> None:
+    data = Preprocessing(size=(8, 8, 8), intensity="window", low=0, high=200)
+    with pytest.raises(DataError, match=r"none of 6 images can be used for a 3D task.*'wrong_dimensions': 6"):
+        read(site, replace(TASK, dimensions=3), data)
+
+
+def test_a_weak_key_and_a_cache_among_the_images_are_refused(site: Path) -> None:
+    with pytest.raises(ConfigError, match="5 bytes, expected at least 16"):
+        prepare_folder(site, TASK, DATA, cache=site.parent / "cache", key=b"short")
+    with pytest.raises(ConfigError, match="cache lies inside"):
+        prepare_folder(site, TASK, DATA, cache=site / "dicom" / "cache", key=KEY)

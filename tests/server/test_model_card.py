@@ -1,0 +1,143 @@
+"""The model card says what the report holds, and names what it does not hold."""
+
+import re
+from pathlib import Path
+
+from common.config import Evaluation, Preprocessing, Privacy, Recipe, Task
+from common.exchange import Scores, Spent
+from common.metrics import Metrics
+from common.onnx_model import STATEMENT, Description
+from server.export import Exported
+from server.model_card import write_model_card
+from server.report import RoundLine, RunReport, SiteSummary
+
+PRIVATE = Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5)
+
+
+def recipe(**parts):
+    return Recipe(
+        name="pneumonia",
+        task=Task(classes=("normal", "pneumonia"), subgroups=("sex",)),
+        data=Preprocessing(size=(28, 28)),
+        evaluation=Evaluation(min_cell=5),
+        **parts,
+    )
+
+
+def report(recipe, **parts):
+    held = {
+        "recipe": recipe,
+        "recipe_id": recipe.id,
+        "weight_digest": "d" * 64,
+        "started": "2026-01-02T03:04:05+00:00",
+        "wall_s": 61.2,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "sites": (),
+        "rounds": (),
+    }
+    return RunReport(**{**held, **parts})
+
+
+def card(tmp_path, *args, **kwargs):
+    write_model_card(*args, tmp_path / "model_card.md", **kwargs)
+    return (tmp_path / "model_card.md").read_text()
+
+
+def full(recipe):
+    values = {"auroc": 0.913, "auroc_low": 0.871, "auroc_high": 0.944}
+    return report(
+        recipe,
+        sites=(
+            SiteSummary(
+                name="north",
+                patients={"train": 70, "validation": 15, "test": 0},
+                test=Scores(patients=0, values={}),
+                spent=Spent(
+                    epsilon=7.91, delta=1e-5, noise_multiplier=1.25, clip_norm=1.0, sampling_rate=0.1, steps=300
+                ),
+            ),
+            SiteSummary(name="south|east", patients={"train": 80}, test=Scores(patients=16, values=values)),
+        ),
+        rounds=(RoundLine(round=1, accepted=("north",), refused={"south|east": "silent"}),),
+        central=Metrics(patients=160, values=values, confusion=((70, 10), (12, 68)), threshold=0.4375),
+        subgroups={"sex": {"f": Metrics(patients=81, values=values), "m": Metrics(suppressed=True)}},
+        notes=("privacy: none",),
+    )
+
+
+def exported(recipe, tmp_path):
+    described = Description(
+        version="0.1.0", created_by="a test", recipe=recipe.canonical, weight_digest="d" * 64, task=recipe.task,
+        data=recipe.data, operating_threshold=0.4375, temperature=1.0, metrics={}, privacy={},
+    )  # fmt: skip
+    return Exported(
+        path=tmp_path / "model.onnx", sha256="e" * 64, max_abs_difference=6e-7, bytes=1234, opset=20,
+        description=described,
+    )  # fmt: skip
+
+
+def test_the_card_holds_the_reports_numbers(tmp_path):
+    private = recipe(privacy=PRIVATE)
+    text = card(tmp_path, full(private), exported=exported(private, tmp_path))
+    assert "| AUROC | 0.913 [0.871, 0.944] |" in text
+    assert "| north | 7.91 | 1e-05 | 1.25 | 1 | 0.1 | 300 |" in text
+    assert "| north | 70 | 15 | below the minimum |" in text
+    assert "| pneumonia | 12 | 68 |" in text
+    assert "| f | 81 | 0.913 [0.871, 0.944] | not defined | not defined |" in text
+    assert "| m | suppressed |" in text
+    assert "probability of 0.4375" in text
+    for digest in (private.id, "d" * 64, "e" * 64):
+        assert f"`{digest}`" in text
+    assert "fedicom predict model.onnx DICOM_DIR --out predictions.csv" in text
+    assert STATEMENT in text
+    assert "Replies of these sites were not used in one round or more: south\\|east." in text
+
+
+def test_every_section_of_mitchell_et_al_is_there(tmp_path):
+    text = card(tmp_path, report(recipe()))
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    wanted = [
+        "Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data",
+        "Quantitative analyses", "Privacy", "Ethical considerations and caveats", "Provenance",
+    ]  # fmt: skip
+    assert headings == wanted
+
+
+def test_what_the_report_lacks_is_said_to_be_absent(tmp_path):
+    text = card(tmp_path, report(recipe(privacy=PRIVATE), sites=(SiteSummary(name="north", patients={}),)))
+    assert "Central test set: not given; the model was not evaluated centrally." in text
+    assert "| ONNX file | not given |" in text
+    assert "| north | not given | not given | not given |" in text
+    assert "| north | not given | not given | not given | not given | not given | not given |" in text
+    assert "Operating point: not given" in text
+    assert "fedicom predict" not in text
+    assert "nan" not in text.lower().split()
+    assert "None" not in text
+
+
+def test_a_run_without_privacy_says_so_and_shows_no_epsilon(tmp_path):
+    text = card(tmp_path, full(recipe()))
+    assert "**No differential privacy was applied.**" in text
+    assert "Epsilon" not in text
+
+
+def test_seeded_noise_voids_the_guarantee_in_words(tmp_path):
+    seeded = recipe(privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5, unsafe_seeded_noise=True))
+    assert "are no guarantee for this model" in " ".join(card(tmp_path, full(seeded)).split())
+
+
+def test_words_of_sites_and_recipes_cannot_break_the_tables(tmp_path):
+    hostile = "a|b\n## x <script>`*"
+    held = report(recipe(description=hostile), sites=(SiteSummary(name=hostile, patients={"train": 9}),))
+    text = card(tmp_path, held, exported=None)
+    assert "\n## x" not in text
+    assert "\\<script\\>" in text
+    rows = [line for line in text.splitlines() if line.startswith("| a\\|b")]
+    bars = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    assert bars == [5, 14], "counts: 4 columns; results: 13 columns"
+
+
+def test_the_same_report_gives_the_same_bytes(tmp_path):
+    assert card(tmp_path, full(recipe())) == card(tmp_path, full(recipe()))
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["model_card.md"]

@@ -1,0 +1,324 @@
+"""The report: complete, escaped, self-contained, and the same bytes each time."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.config import Evaluation, Federation, Privacy, Recipe, Task
+from common.errors import StorageError
+from common.exchange import Scores, Spent
+from common.metrics import Metrics, score
+from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, write_report
+from server.report.html import Html, join, tag
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+EVIL = '<script>alert("1")</script>&$x$'
+
+
+class Balance(HTMLParser):
+    """Collects what does not close, every attribute, and the text outside style."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+def read(page: str) -> Balance:
+    parser = Balance()
+    parser.feed(page)
+    parser.close()
+    return parser
+
+
+def words(page: str) -> str:
+    return " ".join(" ".join(read(page).text).split())
+
+
+def metrics(seed: int, patients: int = 40) -> Metrics:
+    rng = np.random.default_rng(seed)
+    truth = np.arange(patients) % 2
+    p = 1 / (1 + np.exp(-2 * (truth - 0.5) - rng.normal(size=patients)))
+    return score(truth, np.stack([1 - p, p], 1), np.arange(patients), Task(), Evaluation(bootstraps=100), seed=0)
+
+
+def make(
+    names: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3, name: str = "Lesions"
+) -> RunReport:
+    recipe = Recipe(
+        name=name,
+        rounds=rounds,
+        task=Task(classes=("clear", "lesion"), subgroups=("sex",)),
+        federation=Federation(sites=len(names), quorum=1),
+        privacy=Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-5) if private else Privacy(),
+    )
+    values = {"auroc": 0.8125, "auroc_low": 0.71, "auroc_high": 0.89, "loss": 0.5}
+    lines = tuple(
+        RoundLine(
+            round=number,
+            mean_validation=0.625,
+            validation={name: Scores(patients=9, values=values) for name in names},
+            accepted=tuple(names) if number <= rounds else (),
+            update_norms=dict.fromkeys(names, 1.5) if number <= rounds else {},
+            epsilon=dict.fromkeys(names, number / 2) if private and number <= rounds else {},
+        )
+        for number in range(1, rounds + 2)
+    )
+    spent = Spent(epsilon=1.4961, delta=1e-5, noise_multiplier=1.25, clip_norm=1.0, sampling_rate=0.125, steps=1234)
+    sites = tuple(
+        SiteSummary(
+            name=name,
+            patients={"train": 61, "validation": 13, "test": 17},
+            test=Scores(patients=17, values=values),
+            spent=spent if private else None,
+            refused_files={"not_an_image": 7},
+        )
+        for name in names
+    )
+    return RunReport(
+        recipe=recipe,
+        recipe_id=recipe.id,
+        weight_digest="0123456789abcdef" * 4,
+        started="2026-01-02T03:04:05+00:00",
+        wall_s=95.0,
+        device="CPU",
+        versions={"torch": "2.13.0"},
+        sites=sites,
+        rounds=lines,
+        central=metrics(1),
+        subgroups={"sex": {"F": metrics(2, 22), "M": metrics(3, 18)}},
+        baselines=Baselines(centralised=metrics(4), alone={name: metrics(5 + i) for i, name in enumerate(names)}),
+        export=ExportLine(
+            file="model.onnx", sha256="ab" * 32, max_abs_difference=2.5e-7, opset=20, size_bytes=44_800_000
+        ),
+    )
+
+
+def lean(report: RunReport) -> RunReport:
+    """The same run with fewer pictures, for tests of the text."""
+    values = {"auroc": 0.9375, "auroc_low": 0.875, "auroc_high": 0.96875}
+    return replace(report, rounds=report.rounds[:1], baselines=None, central=Metrics(patients=40, values=values))
+
+
+def write(report: RunReport, folder: Path) -> str:
+    write_report(report, folder / "report.html")
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(make(), tmp_path_factory.mktemp("report"))
+
+
+CASES = {
+    "no privacy": lambda: make(private=False),
+    "nothing but sites": lambda: replace(make(), central=None, baselines=None, export=None, subgroups={}),
+    "no round": lambda: replace(
+        make(), rounds=(), sites=tuple(replace(s, test=None, spent=None) for s in make().sites)
+    ),
+    "one site, one round": lambda: make(("only",), rounds=1),
+    "twelve sites": lambda: make([f"hospital-{i}" for i in range(12)], rounds=21),
+    "suppressed": lambda: replace(make(), central=Metrics(suppressed=True)),
+    "values absent": lambda: replace(make(), central=Metrics(patients=9, values={"accuracy": 1.0})),
+    "odd names": lambda: make([EVIL, "x" * 300, "東京 病院"], name=EVIL),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_run_gives_balanced_html(case: str, tmp_path: Path) -> None:
+    text = write(CASES[case](), tmp_path)
+    parser = read(text)
+    assert (parser.open, parser.wrong) == ([], [])
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)  # raises where a picture is no XML
+    identifiers = [value for _, name, value in parser.attributes if name == "id"]
+    assert len(identifiers) == len(set(identifiers))
+    assert "nan" not in words(text).lower().split()
+    assert len(text) < 2_000_000
+
+
+def test_the_same_run_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
+    assert write(make(), tmp_path) == page
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(page: str) -> None:
+    parser = read(page)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & {tag for tag, _, _ in parser.attributes}
+    assert "<script" not in page
+    for element, name, value in parser.attributes:
+        if name in ("href", "src", "xlink:href", "srcset", "action"):
+            assert value.startswith("#"), (element, name)
+        assert not name.startswith("on"), (element, name)
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert any("default-src 'none'" in value for element, _, value in parser.attributes if element == "meta")
+
+
+def test_references_inside_the_pictures_resolve(page: str) -> None:
+    identifiers = set(re.findall(r'\bid="([^"]+)"', page))
+    wanted = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
+    assert wanted
+    assert wanted <= identifiers
+
+
+def test_names_from_outside_stay_text(tmp_path: Path) -> None:
+    report = replace(make([EVIL, "south"], name=EVIL), notes=(EVIL,), device=EVIL, versions={EVIL: EVIL})
+    report = replace(
+        report,
+        rounds=(replace(report.rounds[0], refused={EVIL: EVIL}), *report.rounds[1:]),
+        subgroups={EVIL: {EVIL: metrics(1)}},
+    )
+    text = write(report, tmp_path)
+    assert "<script" not in text
+    assert EVIL in words(text)
+    assert read(text).wrong == []
+
+
+def test_every_number_of_the_run_is_on_the_page(page: str) -> None:
+    report = make()
+    assert report.central is not None
+    assert report.baselines is not None
+    assert report.baselines.centralised is not None
+    shown = words(page)
+    numbers = [f"{report.central.values[name]:.3f}" for name in report.central.values]
+    numbers += [f"{report.baselines.centralised.values['auroc']:.3f}"]
+    numbers += [f"{one.values['auroc']:.3f}" for one in report.baselines.alone.values()]
+    numbers += [f"{one.values['auroc']:.3f}" for one in report.subgroups["sex"].values()]
+    numbers += [str(count) for row in report.central.confusion for count in row]
+    numbers += ["0.812", "0.710 to 0.890", "61", "13", "17", "122", "1,234", "1.250", "12.50 %", "1e-5", "2.5e-7"]
+    numbers += ["44.8 MB", "ab" * 32, report.recipe_id, report.weight_digest, "2.13.0", "2026-01-02 03:04 UTC", "2 min"]
+    assert [number for number in numbers if number not in shown] == []
+
+
+def test_a_privacy_cost_is_rounded_up(page: str) -> None:  # 1.4961 spent
+    assert "epsilon at most 1.50 (delta 1e-5)" in words(page)
+
+
+def test_the_odds_in_the_privacy_text_are_e_to_the_epsilon(page: str) -> None:  # e^1.4961 = 4.464
+    assert "a factor of 4.46" in words(page)
+
+
+def test_suppressed_groups_show_neither_result_nor_count(tmp_path: Path) -> None:
+    # Should a value slip into suppressed metrics, the page must still hide it.
+    leaky = Metrics(patients=4321, suppressed=True, values={"auroc": 0.4242})
+    shown = words(write(replace(lean(make()), subgroups={"sex": {"F": metrics(2, 22), "X": leaky}}), tmp_path))
+    assert "X suppressed (< 5 patients)" in shown
+    assert "0.424" not in shown
+    assert "4321" not in shown.replace(",", "")
+    # Nor the other groups' counts: the total less 22 would be the count of X.
+    assert "F 22" not in shown
+
+
+def test_groups_without_a_suppressed_one_show_their_counts(page: str) -> None:
+    assert "F 22" in words(page)
+    assert "M 18" in words(page)
+
+
+def test_a_suppressed_central_result_is_hidden_everywhere(tmp_path: Path) -> None:
+    leaky = Metrics(patients=4, suppressed=True, values={"auroc": 0.4242}, roc={"lesion": ((0.0, 0.0), (1.0, 1.0))})
+    text = write(replace(lean(make()), central=leaky), tmp_path)
+    assert "0.424" not in text
+    assert "too small to show" in words(text)
+
+
+def test_a_site_below_the_cell_shows_no_count(tmp_path: Path) -> None:
+    site = SiteSummary(
+        name="tiny", patients={"train": 61, "validation": 0, "test": 0}, test=Scores(patients=0, values={})
+    )
+    shown = words(write(replace(lean(make(private=False)), sites=(site,)), tmp_path))
+    assert "tiny 61 < 5 < 5 suppressed (< 5 patients)" in shown
+
+
+def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
+    shown = words(write(lean(make(private=False)), tmp_path))
+    assert "trained without differential privacy" in shown
+    assert "Treat the model file as if it held patient data" in shown
+
+
+def test_seeded_noise_claims_no_privacy(tmp_path: Path) -> None:
+    report = lean(make())
+    recipe = replace(report.recipe, privacy=replace(report.recipe.privacy, unsafe_seeded_noise=True))
+    note = "unsafe_seeded_noise was on: the privacy figures do not hold"
+    shown = words(write(replace(report, recipe=recipe, notes=(note,)), tmp_path))
+    assert note in shown
+    assert "is protected by differential privacy" not in shown
+    assert "it gives no privacy" in shown
+
+
+def test_an_interval_that_holds_one_half_is_called_guessing(tmp_path: Path) -> None:
+    weak = Metrics(patients=30, values={"auroc": 0.55, "auroc_low": 0.45, "auroc_high": 0.64})
+    assert "cannot be told from guessing" in words(write(replace(lean(make()), central=weak), tmp_path))
+    assert "cannot be told from guessing" not in words(write(lean(make()), tmp_path))
+
+
+def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None:
+    report = lean(make())
+    line = replace(report.rounds[0], refused={"south": "delta norm 14.2 exceeds clip norm 10"})
+    shown = words(write(replace(report, rounds=(line,)), tmp_path))
+    assert "1 south delta norm 14.2 exceeds clip norm 10" in shown
+
+
+def test_what_left_lists_every_message_of_a_site(page: str) -> None:
+    shown = words(page)
+    for name in ("Scores", "Spent", "Hello", "Update", "Refusal"):
+        assert f" {name} " in shown
+    assert "RoundPlan" not in shown
+
+
+def test_pictures_have_words_for_those_who_cannot_see_them(page: str) -> None:
+    labels = re.findall(r'<svg class="plot"[^>]*role="img" aria-label="([^"]+)"', page)
+    assert len(labels) == 7  # AUROC, loss, epsilon, norms, ROC, calibration, comparison
+    assert "AUROC compared. Federated" in labels[-1]
+
+
+def test_pictures_use_the_colours_of_the_page(page: str) -> None:
+    pictures = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert "var(--c0)" in pictures
+    assert re.findall(r"[:\"]\s*#[0-9a-f]{6}\b", pictures) == []
+
+
+def test_multiclass_runs_show_a_curve_for_each_class(tmp_path: Path) -> None:
+    report = lean(make())
+    task = Task(kind="multiclass", classes=("a", "b", "c"))
+    truth = np.arange(60) % 3
+    p = np.full((60, 3), 0.2) + 0.4 * np.eye(3)[truth]
+    found = score(truth, p, np.arange(60), task, Evaluation(bootstraps=100), seed=0)
+    recipe = replace(report.recipe, task=task)
+    shown = words(write(replace(report, recipe=recipe, central=found, subgroups={}), tmp_path))
+    assert "One curve a class" in shown
+    assert "called a called b called c" in shown
+
+
+def test_a_folder_that_does_not_exist_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"report\.html"):
+        write_report(lean(make()), tmp_path / "nowhere" / "report.html")
+
+
+def test_text_is_escaped_unless_it_is_markup() -> None:
+    assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert join("<", Html("<br>"), None) == "&lt;<br>"

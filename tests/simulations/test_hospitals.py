@@ -1,0 +1,416 @@
+"""Imports of public data: pixels and geometry exact, patients kept whole, nothing half-written."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+
+from common.errors import ConfigError, DataError
+from common.imaging import read_folder
+from simulations.dicom_writer import Machine, Subject, quantise, write_image, write_series
+from simulations.hospitals import import_images, import_medmnist, import_nifti, site_names
+from simulations.partition import ByColumn, Dirichlet, Iid, Quantity
+
+DATA = Path(os.environ.get("FEDICOM_DATA", Path(__file__).parents[3] / "shared" / "data"))
+KERMANY = r"(?P<patient>(?:NORMAL\d+-)?IM-\d+|person\d+)(?:_(?P<subtype>bacteria|virus))?"
+
+
+def _medmnist(file: Path, shape: tuple[int, ...], columns: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for split, count in (("train", 14), ("val", 4), ("test", 6)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count * columns).reshape(count, columns) % 2).astype(np.uint8)
+    np.savez(file, **arrays)
+    return arrays
+
+
+def _table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "labels.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _digest(root: Path) -> str:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+
+def test_medmnist_pixels_come_back_exactly_and_the_test_split_is_central(tmp_path: Path) -> None:
+    arrays = _medmnist(tmp_path / "breastmnist.npz", (9, 7))
+    import_medmnist(tmp_path / "breastmnist.npz", tmp_path / "out", 3, Iid(seed=2))
+    found = {}
+    for site in (*site_names(3), "central"):
+        reading = read_folder(tmp_path / "out" / site / "dicom")
+        assert not reading.refused
+        labels = {row["patient"]: row["label"] for row in _table(tmp_path / "out" / site)}
+        assert len(labels) == 6  # (14 + 4) / 3, and 6 of test
+        for image in reading.images:
+            split, index = image.source.patient_id[:-5].lower(), int(image.source.patient_id[-5:])
+            assert (split == "test") == (site == "central")
+            assert image.source.modality == "US"
+            np.testing.assert_array_equal(image.values_YX, arrays[f"{split}_images"][index])
+            found[image.source.patient_id] = labels[image.source.patient_id]
+            assert labels[image.source.patient_id] == ("malignant", "normal or benign")[index % 2]
+    assert len(found) == 24
+
+
+def test_medmnist_volumes_come_back_exactly_with_their_spacing(tmp_path: Path) -> None:
+    arrays = _medmnist(tmp_path / "adrenalmnist3d.npz", (5, 6, 7))
+    import_medmnist(tmp_path / "adrenalmnist3d.npz", tmp_path / "out", 2, Iid())
+    reading = read_folder(tmp_path / "out" / "central" / "dicom")
+    assert not reading.refused
+    assert len(reading.volumes) == 6
+    for volume in reading.volumes:
+        index = int(volume.source.patient_id[-5:])
+        np.testing.assert_array_equal(volume.values_ZYX, arrays["test_images"][index])
+        np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), 64 / 28)
+
+
+def test_several_label_columns_become_several_columns(tmp_path: Path) -> None:
+    arrays = _medmnist(tmp_path / "x.npz", (8, 8), columns=3)
+    import_medmnist(tmp_path / "x.npz", tmp_path / "out", 2, Iid(), modality="CR", classes=("a", "b", "c"))
+    for row in _table(tmp_path / "out" / "central"):
+        assert list(row) == ["patient", "a", "b", "c"]
+        assert [int(row[name]) for name in "abc"] == arrays["test_labels"][int(row["patient"][-5:])].tolist()
+
+
+def test_the_same_import_gives_the_same_bytes(tmp_path: Path) -> None:
+    _medmnist(tmp_path / "breastmnist.npz", (8, 8))
+    for name in ("one", "two"):
+        import_medmnist(tmp_path / "breastmnist.npz", tmp_path / name, 2, Dirichlet(5.0, seed=1, min_patients=1))
+    assert _digest(tmp_path / "one") == _digest(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"classes": ("only", )}, ConfigError, "got 1 names"),
+        ({"modality": "CT"}, ConfigError, "CR, DX or US in 2D"),
+        ({"dimensions": 3}, ConfigError, "expected 3"),
+        ({"sites": 19}, DataError, "18 patients cannot fill 19 sites"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_file_is_refused_and_leaves_nothing(
+    tmp_path: Path, change: dict, error: type[Exception], words: str
+) -> None:
+    _medmnist(tmp_path / "breastmnist.npz", (8, 8))
+    arguments = {"npz": tmp_path / "breastmnist.npz", "out": tmp_path / "out", "sites": 2, "partition": Iid(), **change}
+    with pytest.raises(error, match=words):
+        import_medmnist(**arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["breastmnist.npz"]
+
+
+def test_colour_and_unknown_and_broken_files_are_refused(tmp_path: Path) -> None:
+    _medmnist(tmp_path / "pathmnist.npz", (8, 8, 3))
+    with pytest.raises(ConfigError, match="colour"):
+        import_medmnist(
+            tmp_path / "pathmnist.npz", tmp_path / "out", 2, Iid(), modality="US", classes=("a", "b")
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match="not a known data set"):
+        import_medmnist(tmp_path / "pathmnist.npz", tmp_path / "out", 2, Iid())
+    (tmp_path / "breastmnist.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(DataError, match="not a MedMNIST file"):
+        import_medmnist(tmp_path / "breastmnist.npz", tmp_path / "out", 2, Iid())
+    np.savez(tmp_path / "retinamnist.npz", train_images=np.array([{"pickled": 1}], dtype=object))
+    with pytest.raises(DataError, match="not a MedMNIST file"):
+        import_medmnist(tmp_path / "retinamnist.npz", tmp_path / "out", 2, Iid())
+
+
+def _pictures(root: Path) -> dict[str, np.ndarray]:
+    """Kermany's naming: 6 normal patients, 6 with pneumonia of whom the first has both kinds."""
+    rng, made = np.random.default_rng(0), {}
+    names = [f"NORMAL/IM-{n:04d}-0001.png" for n in range(5)] + ["NORMAL/NORMAL2-IM-0001-0001.png"]
+    names += [f"PNEUMONIA/person{n}_bacteria_{n}.png" for n in range(6)] + ["PNEUMONIA/person0_virus_9.png"]
+    for name in names:
+        made[name] = rng.integers(0, 256, (10, 12), dtype=np.uint8)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(made[name]).save(root / name)
+    return made
+
+
+def test_pictures_keep_their_patients_and_pixels(tmp_path: Path) -> None:
+    made = _pictures(tmp_path / "in")
+    import_images(tmp_path / "in", tmp_path / "out", 2, Iid(), patient=KERMANY, central_fraction=1 / 3, spacing_mm=0.5)
+    rows, pixels, patients = [], [], []
+    for site in (*site_names(2), "central"):
+        own = _table(tmp_path / "out" / site)
+        rows += own
+        reading = read_folder(tmp_path / "out" / site / "dicom")
+        pixels += [image.values_YX.astype(np.uint8).tobytes() for image in reading.images]
+        assert {image.spacing_mm for image in reading.images} == {(0.5, 0.5)}
+        assert {image.source.patient_id for image in reading.images} == {row["patient"] for row in own}
+        patients.append({row["patient"] for row in own})
+    assert sorted(pixels) == sorted(values.tobytes() for values in made.values())
+    assert len(rows) == len({row["patient"] for row in rows}) == 12
+    assert [len(one) for one in patients] == [4, 4, 4]  # a third of each class is central: 2 + 2
+    subtypes = {row["patient"]: row["subtype"] for row in rows}
+    assert subtypes["person0"] == "bacteria+virus"
+    assert subtypes["person1"] == "bacteria"
+    assert subtypes["NORMAL2-IM-0001"] == subtypes["IM-0001"] == ""
+
+
+def test_pictures_can_be_dealt_out_by_a_named_group(tmp_path: Path) -> None:
+    _pictures(tmp_path / "in")
+    import_images(
+        tmp_path / "in", tmp_path / "out", 3, ByColumn("subtype"), patient=KERMANY, central_fraction=0
+    )  # fmt: skip
+    kinds = [{row["subtype"] for row in _table(tmp_path / "out" / site)} for site in site_names(3)]
+    assert kinds == [{""}, {"bacteria"}, {"bacteria+virus"}]
+    assert not (tmp_path / "out" / "central").exists()
+
+
+def test_a_patient_with_two_labels_needs_the_accession_as_key(tmp_path: Path) -> None:
+    for name in ("no/p1_left.png", "yes/p1_right.png", "no/p2_left.png", "yes/p3_left.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "in" / name)
+    pattern = r"(?P<patient>p\d)_(?P<side>\w+)"
+    with pytest.raises(DataError, match="import with key accession") as error:
+        import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), patient=pattern, central_fraction=0)
+    assert "p1" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), patient=pattern, central_fraction=0, key="accession")
+    rows = {row["accession"]: (row["label"], row["side"]) for row in _table(tmp_path / "out" / "north")}
+    assert rows == {
+        "p1.1": ("no", "left"), "p1.2": ("yes", "right"), "p2.1": ("no", "left"), "p3.1": ("yes", "left"),
+    }  # fmt: skip
+    headers = [pydicom.dcmread(path) for path in (tmp_path / "out").rglob("*.dcm")]
+    assert {str(header.AccessionNumber) for header in headers} == set(rows)
+
+
+def test_sixteen_bit_pictures_keep_their_depth(tmp_path: Path) -> None:
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    for label, name in (("a", "1"), ("b", "2")):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        Image.fromarray(deep).save(tmp_path / "in" / label / f"{name}.png")
+    import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0)
+    for image in read_folder(tmp_path / "out" / "north" / "dicom").images:
+        np.testing.assert_array_equal(image.values_YX, deep)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spoil", "error", "words"),
+    [
+        (r"(?P<patient>person\d+)", None, ConfigError, "does not fit every file name"),
+        (r"person\d+", None, ConfigError, "group"),
+        (r"(?P<patient>", None, ConfigError, "no regular expression"),
+        (KERMANY, "PNEUMONIA/person7_virus_1.jpeg", DataError, "no readable PNG or JPEG"),
+    ],
+)
+def test_pictures_that_cannot_be_used_leave_nothing(
+    tmp_path: Path, pattern: str, spoil: str | None, error: type[Exception], words: str
+) -> None:
+    _pictures(tmp_path / "in")
+    if spoil:
+        (tmp_path / "in" / spoil).write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    with pytest.raises(error, match=words) as raised:
+        import_images(tmp_path / "in", tmp_path / "out", 2, Iid(), patient=pattern)
+    assert "person7" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@dataclass
+class Scans:
+    folder: Path
+    table: Path
+    volumes: dict[str, nibabel.Nifti1Image]
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Scans:
+    """Five volumes: axial, oblique, left-handed; integers, unsigned 16-bit, floats."""
+    rng = np.random.default_rng(4)
+    turn = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]) @ np.diag([0.7, 0.9, 2.5])
+    kinds = {
+        "axial": (np.diag([1.0, 1.0, 1.0]), rng.integers(-500, 500, (4, 5, 6)).astype(np.int16)),
+        "oblique": (turn, rng.normal(0, 1e6, (5, 6, 4))),
+        "flipped": (np.diag([-1.0, 1.5, 2.0]), rng.integers(0, 60_000, (6, 4, 5)).astype(np.uint16)),
+        "sagittal": (np.array([[0, 0, 3.0], [1.0, 0, 0], [0, 1.0, 0]]), rng.random((4, 6, 5)).astype(np.float32)),
+        "flat": (np.diag([1.0, 1.0, 1.0]), np.full((4, 4, 4), 2.5)),
+    }
+    folder, volumes = tmp_path / "nifti", {}
+    folder.mkdir()
+    for number, (name, (matrix, values)) in enumerate(kinds.items()):
+        affine = np.eye(4)
+        affine[:3, :3], affine[:3, 3] = matrix, (number, -20, 3.25)
+        volumes[name] = nibabel.Nifti1Image(values, affine)
+        nibabel.save(volumes[name], folder / f"{name}.nii{'.gz' if number % 2 else ''}")
+    lines = [f"{name},{number % 2},{'ab'[number % 2]}" for number, name in enumerate(kinds)]
+    (tmp_path / "table.csv").write_text("id,y,scanner\n" + "\n".join(lines) + "\n")
+    return Scans(folder, tmp_path / "table.csv", volumes)
+
+
+def _import_scans(scans: Scans, out: Path, **change: object) -> None:
+    arguments = {"id_column": "id", "label_column": "y", "classes": ("small", "large"), "central_fraction": 0.0}
+    import_nifti(scans.folder, scans.table, out, 1, Iid(), **{**arguments, **change})
+
+
+def test_every_nifti_voxel_is_found_at_its_place_in_the_patient(tmp_path: Path, scans: Scans) -> None:
+    _import_scans(scans, tmp_path / "out", columns=("scanner",))
+    reading = read_folder(tmp_path / "out" / "north" / "dicom")
+    assert not reading.refused
+    assert {volume.source.patient_id for volume in reading.volumes} == set(scans.volumes)
+    for volume in reading.volumes:
+        source = scans.volumes[volume.source.patient_id]
+        wanted = np.asanyarray(source.dataobj).astype(np.float64)
+        shape = volume.values_ZYX.shape
+        index = np.indices(shape).reshape(3, -1)
+        lps = volume.affine @ np.vstack([index, np.ones(index.shape[1])])
+        ijk = np.linalg.inv(source.affine) @ (np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps)
+        np.testing.assert_allclose(ijk[:3], np.rint(ijk[:3]), atol=1e-3)
+        there = wanted[tuple(np.rint(ijk[:3]).astype(int))]
+        level = (wanted.max() - wanted.min()) / 65535
+        tolerance = 0.0 if wanted.dtype != float or np.array_equal(wanted, np.rint(wanted)) else 0.51 * level
+        # float32 of the reader: 24 bits
+        np.testing.assert_allclose(volume.values_ZYX.reshape(-1), there, atol=tolerance + 1e-6 * np.abs(wanted).max())
+    rows = {row["patient"]: (row["label"], row["scanner"]) for row in _table(tmp_path / "out" / "north")}
+    assert rows["axial"] == ("small", "a")
+    assert rows["oblique"] == ("large", "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"label_column": "grade"}, ConfigError, "no column 'grade'"),
+        ({"label_column": "scanner"}, DataError, "none of small, large"),
+        ({"id_column": "scanner"}, DataError, "row without its volume"),
+        ({"central_fraction": 1.5}, ConfigError, "central_fraction"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(
+    tmp_path: Path, scans: Scans, change: dict, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        _import_scans(scans, tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_values_that_fit_16_bits_are_kept_and_others_are_off_by_half_a_level() -> None:
+    for values in (np.array([-32768, 32767]), np.array([0, 65535]), np.array([7.0, 8.0])):
+        stored, slope, intercept = quantise(values)
+        assert (slope, intercept) == ("1", "0")
+        np.testing.assert_array_equal(stored, values)
+    rng = np.random.default_rng(0)
+    for scale in (1e-6, 1.0, 1.7e6, 1e30):
+        values = rng.normal(3, 1, 5000) * scale
+        stored, slope, intercept = quantise(values)
+        assert max(len(slope), len(intercept)) <= 16
+        error = np.abs(stored * float(slope) + float(intercept) - values).max()
+        assert error <= 0.505 * (values.max() - values.min()) / 65535
+    with pytest.raises(DataError, match="not finite"):
+        quantise(np.array([1.0, np.nan]))
+
+
+def test_geometry_that_dicom_cannot_hold_is_refused(tmp_path: Path) -> None:
+    subject, machine = Subject(patient_id="P1", entropy=("t",)), Machine(modality="CT")
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.2
+    tilted = np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]]
+    tilted[1, 0] = 0.3
+    for affine in (sheared, tilted):
+        with pytest.raises(DataError, match="orthogonal"):
+            write_series(tmp_path / "s", np.zeros((3, 4, 4), np.int16), affine, machine, subject)
+    with pytest.raises(DataError, match="no length"):
+        write_series(tmp_path / "s", np.zeros((3, 4, 4), np.int16), np.zeros((4, 4)), machine, subject)
+    twelve = Machine(modality="CR", bits_stored=12)
+    with pytest.raises(DataError, match="up to 4095"):
+        write_image(tmp_path / "i.dcm", np.full((4, 4), 4096, np.uint16), twelve, subject)
+
+
+def test_an_odd_number_of_bytes_is_padded(tmp_path: Path) -> None:
+    values = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    subject = Subject(patient_id="Müller 7", entropy=("t",))
+    write_image(tmp_path / "i.dcm", values, Machine(modality="US", bits_stored=8), subject)
+    dataset = pydicom.dcmread(tmp_path / "i.dcm")
+    assert len(dataset.PixelData) == 16
+    assert dataset.PatientID == "Müller 7"
+    np.testing.assert_array_equal(dataset.pixel_array, values)
+
+
+def test_pydicom_writes_the_same_bytes_from_what_it_reads(tmp_path: Path) -> None:
+    subject = Subject(patient_id="P1", entropy=("t",))
+    for modality in ("CR", "DX", "US"):
+        values = np.arange(16, dtype=np.uint16).reshape(4, 4)
+        write_image(tmp_path / modality, values, Machine(modality=modality), subject, spacing_mm=(0.1, 0.2))
+    for modality in ("CT", "MR"):
+        values = np.arange(48, dtype=np.int16).reshape(3, 4, 4)
+        affine = np.eye(4)[[2, 1, 0, 3]]
+        write_series(tmp_path / f"{modality}s", values, affine, Machine(modality=modality), subject)
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        dataset = pydicom.dcmread(path)
+        dataset.save_as(tmp_path / "again", enforce_file_format=True)
+        again = pydicom.dcmread(tmp_path / "again")
+        assert again == dataset
+        ours, theirs = path.read_bytes(), (tmp_path / "again").read_bytes()
+        assert ours[ours.index(b"\x08\x00\x05\x00CS") :] == theirs[theirs.index(b"\x08\x00\x05\x00CS") :]
+
+
+# ---- real data -------------------------------------------------------------
+
+
+def _need(name: str) -> Path:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"real data {name} not found; set FEDICOM_DATA to the folder that holds it")
+    return path
+
+
+def test_breastmnist_in_five_skewed_hospitals(tmp_path: Path) -> None:
+    npz = _need("medmnist/breastmnist.npz")
+    import_medmnist(npz, tmp_path / "out", 5, Dirichlet(0.5, seed=0))
+    sites = json.loads((tmp_path / "out" / "hospitals.json").read_text())["sites"]
+    assert sum(one["patients"] for name, one in sites.items() if name != "central") == 546 + 78
+    # The paper's counts: 147 of 780 lesions are malignant in train and val, 42 of 156 in test
+    assert sites["central"]["labels"] == {"malignant": 42, "normal or benign": 114}
+    with np.load(npz, allow_pickle=False) as file:
+        images = file["test_images"]
+    for image in read_folder(tmp_path / "out" / "central" / "dicom").images:
+        np.testing.assert_array_equal(image.values_YX, images[int(image.source.patient_id[-5:])])
+
+
+def test_hippocampus_volumes_keep_their_intensity_scale(tmp_path: Path) -> None:
+    folder = _need("hippocampus_msd")
+    with (folder / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    widest = sorted(rows, key=lambda row: float(row["max_intensity"]))
+    chosen = [widest[0], widest[90], widest[-1]]
+    with (tmp_path / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(chosen)
+    import_nifti(
+        folder / "images", tmp_path / "labels.csv", tmp_path / "out", 1, Quantity(), id_column="id",
+        label_column="y_large_volume", classes=("small", "large"), central_fraction=0,
+    )  # fmt: skip
+    reading = read_folder(tmp_path / "out" / "north" / "dicom")
+    assert not reading.refused
+    highest = {volume.source.patient_id: float(volume.values_ZYX.max()) for volume in reading.volumes}
+    for row in chosen:
+        assert highest[row["id"]] == pytest.approx(float(row["max_intensity"]), rel=2e-5)
+
+
+def test_kermany_names_give_patients(tmp_path: Path) -> None:
+    folder = _need("kermany_cxr224/train")
+    for label in ("NORMAL", "PNEUMONIA"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        for path in sorted((folder / label).iterdir())[:40]:
+            (tmp_path / "in" / label / path.name).symlink_to(path)
+    import_images(tmp_path / "in", tmp_path / "out", 2, Iid(), patient=KERMANY)
+    rows = [row for site in (*site_names(2), "central") for row in _table(tmp_path / "out" / site)]
+    expected = {
+        path.name.split("_")[0] if path.name.startswith("person") else path.name[: path.name.index("-", 3)]
+        for path in (tmp_path / "in").rglob("*.jpeg")
+        if not path.name.startswith("NORMAL2")
+    }
+    assert {row["patient"] for row in rows if not row["patient"].startswith("NORMAL2")} == expected
+    assert len(list((tmp_path / "out").rglob("*.dcm"))) == 80
