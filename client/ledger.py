@@ -101,6 +101,15 @@ class _Entry:
     event: Event
     settled: bool
 
+    def is_open(self, recipe_id: str, round_: int, base: str) -> bool:
+        return not self.settled and (self.recipe_id, self.round, self.base) == (recipe_id, round_, base)
+
+    def reservation(self, epsilon: float) -> Reservation:
+        return Reservation(
+            number=self.number, recipe_id=self.recipe_id, round=self.round, base=self.base, event=self.event,
+            epsilon=epsilon,
+        )  # fmt: skip
+
 
 class Ledger:
     """The privacy account of one cohort, safe for several processes at once.
@@ -134,12 +143,8 @@ class Ledger:
             entries = _entries(lines)
             events = [entry.event for entry in entries]
             for entry in entries:
-                same = (entry.recipe_id, entry.round, entry.base, entry.event) == (recipe_id, round, base, event)
-                if same and not entry.settled:
-                    return Reservation(
-                        number=entry.number, recipe_id=recipe_id, round=round, base=base, event=event,
-                        epsilon=epsilon_pld(events, self._policy.delta),
-                    )  # fmt: skip
+                if entry.event == event and entry.is_open(recipe_id, round, base):
+                    return entry.reservation(epsilon_pld(events, self._policy.delta))
             projected = epsilon_pld([*events, event], self._policy.delta)
             if not projected <= self._policy.epsilon:
                 raise PrivacyError(
@@ -157,6 +162,21 @@ class Ledger:
             return Reservation(
                 number=number, recipe_id=recipe_id, round=round, base=base, event=event, epsilon=projected
             )
+
+    def pending(self, recipe_id: str, *, round: int, base: str) -> Reservation | None:
+        """The open reservation of a visit, if there is one.
+
+        For a reply that was kept on disk, then a crash, then the same question: settle it before the kept
+        reply leaves, else the reservation stays open and a second training could take it over for nothing.
+
+        Raises:
+            StorageError: The ledger cannot be read or trusted.
+        """
+        with self._locked() as (_, lines):
+            entries = _entries(lines)
+        found = [entry for entry in entries if entry.is_open(recipe_id, round, base)]
+        epsilon = epsilon_pld([entry.event for entry in entries], self._policy.delta)
+        return found[0].reservation(epsilon) if found else None
 
     def settle(self, reservation: Reservation, steps: int) -> float:
         """Closes a visit with the steps that were really run; call it before the reply leaves.

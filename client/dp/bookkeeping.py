@@ -61,7 +61,8 @@ def clipped_sum(
         losses = per_record(loss_B(model(x_B), target_B), len(x_B))
     with _full_precision(x_B.device):
         torch.autograd.backward(losses.sum())
-        return book.close(clip_norm)
+        with torch.no_grad():  # what was booked belongs to a graph, the sums must not
+            return book.close(clip_norm)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -210,7 +211,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         book, shape, (index_w, index_b) = ctx.book, ctx.shape, ctx.indices
-        book.keep(index_b, gy.flatten(2).sum(2))
+        book.keep(index_b, _over_positions(gy))
         if index_w is not None:
             gradients_B, squares_B = layers.convolution_gradients(x, gy, weight, shape)
             if gradients_B is not None:
@@ -275,11 +276,11 @@ class _GroupNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         book, (index_w, index_b), (_, channels, _, groups) = ctx.book, ctx.indices, ctx.sizes
         gy = gy.contiguous(memory_format=memory_format(x))
-        bias_BC = gy.flatten(2).sum(2)
+        bias_BC = _over_positions(gy)
         if index_w is not None:
             each = channels // groups
             mean_BC, rstd_BC = (v.view(len(x), groups).repeat_interleave(each, 1) for v in (mean, rstd))
-            book.keep(index_w, ((gy * x).flatten(2).sum(2) - mean_BC * bias_BC) * rstd_BC)
+            book.keep(index_w, (_over_positions(gy * x) - mean_BC * bias_BC) * rstd_BC)
         book.keep(index_b, bias_BC)
         gx = None
         if ctx.needs_input_grad[2]:
@@ -347,6 +348,11 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         ctx.book.keep(ctx.index, _sum_to(gy, ctx.shape))
         return None, None, None, None
+
+
+def _over_positions(values_BC: torch.Tensor) -> torch.Tensor:
+    """Sum over all axes after the channel, whatever the memory format."""
+    return values_BC.sum(tuple(range(2, values_BC.dim()))) if values_BC.dim() > 2 else values_BC
 
 
 def _sum_to(gradients_B: torch.Tensor, shape: torch.Size) -> torch.Tensor:

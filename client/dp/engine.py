@@ -112,14 +112,20 @@ class PrivateGradient:
         if not self._tested and len(x_B):
             self.self_test(x_B, target_B)
         settle_norms(self.model)
-        sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
-        norms = [x_B.new_zeros(0, dtype=sums[0].dtype)]
+        sums: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
         with _buffers_unchanged(self.model):
             for start in range(0, len(x_B), self.physical_batch):
                 part = slice(start, start + self.physical_batch)
                 chunk, chunk_norms = self._clipped_sum(self.model, self.loss_B, x_B[part], target_B[part])
-                torch._foreach_add_(sums, chunk)
+                if sums:
+                    torch._foreach_add_(sums, chunk)
+                else:
+                    sums = chunk
                 norms.append(chunk_norms)
+        if not norms:  # nobody was drawn: noise alone
+            sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
+            norms = [sums[0].new_zeros(0)]
         self._release(sums)
         return torch.cat(norms)
 
@@ -235,7 +241,7 @@ def loop(
         losses = bookkeeping.per_record(loss_B(model(x_B[i : i + 1]), target_B[i : i + 1]), 1)
         found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
         gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        norm = torch.stack([g.square().sum() for g in gradient]).sum().sqrt()
+        norm = torch.stack([g.detach().square().sum() for g in gradient]).sum().sqrt()
         norms.append(norm)
         if torch.isfinite(norm):
             factor = min(1.0, clip_norm / float(norm)) if norm > 0 else 1.0
@@ -245,8 +251,9 @@ def loop(
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     """L2 distance relative to b; NaN when b is zero or something is not finite."""
-    off = torch.stack([(x - y).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
-    return float((off / torch.stack([y.double().square().sum() for y in b]).sum()).sqrt())
+    with torch.no_grad():
+        off = torch.stack([(x - y).double().square().sum() for x, y in zip(a, b, strict=True)]).sum()
+        return float((off / torch.stack([y.double().square().sum() for y in b]).sum()).sqrt())
 
 
 @contextmanager

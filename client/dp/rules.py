@@ -50,8 +50,8 @@ def check_delta(delta: float, patients: int) -> None:
     """
     if not 0 < delta < 1 / max(1, patients):
         raise PrivacyError(
-            f"delta: got {delta:g}, expected less than 1 / (training patients), here {1 / max(1, patients):.2g}; "
-            "choose a smaller privacy.delta"
+            # The number itself is private: it would tell the count.
+            f"delta: got {delta:g}, expected less than 1 / (training patients of this site); choose a smaller one"
         )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import imagecodecs
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import generate_frames
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi, convert_color_space
+from pydicom.pixels.utils import pixel_array
 
 MAX_IMAGE_BYTES = 2**29
 """Decoded size of one single-frame file: 16384 x 16384 at 16 bits."""
@@ -23,6 +25,21 @@ MAX_FILE_BYTES = 2**32
 FREE_BYTES = 2**26
 MAX_RATIO = 4096
 """A compressed file may unpack to `FREE_BYTES`, or to this many times its own length."""
+
+
+_CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
+    uid.JPEGExtended12Bit: imagecodecs.jpeg_decode,
+    uid.JPEGLossless: imagecodecs.jpeg_decode,
+    uid.JPEGLosslessSV1: imagecodecs.jpeg_decode,
+    uid.JPEGLSLossless: imagecodecs.jpegls_decode,
+    uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
+    uid.JPEG2000Lossless: imagecodecs.jpeg2k_decode,
+    uid.JPEG2000: imagecodecs.jpeg2k_decode,
+    uid.HTJ2KLossless: imagecodecs.jpeg2k_decode,
+    uid.HTJ2KLosslessRPCL: imagecodecs.jpeg2k_decode,
+    uid.HTJ2K: imagecodecs.jpeg2k_decode,
+}
+_BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 
 
 class RefusalCode(StrEnum):
@@ -293,16 +310,28 @@ def _name_syntax(dataset: Dataset) -> None:
 
 
 def _stored(dataset: Dataset) -> NDArray[Any]:
-    """Stored values (rows, columns) or (frames, rows, columns), bits above Bits Stored cleared."""
-    if dataset.file_meta.TransferSyntaxUID == uid.JPEGExtended12Bit and int(dataset.BitsStored) > 8:
-        # pydicom's free plugins decode 8 bits only; the one that does 12 is GPL
-        count = int(dataset.get("NumberOfFrames") or 1)
-        frames = [
-            imagecodecs.jpeg_decode(frame) for frame in generate_frames(dataset.PixelData, number_of_frames=count)
-        ]
-        return np.stack(frames) if len(frames) > 1 else np.asarray(frames[0])
-    stored: NDArray[Any] = dataset.pixel_array
-    return stored
+    """Stored values (rows, columns[, 3]) or (frames, rows, columns[, 3]); colour as RGB, unused bits cleared.
+
+    GDCM, pydicom's first choice, ends the whole process on some damaged JPEG files, so it is never asked.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    unpack = _CODECS.get(syntax)
+    if unpack is None or (syntax == uid.JPEGExtended12Bit and int(dataset.BitsStored) <= 8):
+        return pixel_array(dataset, decoding_plugin="pillow" if syntax in _BASELINE else "")
+    colour = int(dataset.SamplesPerPixel) == 3
+    if colour and unpack is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
+        unpack = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
+    frames = [unpack(frame) for frame in _frames(dataset)]
+    stored = frames[0] if len(frames) == 1 else np.stack(frames)
+    if colour:
+        ybr = str(dataset.PhotometricInterpretation).startswith("YBR_FULL")
+        return convert_color_space(stored, "YBR_FULL", "RGB") if ybr else stored
+    # the codestream's own signedness may contradict the header, which counts
+    bits = int(dataset.BitsStored)
+    values: NDArray[Any] = stored.astype(np.int64) & ((1 << bits) - 1)
+    if dataset.get("PixelRepresentation"):
+        values[values >= 1 << (bits - 1)] -= 1 << bits
+    return values.astype(np.int32 if bits <= 16 else np.int64)
 
 
 def _frames(dataset: Dataset) -> Iterator[bytes]:

@@ -165,7 +165,8 @@ def scan(path: Path) -> Header | Refused:
     except Refusal as refusal:
         return Refused(path, refusal.code, refusal.why)
     except Exception as error:  # whatever a hostile header makes the parser raise
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: it made the parser seek below 0
+        # without a number it is pydicom's own; EINVAL: the header made it seek before the start
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             return Refused(path, RefusalCode.UNREADABLE, "The file cannot be read; check its permissions and the disk.")
         return Refused(path, RefusalCode.CORRUPT, "The DICOM header is damaged and cannot be read.")
 
@@ -263,10 +264,16 @@ def stacks(series: Sequence[Header]) -> Iterator[Stack | tuple[Header, RefusalCo
     """
     for group in _alike(series):
         try:
-            yield from _divide(group)
+            with quiet():
+                divided = _divide(group)
         except Refusal as refusal:
             for header in group:
                 yield header, refusal.code, refusal.why
+        except Exception:  # numbers that no scanner writes
+            for header in group:
+                yield header, RefusalCode.MISSING_GEOMETRY, "The positions of the slices make no sense."
+        else:
+            yield from divided
 
 
 def _alike(series: Sequence[Header]) -> Iterator[list[Header]]:
@@ -292,7 +299,8 @@ def _divide(group: list[Header]) -> list[Stack]:
     try:
         return [_stack(group)]
     except Refusal as refusal:
-        if refusal.code in (RefusalCode.MISSING_GEOMETRY, RefusalCode.SINGLE_SLICE):
+        # a gap stays a gap: two interleaved passes, one slice lost, could pass as two half as dense volumes
+        if refusal.code in (RefusalCode.MISSING_GEOMETRY, RefusalCode.SINGLE_SLICE, RefusalCode.GAP):
             raise
         whole = refusal
     everything = tuple(range(len(_REPEATS) - 1))
@@ -355,8 +363,6 @@ def _stack(group: Sequence[Header]) -> Stack:
     )
     if distance_mm is None or index is None:
         raise _irregular(position_N3[order], step_mm, normal)
-    # highdicom is the gate, its order must be ours
-    assert np.array_equal(np.argsort(index), order) or np.array_equal(np.argsort(index)[::-1], order)
     first, last = position_N3[order[0]], position_N3[order[-1]]
     step = (last - first) / (len(group) - 1)
     expected_N3 = first + np.arange(len(group))[:, None] * step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -165,7 +166,7 @@ def _digest(path: Path) -> bytes:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
-        return b""
+        return os.fsencode(path)  # equal to nothing
 
 
 def _read_series(series: Sequence[Header], copies: dict[Path, Refused]) -> Iterator[Volume | Image | Refused]:

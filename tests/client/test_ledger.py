@@ -37,14 +37,14 @@ def test_epsilon_is_that_of_all_recipes_and_rounds_together(tmp_path: Path) -> N
 
 def test_a_visit_beyond_the_cap_is_refused_before_it_starts_and_writes_nothing(tmp_path: Path) -> None:
     ledger = make(tmp_path)
-    for number in range(11):
+    for number in range(6):
         ledger.settle(ledger.reserve("a", round=number, base="w", event=EVENT), 20)
     before = (tmp_path / "ledger.jsonl").read_bytes()
     with pytest.raises(PrivacyError, match=r"epsilon 8\.\d+, its cap is 8 at delta 1e-05, spent so far 7\.\d+"):
-        ledger.reserve("a", round=11, base="w", event=EVENT)
+        ledger.reserve("a", round=6, base="w", event=EVENT)
     assert (tmp_path / "ledger.jsonl").read_bytes() == before
-    assert ledger.spent() == epsilon_pld([Event(noise_multiplier=1.0, sampling_rate=0.1, steps=220)], 1e-5) <= 8
-    ledger.reserve("a", round=11, base="w", event=Event(noise_multiplier=1.0, sampling_rate=0.1, steps=1))
+    assert ledger.spent() == epsilon_pld([Event(noise_multiplier=1.0, sampling_rate=0.1, steps=120)], 1e-5) <= 8
+    ledger.reserve("a", round=6, base="w", event=Event(noise_multiplier=1.0, sampling_rate=0.1, steps=1))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,15 @@ def test_after_the_reply_left_the_same_visit_is_paid_again(tmp_path: Path) -> No
     again = ledger.reserve("a", round=1, base="w", event=EVENT)
     assert again.number != first.number
     assert again.epsilon > first.epsilon
+
+
+def test_an_open_visit_can_be_found_and_closed_after_a_restart(tmp_path: Path) -> None:
+    first = make(tmp_path).reserve("a", round=1, base="w", event=EVENT)
+    ledger = make(tmp_path)
+    assert ledger.pending("a", round=1, base="w") == first
+    assert ledger.pending("a", round=1, base="v") is None
+    ledger.settle(first, 20)
+    assert ledger.pending("a", round=1, base="w") is None
 
 
 def test_settling_only_lowers_and_only_once(tmp_path: Path) -> None:
@@ -212,15 +221,15 @@ def _spend(path: Path, recipe: str, visits: int) -> None:
 def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_spend, args=(path, recipe, 5)) for recipe in ("a", "b")]
+    both = [context.Process(target=_spend, args=(path, recipe, 3)) for recipe in ("a", "b")]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
         assert process.exitcode == 0
     ledger = make(tmp_path)
-    assert ledger.events() == (EVENT,) * 10
-    assert ledger.spent() == epsilon_pld([Event(noise_multiplier=1.0, sampling_rate=0.1, steps=200)], 1e-5)
+    assert ledger.events() == (EVENT,) * 6
+    assert ledger.spent() == epsilon_pld([Event(noise_multiplier=1.0, sampling_rate=0.1, steps=120)], 1e-5)
 
 
 def test_only_one_of_two_processes_may_answer_the_same_visit(tmp_path: Path) -> None:

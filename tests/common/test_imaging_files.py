@@ -213,3 +213,44 @@ def test_a_compressed_file_cut_anywhere_is_refused_or_complete(tmp_path: Path, n
             np.testing.assert_array_equal(image.values_YX, whole.values_YX)
         refused += len(reading.refused)
     assert refused >= 2  # some files end in padding that may be lost
+
+
+def test_damaged_jpeg_does_not_end_the_process(tmp_path: Path) -> None:
+    """Found with random damage: GDCM 3.2.6 aborts on some lossless JPEG, which no exception handler sees."""
+    path = as_radiograph(tmp_path, "SC_rgb_jpeg_gdcm.dcm")
+    raw = path.read_bytes()
+    start = raw.rindex(b"\xff\xd8\xff")
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        damaged = bytearray(raw)
+        for at in rng.integers(start + 2, start + 700, size=3):
+            damaged[at] = rng.integers(256)
+        path.write_bytes(bytes(damaged))
+        reading = read_folder(tmp_path)
+        assert len(reading.images) + len(reading.refused) == 1
+
+
+def test_seven_transfer_syntaxes_of_one_image_give_the_same_pixels(tmp_path: Path) -> None:
+    """The nine files of mr_transfer_syntaxes_same_image, as radiographs because they are mosaics."""
+    if not (DATA / "dicom").is_dir():
+        pytest.skip("the data folder is absent: set FEDICOM_DATA")
+    for number in range(1, 10):
+        dataset = pydicom.dcmread(DATA / "dicom" / "mr_transfer_syntaxes_same_image" / f"{number}.dcm")
+        dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = uid.ComputedRadiographyImageStorage
+        dataset.ImageType, dataset.SOPInstanceUID = ["ORIGINAL", "PRIMARY"], f"1.2.{number}"
+        dataset.save_as(tmp_path / f"{number}")
+    reading = read_folder(tmp_path)
+    assert (reading.refused, len(reading.images)) == ((), 9)
+    assert reading.images[0].values_YX.max() == 2362
+    for image in reading.images[1:]:
+        np.testing.assert_array_equal(image.values_YX, reading.images[0].values_YX)
+
+
+def test_a_signed_image_in_an_unsigned_codestream_keeps_its_sign(tmp_path: Path) -> None:
+    path = as_radiograph(tmp_path, "J2K_pixelrep_mismatch.dcm")
+    (image,) = read_folder(tmp_path).images
+    want = pydicom.dcmread(path)
+    np.testing.assert_array_equal(
+        image.values_YX, want.pixel_array * float(want.RescaleSlope) + float(want.RescaleIntercept)
+    )
+    assert want.pixel_array.min() == -2000

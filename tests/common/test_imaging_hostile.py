@@ -166,6 +166,16 @@ def test_a_lost_slice_at_an_acquisition_border_is_a_gap_and_not_two_volumes(tmp_
     assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.GAP}
 
 
+def test_interleaved_passes_with_a_lost_slice_are_a_gap_and_not_two_thinner_volumes(tmp_path: Path) -> None:
+    slices = [ct(z, AcquisitionNumber=1 + z % 2) for z in (0, 1, 2, 3, 5, 7)]  # 4 and 6 are lost
+    assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.GAP}
+
+
+def test_positions_beyond_all_measure_are_refused(tmp_path: Path) -> None:
+    slices = [ct(z, mm=(1e300 * z, -1e300, 1e300 * z)) for z in range(3)]
+    assert len(read_folder(write(tmp_path, *slices)).refused) == 3
+
+
 # --- several stacks in one series
 
 
@@ -379,6 +389,15 @@ def test_a_deflated_file_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> 
     meta_end = 132 + 12 + pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength
     path.write_bytes(raw[:meta_end] + bomb)
     assert all_refused(read_folder(tmp_path)) == {RefusalCode.TOO_LARGE}
+
+
+def test_a_sequence_that_runs_off_the_file_is_damage_and_not_a_disk_error(tmp_path: Path) -> None:
+    write(tmp_path, ct(0, ReferencedStudySequence=[Dataset()]))
+    path = tmp_path / "000.dcm"
+    raw = path.read_bytes()
+    at = raw.index(b"\x08\x00\x10\x11SQ")
+    path.write_bytes(raw[: at + 8] + b"\xff\xff\xff\xff")
+    assert all_refused(read_folder(tmp_path)) <= {RefusalCode.CORRUPT, RefusalCode.MISSING_HEADER}
 
 
 def test_a_pipe_or_a_linked_folder_does_not_stop_or_escape_the_reading(tmp_path: Path) -> None:

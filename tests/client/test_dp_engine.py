@@ -1,0 +1,556 @@
+"""The private gradient against a loop over the records, against Opacus, and by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from client.dp import PrivateGradient, bookkeeping, layers, seeded_noise
+from client.dp.engine import loop, vectorised
+from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
+from common.errors import PrivacyError
+from common.models import build
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def engine(model: nn.Module, **changes: object) -> PrivateGradient:
+    fixed: dict[str, object] = {
+        "clip_norm": 1.0, "noise_multiplier": 0.0, "expected_batch": 4, "physical_batch": 64, "noise": seeded_noise(0),
+    }  # fmt: skip
+    loss = changes.pop("loss", cross_entropy)
+    return PrivateGradient(model, loss, **{**fixed, **changes})  # type: ignore[arg-type]
+
+
+def small(*, inplace: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(inplace=inplace), nn.Conv2d(8, 6, 3, stride=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+def batch(count: int, *shape: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, *(shape or (1, 8, 8)), generator=generator), torch.arange(count) % 2
+
+
+def distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    off = math.sqrt(sum(float((x - y).detach().double().square().sum()) for x, y in zip(a, b, strict=True)))
+    return off / math.sqrt(sum(float(y.detach().double().square().sum()) for y in b))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def recipe(name: str, size: tuple[int, ...]) -> Recipe:
+    dimensions = len(size)
+    return Recipe(
+        name="test",
+        task=Task(dimensions=3 if dimensions == 3 else 2),
+        data=Preprocessing(size=size),
+        model=ModelConfig(
+            family="timm" if dimensions == 2 else "monai", name=name, dimensions=3 if dimensions == 3 else 2,
+            width=1.0 if dimensions == 2 else 0.25,
+        ),
+        privacy=Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-5),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "last"),
+    [
+        ("resnet18", (32, 32), False),
+        ("resnet18", (32, 32), True),
+        ("efficientnet_b0", (32, 32), False),
+        ("efficientnet_b0", (32, 32), True),
+        ("convnext_tiny", (32, 32), False),
+        ("vit_tiny_patch16_224", (32, 32), False),
+        ("resnet18", (16, 16, 16), False),
+        ("resnet18", (16, 16, 16), True),
+    ],
+)
+def test_both_ways_give_the_clipped_sum_of_a_loop_over_the_records(
+    name: str, size: tuple[int, ...], last: bool
+) -> None:
+    model = build(recipe(name, size)).double().train()
+    x, target = batch(3, 1, *size)
+    x = x.double()
+    if last:
+        order = torch.channels_last if len(size) == 2 else torch.channels_last_3d
+        x, model = x.to(memory_format=order), model.to(memory_format=order)  # type: ignore[call-overload]
+    clip = float(loop(model, cross_entropy, x, target, 1.0)[1].median())  # one clipped, one not
+    sums, norms = loop(model, cross_entropy, x, target, clip)
+    assert norms.min() < clip < norms.max()
+    for way in (bookkeeping.clipped_sum, vectorised):
+        got_sums, got_norms = way(model, cross_entropy, x, target, clip)
+        assert not any(value.requires_grad for value in (*got_sums, got_norms))  # no graph stays alive
+        assert distance(got_sums, sums) < 1e-10, way.__module__
+        assert distance([got_norms], [norms]) < 1e-10, way.__module__
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel = [draw(st.integers(1, 3)) for _ in range(dims)]
+    dilation = [draw(st.integers(1, 2)) for _ in range(dims)]
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
+        groups * draw(st.integers(1, 3)),
+        groups * draw(st.integers(1, 3)),
+        tuple(kernel),
+        stride=tuple(draw(st.integers(1, 3)) for _ in range(dims)),
+        padding=tuple(draw(st.integers(0, 2)) for _ in range(dims)),
+        dilation=tuple(dilation),
+        groups=groups,
+    )
+    sizes = [d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True)]
+    x = torch.randn(3, conv.in_channels, *sizes, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return conv.double(), x.double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_every_method_gives_the_gradient_of_each_record_for_any_convolution(
+    case: tuple[nn.Conv2d, torch.Tensor],
+) -> None:
+    conv, x = case
+    y = conv(x)
+    gy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
+    expected = torch.stack(
+        [torch.autograd.grad((conv(x[i : i + 1]) * gy[i : i + 1]).sum(), conv.weight)[0] for i in range(3)]
+    )
+    squares = expected.flatten(1).square().sum(1)
+    weight = conv.weight.detach()
+    shape = layers.Shape.of(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    assert shape is not None
+    for method in ("loop", "grouped", "unfold", "gram", "norms"):
+        got, got_squares = layers.convolution_gradients(x, gy, weight, shape, method=method)
+        if got is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        else:
+            torch.testing.assert_close(got_squares, squares, rtol=1e-9, atol=1e-9)
+    assert layers.convolution_method(x, gy, weight, shape) in ("loop", "grouped", "unfold", "gram", "norms")
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+def test_both_methods_give_the_gradient_of_each_record_for_linear_layers(positions: int) -> None:
+    x, gy = torch.randn(4, positions, 5).double(), torch.randn(4, positions, 3).double()
+    expected = torch.einsum("btp,btd->bpd", gy, x)
+    kept, _ = layers.linear_gradients(x, gy, method="kept")
+    _, squares = layers.linear_gradients(x, gy, method="gram")
+    torch.testing.assert_close(kept, expected)
+    torch.testing.assert_close(squares, expected.square().sum((1, 2)))
+
+
+def test_a_gram_norm_in_float32_is_never_below_the_truth_even_where_almost_everything_cancels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1e-6, 1e-4, 1e-2):
+        x = torch.ones(8, 40, 16) + spread * torch.randn(8, 40, 16, generator=generator)
+        gy = torch.randn(8, 40, 4, generator=generator)
+        gy -= gy.mean(1, keepdim=True)  # the sum over positions of g u^T is nearly zero
+        _, squares = layers.linear_gradients(x, gy, method="gram")
+        truth = torch.einsum("btp,btd->bpd", gy.double(), x.double()).square().sum((1, 2))
+        assert squares is not None
+        assert (squares.double() >= truth * (1 - 1e-6)).all()
+
+
+def test_the_gradient_is_the_clipped_sum_over_the_public_denominator() -> None:
+    # gradient of w * x is x: 3 is clipped to 1, 0.5 stays; (1 + 0.5) / 10
+    model = nn.Linear(1, 1, bias=False)
+    private = engine(model, loss=lambda y, t: y[:, 0] * t, expected_batch=10)
+    norms = private.step(torch.tensor([[3.0], [0.5]]), torch.tensor([1.0, 1.0]))
+    assert model.weight.grad is not None
+    assert model.weight.grad.item() == pytest.approx(0.15, rel=1e-5)
+    assert norms.tolist() == pytest.approx([3.0, 0.5])
+    assert not model.weight.grad.requires_grad
+    private.step(torch.tensor([[-3.0], [0.5]]), torch.tensor([1.0, 1.0]))
+    assert model.weight.grad.item() == pytest.approx(-0.05, rel=1e-4)  # set, not added to
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_patient_more_moves_the_sum_by_at_most_the_clip_norm(fast: bool) -> None:
+    model = small()
+    x, target = batch(9)
+    x[8] *= 1e4
+    private = engine(model, clip_norm=0.01, expected_batch=1, fast=fast)
+    private.step(x[:8], target[:8])
+    without = [gradient.clone() for gradient in gradients(model)]
+    norms = private.step(x, target)
+    assert norms.min() > 0.01
+    moved = math.sqrt(
+        sum(float((a - b).double().square().sum()) for a, b in zip(gradients(model), without, strict=True))
+    )
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    private.step(x[8:], target[8:])
+    alone = math.sqrt(sum(float(g.double().square().sum()) for g in gradients(model)))
+    assert 0.01 * (1 - 1e-4) < alone <= 0.01
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_physical_batch_changes_memory_and_not_the_result(fast: bool) -> None:
+    x, target = batch(7)
+    results = []
+    for physical in (64, 3, 1):
+        model = small()
+        norms = engine(model, physical_batch=physical, fast=fast).step(x, target)
+        results.append([*gradients(model), norms])
+    for other in results[1:]:
+        assert distance(other, results[0]) < 1e-5
+
+
+def test_an_empty_batch_is_noise_alone_with_the_accounted_variance() -> None:
+    model = nn.Linear(300, 300)
+    private = engine(model, clip_norm=0.5, noise_multiplier=2.0, expected_batch=8)
+    norms = private.step(torch.empty(0, 300), torch.empty(0, dtype=torch.long))
+    assert norms.shape == (0,)
+    values = torch.cat([gradient.flatten() for gradient in gradients(model)])
+    # standard deviation 2 * 0.5 / 8 = 0.125; 90,300 numbers estimate it within 0.25 % (one sigma)
+    assert values.std().item() == pytest.approx(0.125, rel=0.02)
+    first = values.clone()
+    private.step(torch.empty(0, 300), torch.empty(0, dtype=torch.long))
+    assert not (torch.cat([gradient.flatten() for gradient in gradients(model)]) == first).any()
+
+
+def test_noise_is_added_once_a_step_whatever_the_number_of_chunks() -> None:
+    x, target = batch(6, 300)
+    found = []
+    for noise_multiplier, physical in ((0.0, 6), (1.0, 6), (1.0, 1)):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 300)
+        engine(model, noise_multiplier=noise_multiplier, physical_batch=physical).step(x, target)
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(model)]))
+    for noised in found[1:]:
+        assert (noised - found[0]).std().item() == pytest.approx(1 / 4, rel=0.02)
+
+
+def test_the_same_seeded_noise_gives_the_same_bits() -> None:
+    x, target = batch(6)
+    results = []
+    for _ in range(2):
+        model = small()
+        private = engine(model, noise_multiplier=1.0, noise=seeded_noise(9))
+        private.step(x, target)
+        private.step(x[:0], target[:0])
+        results.append(gradients(model))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_frozen_parameters_and_frozen_batch_norms_are_left_alone(fast: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    private = engine(model, fast=fast)
+    model.train()
+    private.step(*batch(5))
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["3.weight", "3.bias"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model[1].training
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(4),
+        nn.SyncBatchNorm(4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.BatchNorm2d(4, affine=False),
+    ],
+)
+def test_a_batch_norm_that_would_mix_patients_is_refused_by_name(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(PrivacyError, match="'1' is a batch norm"):
+        engine(model)
+
+
+def test_a_batch_norm_put_back_into_training_later_is_refused_too() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
+    private = engine(model)
+    private.step(*batch(5))
+    model.train()
+    with pytest.raises(PrivacyError, match="'1' is a batch norm"):
+        private.step(*batch(5))
+
+
+class Counting(nn.Module):
+    """Keeps the mean of what it saw, as a statistic layer would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.get_buffer("seen").add_(x.detach().mean())
+        return self.head(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_keeps_statistics_of_patients_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="buffer 'seen' changed"):
+        engine(Counting()).step(*batch(4))
+
+
+class Mixing(nn.Module):
+    """Subtracts the mean over the batch: every record depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x - 0.5 * x.mean(0)).flatten(1))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_mixes_its_records_fails_the_self_test() -> None:
+    with pytest.raises(PrivacyError, match=r"differ by .* from a loop over the records"):
+        engine(Mixing()).step(*batch(4))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_loss_that_is_not_one_number_a_record_is_refused(fast: bool) -> None:
+    with pytest.raises(PrivacyError, match=r"reduction='none'"):
+        engine(small(), loss=F.cross_entropy, fast=fast).step(*batch(4))
+
+
+class Faulty:
+    """Noise that is wrong by a factor."""
+
+    secret = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        return self.factor * torch.randn(like.shape, generator=torch.Generator().manual_seed(1), dtype=like.dtype)
+
+    def uniform(self, count: int) -> object:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("factor", [0.0, 1 / 8, 0.8, 1.3])
+def test_noise_of_another_variance_than_accounted_fails_the_self_test(factor: float) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3))
+    with pytest.raises(PrivacyError, match="of the variance that is accounted"):
+        engine(model, noise_multiplier=1.0, noise=Faulty(factor)).step(*batch(64))
+    engine(model, noise_multiplier=1.0, noise=Faulty(1.0)).step(*batch(64))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e38])
+def test_a_record_with_a_gradient_that_is_not_finite_contributes_exactly_zero(poison: float, fast: bool) -> None:
+    x, target = batch(5)
+    x[2] = poison
+    model = small()
+    norms = engine(model, fast=fast).step(x, target)
+    assert not torch.isfinite(norms[2])
+    assert torch.isfinite(norms[[0, 1, 3, 4]]).all()
+    got = gradients(model)
+    clean = small()
+    keep = torch.tensor([0, 1, 3, 4])
+    engine(clean, fast=fast).step(x[keep], target[keep])
+    assert distance(got, gradients(clean)) < 1e-5
+    lonely = small()
+    engine(lonely, fast=fast).step(x[2:3], target[2:3])  # the first step: its self-test must not look at the record
+    assert all((gradient == 0).all() for gradient in gradients(lonely))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 5, 4, 3)])
+def test_group_norm_is_booked_for_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(3, 6)
+    nn.init.normal_(norm.weight)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(math.prod(shape), 3)).double()
+    x, target = torch.randn(4, *shape).double(), torch.tensor([0, 1, 2, 0])
+    sums, _ = loop(model, cross_entropy, x, target, 1.0)
+    assert distance(bookkeeping.clipped_sum(model, cross_entropy, x, target, 1.0)[0], sums) < 1e-12
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        return self.head(self.inner(torch.tanh(self.inner(x))))  # type: ignore[no-any-return]
+
+
+class Odd(nn.Module):
+    """A parameter in a function without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.head = nn.Parameter(torch.full((64,), 0.3)), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.prelu(x.flatten(1), self.slope))  # type: ignore[no-any-return]
+
+
+class TimeFirst(nn.Module):
+    """Puts the records on the second axis: eight steps of B records, as recurrent code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.inner(x[:, 0].transpose(0, 1))).mean(0))  # type: ignore[no-any-return]
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation: the convolution's weight is computed from the parameter."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(input, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Twice, Odd, TimeFirst, lambda: nn.Sequential(Standardised(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
+     lambda: nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 3))],
+)  # fmt: skip
+@pytest.mark.parametrize("count", [5, 8])
+def test_what_book_keeping_has_no_rule_for_goes_the_general_way_and_is_right(
+    make: Callable[[], nn.Module], count: int
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x, target = batch(count)
+    private = engine(model, expected_batch=1)
+    private.step(x, target)
+    assert private.way == "torch.func"
+    sums, _ = loop(model, cross_entropy, x, target, 1.0)
+    assert distance(gradients(model), sums) < 1e-4
+
+
+class Tokens(nn.Module):
+    """Class token, position table, layer scale, a scalar gain and a view: every elementwise rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.place = nn.Parameter(torch.randn(1, 9, 8))
+        self.gamma = nn.Parameter(torch.randn(8, 1))
+        self.gain = nn.Parameter(torch.tensor(1.3))
+        self.shift = nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x[:, 0]], 1) + self.place
+        x = torch.tanh(self.gain * x) * self.gamma.reshape(1, 8)
+        return self.head(torch.add(self.shift, x).square().mean(1))  # type: ignore[no-any-return]
+
+
+def test_tokens_positions_and_scales_are_booked_and_right() -> None:
+    torch.manual_seed(0)
+    model = Tokens().double()
+    x, target = batch(5)
+    sums, norms = loop(model, cross_entropy, x.double(), target, 1.0)
+    got, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x.double(), target, 1.0)
+    assert distance(got, sums) < 1e-12
+    assert distance([got_norms], [norms]) < 1e-12
+
+
+def test_per_sample_norms_are_those_of_opacus() -> None:
+    from opacus.grad_sample import GradSampleModule
+
+    x, target = batch(6)
+    wrapped = GradSampleModule(small(inplace=False), loss_reduction="sum")  # its hooks fail on in-place layers
+    cross_entropy(wrapped(x), target).sum().backward()
+    expected = sum(p.grad_sample.flatten(1).square().sum(1) for p in wrapped.parameters()).sqrt()
+    for fast in (True, False):
+        torch.testing.assert_close(engine(small(), fast=fast).step(x, target), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_keeps_its_names_its_methods_and_has_no_hooks() -> None:
+    model = small()
+    names = list(model.state_dict())
+    private = engine(model)
+    x, target = batch(4)
+    before = model(x)
+    private.step(x, target)
+    assert private.way == "bookkeeping"
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(x), before)
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._backward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_dropout_differs_from_record_to_record(fast: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).train()
+    x, target = batch(1)
+    norms = engine(model, fast=fast).step(x.expand(8, -1, -1, -1).clone(), target.expand(8).clone())
+    assert len({round(float(norm), 5) for norm in norms}) > 1
+    assert model.training
+    assert model[1].training
+
+
+def test_autocast_around_the_step_does_not_lower_its_precision() -> None:
+    x, target = batch(4)
+    plain, around = small(), small()
+    engine(plain).step(x, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        engine(around).step(x, target)
+    assert distance(gradients(around), gradients(plain)) < 1e-6
+
+
+def test_an_unused_parameter_gets_noise_like_every_other() -> None:
+    model = small()
+    model.register_parameter("unused", nn.Parameter(torch.zeros(500)))
+    engine(model, noise_multiplier=1.0).step(*batch(4))
+    assert model.unused.grad.std().item() == pytest.approx(1 / 4, rel=0.2)
+    engine(model).step(*batch(4))
+    assert (model.unused.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
+        ({"clip_norm": math.inf}, "clip_norm: got inf"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier: got -1.0"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier: got nan"),
+        ({"expected_batch": 0}, "expected_batch: got 0"),
+        ({"physical_batch": 0}, "physical_batch: got 0"),
+    ],
+)
+def test_settings_that_break_the_bound_are_refused(change: dict[str, object], why: str) -> None:
+    with pytest.raises(PrivacyError, match=why):
+        engine(small(), **change)
+
+
+def test_a_model_without_trainable_parameters_and_unequal_batches_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="no trainable parameter"):
+        engine(small().requires_grad_(False))
+    x, target = batch(4)
+    with pytest.raises(PrivacyError, match="4 records and 3 targets"):
+        engine(small()).step(x, target[:3])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_gpu_gives_the_gradient_of_the_cpu(fast: bool) -> None:
+    x, target = batch(6)
+    cpu, gpu = small(), small().cuda()
+    engine(cpu).step(x, target)
+    engine(gpu, fast=fast).step(x.cuda(), target.cuda())
+    assert distance([gradient.cpu() for gradient in gradients(gpu)], gradients(cpu)) < 1e-4
