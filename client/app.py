@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site
 from common import wire
 from common.errors import ExchangeError
-from common.exchange import Refusal, RoundPlan
+from common.exchange import WIRE_VERSION, Refusal, RoundPlan
 
 
 def client_app(site_of: Callable[[Context], Site]) -> ClientApp:
@@ -31,7 +31,10 @@ def client_app(site_of: Callable[[Context], Site]) -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return Message(wire.encode(site_of(context).hello()), reply_to=message)
+        site = site_of(context)
+        if message.content != wire.encode_question():
+            return _refused(message, site, f"not the question that version {WIRE_VERSION} of the protocol asks")
+        return Message(wire.encode(site.hello()), reply_to=message)
 
     return app
 
@@ -39,13 +42,16 @@ def client_app(site_of: Callable[[Context], Site]) -> ClientApp:
 def _visit(message: Message, site: Site, work: str) -> Message:
     try:
         plan = wire.decode(message.content, RoundPlan)
-        if plan.work != work:
-            raise ExchangeError(f"a plan to {plan.work} came as a message to {work}")
     except ExchangeError as error:
-        site.audit.append("message refused", why=str(error)[:500])
-        refusal = Refusal(
-            site=site.name, recipe_id=site.recipe.id, round=1, code="message", why=str(error)[:500],
-            audit_head=site.audit.head,
-        )  # fmt: skip
-        return Message(wire.encode(refusal), reply_to=message)
+        return _refused(message, site, str(error))
+    if plan.work != work:
+        return _refused(message, site, f"a plan to {plan.work} came as a message to {work}")
     return Message(wire.encode(site.visit(plan)), reply_to=message)
+
+
+def _refused(message: Message, site: Site, why: str) -> Message:
+    head = site.audit.append("message refused", why=why[:500])
+    refusal = Refusal(
+        site=site.name, recipe_id=site.recipe.id, round=1, code="message", why=why[:500], audit_head=head
+    )  # fmt: skip
+    return Message(wire.encode(refusal), reply_to=message)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from client.cohort import SPLITS, Cohort, Split
-from client.dp import Noise, keystream_noise, os_noise, sampling, seeded_noise
+from client.dp import Noise, check_delta, keystream_noise, os_noise, sampling, seeded_noise
 from client.ledger import Ledger, Reservation
 from client.train import Private, seed_of, train
 from common import wire
@@ -95,12 +95,14 @@ class Site:
         )
 
     def visit(self, plan: RoundPlan) -> Update | Refusal:
-        """Does what the plan asks, or says why not. Never raises for anything that a plan or the data can cause."""
+        """Does what the plan asks, or says why not. Never raises, for an error's text may quote data."""
         try:
             self._permit(plan)
+        except FedicomError as error:
+            return self._refuse(plan, "recipe" if isinstance(error, ConfigError) else "policy", str(error))
+        try:
             stored = self._stored(plan)
             if stored is not None:
-                self.audit.append("update sent again", round=plan.round, digest=stored.delta.digest)
                 return stored
             self.audit.append(
                 "plan received",
@@ -113,8 +115,8 @@ class Site:
             return self._train(plan) if plan.work == "train" else self._evaluate(plan)
         except FedicomError as error:
             return self._refuse(plan, _code(error), str(error))
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            # Their texts may quote data or paths: only the kind leaves, the rest stays in the local log.
+        except Exception as error:
+            # Its text may quote data or paths: only the kind leaves, the rest stays in the local log.
             log.exception("round %d failed at site %s", plan.round, self.name)
             return self._refuse(plan, "training", f"{type(error).__name__} at the site; see its own log")
 
@@ -125,12 +127,17 @@ class Site:
         last = recipe.rounds if plan.work == "train" else recipe.rounds + 1
         if plan.round > last:
             raise ConfigError(f"round {plan.round} is past the last of the recipe, {last}")
-        if recipe.privacy.active and recipe.privacy.unsafe_seeded_noise and not self._limits.seeded_noise:
+        privacy = recipe.privacy
+        if not privacy.active or plan.work != "train":
+            return
+        if privacy.unsafe_seeded_noise and not self._limits.seeded_noise:
             raise PrivacyError("privacy.unsafe_seeded_noise is for simulations; this site does not train with it")
+        assert privacy.delta is not None
+        check_delta(privacy.delta, self.cohort.patients("train"))
 
     def _train(self, plan: RoundPlan) -> Update:
-        validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
+        validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
         trained = train(
             self._model(),
             plan.weights,
@@ -167,7 +174,7 @@ class Site:
         if reserved is not None:
             # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
             self._store(plan, update)
-            self._budget.settle(reserved, trained.steps)
+            self._settle(plan, reserved, trained.steps)
         return update
 
     def _evaluate(self, plan: RoundPlan) -> Update:
@@ -202,10 +209,6 @@ class Site:
         recipe, patients = self.recipe, self.cohort.patients("train")
         privacy, training = recipe.privacy, recipe.training
         assert privacy.delta is not None
-        if privacy.delta >= 1 / patients:
-            raise PrivacyError(
-                f"privacy.delta {privacy.delta:g} is not below 1 / training patients of this site; lower it"
-            )
         drawn = sampling(patients, training.batch_size, training.local_epochs)
         noise_multiplier = privacy.noise_multiplier
         if noise_multiplier is None:
@@ -230,6 +233,13 @@ class Site:
         )
         return Private(sampling=drawn, noise_multiplier=noise_multiplier, noise=self._noise(plan.round)), reserved
 
+    def _settle(self, plan: RoundPlan, reserved: Reservation, steps: int) -> None:
+        try:
+            self._budget.settle(reserved, steps)
+        except PrivacyError:
+            self._path(plan).unlink(missing_ok=True)  # nobody has paid for these very bytes: they shall never leave
+            raise
+
     def _noise(self, round_: int) -> Noise:
         if self.recipe.privacy.unsafe_seeded_noise:
             return seeded_noise(seed_of("noise", self.recipe, round_, self.name))
@@ -240,6 +250,8 @@ class Site:
         if not privacy.active:
             return None
         events = self._budget.events(self.recipe.id)
+        if not events:  # every round was refused here
+            return None
         assert privacy.delta is not None
         last = reserved.event if reserved is not None else events[-1]
         return Spent(
@@ -251,7 +263,7 @@ class Site:
             steps=sum(event.steps for event in events),
         )
 
-    # Private replies, kept until the next one: asked again, the same bytes go out.
+    # Private replies, kept until the next one: asked again, the same update goes out.
     # Without privacy nothing is kept, for the same training gives the same update again.
 
     def _path(self, plan: RoundPlan) -> Path:
@@ -262,12 +274,23 @@ class Site:
         if plan.work != "train" or not path.exists():
             return None
         update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
-        return update if update.base == plan.weights.digest and update.round == plan.round else None
+        if (update.recipe_id, update.round, update.base) != (plan.recipe_id, plan.round, plan.weights.digest):
+            return None
+        # A crash came between keeping and settling: left open, a later training could take the reservation over.
+        if (reserved := self._budget.pending(plan.recipe_id, round=plan.round, base=update.base)) is not None:
+            self._settle(plan, reserved, update.steps)
+        head = self.audit.append(
+            "update sent again", round=plan.round, digest=update.delta.digest, server_head=plan.audit_head
+        )
+        # The coordinator has seen later heads by now: an older one would look like a log that was rewritten.
+        return replace(update, audit_head=head)
 
     def _store(self, plan: RoundPlan, update: Update) -> None:
+        path = self._path(plan)
+        write_whole(path, wire.to_bytes(wire.encode(update)))
         for old in self._outbox.glob("*.bin"):
-            old.unlink()
-        write_whole(self._path(plan), wire.to_bytes(wire.encode(update)))
+            if old != path:
+                old.unlink()
 
     # Scores and refusals
 
@@ -298,7 +321,10 @@ class Site:
 
     def _refuse(self, plan: RoundPlan, code: Code, why: str) -> Refusal:
         why = why[:500]
-        head = self.audit.append("plan refused", round=plan.round, recipe_id=plan.recipe_id, code=code, why=why)
+        try:
+            head = self.audit.append("plan refused", round=plan.round, recipe_id=plan.recipe_id, code=code, why=why)
+        except StorageError:  # a full disk: the coordinator shall still hear why
+            head = self.audit.head
         return Refusal(site=self.name, recipe_id=plan.recipe_id, round=plan.round, code=code, why=why, audit_head=head)
 
 
@@ -315,7 +341,5 @@ def _code(error: FedicomError) -> Code:
             return "budget"
         case DataError():
             return "data"
-        case StorageError():
-            return "policy"
         case _:
             return "training"

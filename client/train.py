@@ -83,7 +83,7 @@ def train(
     anchor = [value.detach().clone() for value in _trainable(model)] if recipe.training.proximal_mu else []
     optimiser = _optimiser(model, recipe.training)
     if private is None:
-        steps, batches = _epochs(cohort, recipe.training, rng)
+        steps, batches = _epochs(cohort, recipe.training, rng, at_least=2 if _mixes(model) else 1)
         engine = None
     else:
         steps, batches = private.sampling.steps, _poisson(cohort, private, rng)
@@ -96,7 +96,7 @@ def train(
             physical_batch=recipe.privacy.physical_batch,
             noise=private.noise,
         )
-    losses = []
+    losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(rng.integers(2**63)))  # dropout
         for step, index_B in enumerate(batches):
@@ -104,8 +104,9 @@ def train(
             if augment is not None and len(index_B):
                 x_B = augment(x_B)
             progress = (round_ - 1 + step / steps) / recipe.rounds
+            lr = recipe.training.lr * rate(recipe.training, progress, recipe.rounds)
             for group in optimiser.param_groups:
-                group["lr"] = recipe.training.lr * group["lr_scale"] * rate(recipe.training, progress, recipe.rounds)
+                group["lr"] = lr * group["lr_scale"]
             optimiser.zero_grad()
             if engine is not None:
                 engine.step(x_B, target_B)
@@ -119,7 +120,7 @@ def train(
             f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "
             "training.gradient_clip"
         )
-    return Trained(delta=delta, steps=steps, loss=float(np.mean(losses)) if losses else None)
+    return Trained(delta=delta, steps=steps, loss=float(torch.stack(losses).double().mean()) if losses else None)
 
 
 def seed_of(purpose: str, recipe: Recipe, round_: int, site: str) -> int:
@@ -157,8 +158,8 @@ def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
     weights = training.class_weights
     if weights == "balanced":
         assert cohort is not None
-        counts = np.maximum(_counts(cohort, recipe.task.outputs), 1)
-        weights = tuple((counts.sum() / (len(counts) * counts)).tolist())
+        counts = _counts(cohort, recipe.task.outputs)
+        weights = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
     weight_C = torch.tensor(weights) if weights is not None else None
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
 
@@ -181,16 +182,16 @@ def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
 
 
 def _epochs(
-    cohort: Cohort, training: Training, rng: np.random.Generator
+    cohort: Cohort, training: Training, rng: np.random.Generator, *, at_least: int
 ) -> tuple[int, Iterator[npt.NDArray[np.int64]]]:
     indices = cohort.indices("train")
-    per_epoch = math.ceil(len(indices) / training.batch_size)
+    per_epoch = max(1, min(math.ceil(len(indices) / training.batch_size), len(indices) // at_least))
     steps = max(1, round(training.local_epochs * per_epoch))
 
     def batches() -> Iterator[npt.NDArray[np.int64]]:
         done = 0
         while done < steps:
-            # near-equal parts: a last batch of one would break batch norm
+            # near-equal parts of `at_least` samples: a batch of one would break batch norm
             for part in np.array_split(rng.permutation(indices), per_epoch)[: steps - done]:
                 done += 1
                 yield part
@@ -229,13 +230,13 @@ def _plain_gradient(
     target_B: torch.Tensor,
     training: Training,
     device: torch.device,
-) -> float:
+) -> torch.Tensor:
     mixed = training.precision == "auto" and device.type == "cuda"
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
         logits = model(x_B)
     loss = loss_B(logits.float(), target_B).mean()
     loss.backward()
-    return float(loss.detach())
+    return loss.detach()  # a float here would make a GPU wait at every step
 
 
 def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Training) -> None:
@@ -250,6 +251,11 @@ def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Tra
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _mixes(model: nn.Module) -> bool:
+    """Whether some layer takes its statistics from the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
 
 
 def _counts(cohort: Cohort, classes: int) -> npt.NDArray[np.int64]:

@@ -7,6 +7,7 @@ longer holds the head that the other side remembers.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -59,6 +60,8 @@ class AuditLog:
         events = verify(path, signer.public) if path.exists() and path.stat().st_size else ()
         self._number = len(events)
         self._head = events[-1].hash if events else GENESIS
+        with storing("the audit log"):
+            self._bytes = path.stat().st_size if path.exists() else 0
         if not events:
             self.append("log started", public_key=signer.public)
 
@@ -75,7 +78,8 @@ class AuditLog:
             facts: JSON values; counts, hashes and pseudonyms only.
 
         Raises:
-            StorageError: The disk is full or not writable.
+            StorageError: The disk is full or not writable; the log is as it was.
+            AuditError: Somebody else wrote to the file meanwhile.
         """
         body = {
             "number": self._number,
@@ -85,15 +89,23 @@ class AuditLog:
             "before": self._head,
         }
         digest = _digest(body)
-        line = json.dumps(
-            {**body, "hash": digest, "signature": self._signer.sign(bytes.fromhex(digest))}, sort_keys=True
-        )
-        with storing("the audit log"), self._path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = _line({**body, "hash": digest, "signature": self._signer.sign(bytes.fromhex(digest))}) + b"\n"
+        with storing("the audit log"), self._path.open("ab", buffering=0) as file:
+            if file.tell() != self._bytes:
+                raise AuditError(
+                    f"{self._path.name} has {file.tell()} bytes, expected {self._bytes}: it was cut, or another "
+                    "process writes it as well; stop one of the two"
+                )
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(self._bytes)  # half a line would break the chain for the events to come
+                raise
         self._number += 1
         self._head = digest
+        self._bytes += len(line)
         return digest
 
 
@@ -150,12 +162,14 @@ def verify_against(events: Sequence[Event], other: Sequence[Event], *, name: str
     position = {event.hash: event.number for event in events}
     last, found = -1, 0
     for event in other:
-        head = event.facts.get("heads", {}).get(name) if name else event.facts.get("server_head")
+        heads = event.facts.get("heads")
+        head = (heads.get(name) if isinstance(heads, dict) else None) if name else event.facts.get("server_head")
         if not head:
             continue
-        if head not in position:
+        if not isinstance(head, str) or head not in position:
             raise AuditError(
-                f"event {event.number} of the other side remembers head {head[:12]}, which this log has not"
+                f"event {event.number} of the other side remembers head {str(head)[:12]}, which this log has not: "
+                "it was cut or written anew"
             )
         if position[head] < last:
             raise AuditError(f"event {event.number} of the other side remembers an older head than the one before it")
@@ -166,8 +180,12 @@ def verify_against(events: Sequence[Event], other: Sequence[Event], *, name: str
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_line(body)).hexdigest()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    # The one spelling of an event: sorted names, no spaces, ASCII.
+    return json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -184,6 +202,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise AuditError(f"{path.name}, event {number}: not an event")
         if not all(isinstance(row.get(key), str) for key in ("time", "kind", "before", "hash", "signature")):
             raise AuditError(f"{path.name}, event {number}: a field is not text")
+        if _line(row) != line:
+            raise AuditError(f"{path.name}, event {number}: not spelt as it was written; it was changed")
         yield row
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from common.errors import ConfigError
@@ -28,6 +28,8 @@ _STRICT = ConfigDict(extra="forbid", use_enum_values=True, validate_default=True
 Fraction = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
+"""One line, not empty."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -37,7 +39,7 @@ class Task:
     kind: Literal["binary", "multiclass", "multilabel"] = "binary"
     dimensions: Literal[2, 3] = 2
     """2: one image is a sample; 3: one volume is a sample."""
-    classes: Annotated[tuple[str, ...], Len(2)] = ("negative", "positive")
+    classes: Annotated[tuple[Text, ...], Len(2)] = ("negative", "positive")
     """Class names; for binary tasks the second is the positive one. Multi-label: one column of the label table each."""
     key: Literal["patient", "study", "accession", "series"] = "patient"
     """Which DICOM identifier the first column of labels.csv holds."""
@@ -100,7 +102,7 @@ class Preprocessing:
     orientation: Literal["LPS", "RAS", "source"] = "LPS"
     """Direction of growing (column, row, slice) index of a volume; `source` leaves the axes as acquired."""
     intensity: Literal["window", "percentile"] = "percentile"
-    """What becomes [0, 1]: `window`, the values low to high (HU for CT); `percentile`, these percentiles of each image."""
+    """What becomes [0, 1]: `window`, the values low to high (HU for CT); `percentile`, percentiles of each image."""
     low: float = 0.5
     high: float = 99.5
     mean: float = 0.0
@@ -143,7 +145,7 @@ class ModelConfig:
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     weights_file: str | None = None
     """Local safetensors file to start from; never downloaded."""
-    weights_sha256: Annotated[str, Len(64, 64)] | None = None
+    weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     freeze: Literal["none", "backbone"] = "none"
     """backbone: only the classification head is trained and exchanged."""
 
@@ -279,6 +281,11 @@ class Federation:
                 f"{self.strategy} against {self.malicious_sites} malicious sites needs a quorum of at least "
                 f"{needed * self.malicious_sites + 3}, got {self.quorum}"
             )
+        if self.strategy == "fedtrimmedavg" and self.trim_fraction * self.quorum < 1:
+            raise ValueError(
+                f"fedtrimmedavg with trim_fraction {self.trim_fraction:g} cuts nobody from {self.quorum} updates (the "
+                "quorum); raise one of them until their product is at least 1"
+            )
         return self
 
 
@@ -301,10 +308,11 @@ class Evaluation:
 class Recipe:
     """All that decides what is trained; a site approves it by its id."""
 
-    name: Annotated[str, Len(1, 80)]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}$")]
+    """Letters, digits, spaces, `_`, `.` and `-`: it names the folder of the run."""
     description: str = ""
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
-    rounds: Count = 10
+    rounds: Annotated[int, Ge(1), Le(100_000)] = 10
     task: Task = Task()
     data: Preprocessing = Preprocessing()
     model: ModelConfig = ModelConfig()
@@ -332,6 +340,12 @@ class Recipe:
             raise ValueError("training.label_smoothing is for single-label tasks")
         if self.federation.strategy == "fedprox" and self.training.proximal_mu == 0:
             raise ValueError("federation.strategy=fedprox needs training.proximal_mu above 0")
+        patience = self.federation.early_stopping.patience_rounds
+        if patience and not self.evaluation.validation_fraction:
+            raise ValueError(
+                f"federation.early_stopping.patience_rounds is {patience}, but evaluation.validation_fraction is 0: "
+                "there is nothing to watch"
+            )
         if privacy.active:
             if weights == "balanced":
                 raise ValueError(
@@ -341,6 +355,11 @@ class Recipe:
                 raise ValueError("model.norm=batch mixes patients; under privacy use group or auto")
             if self.federation.site_weights == "patients":
                 raise ValueError("federation.site_weights=patients releases exact counts; under privacy use equal")
+            if patience:
+                raise ValueError(
+                    f"federation.early_stopping.patience_rounds is {patience}, but choosing the model by validation "
+                    "scores, which carry no noise, is outside the promise of epsilon; under privacy use 0"
+                )
         return self
 
     @cached_property
@@ -476,10 +495,17 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
         except HydraException:
             raise ConfigError(f"cannot read {word!r}: expected name=value, for example rounds=10") from None
         key = override.key_or_group
-        if key in choices and override.value() is not None and not isinstance(override.value(), dict):
-            chosen = str(override.value())
+        if key.partition(".")[0] == "hydra":
+            raise ConfigError(f"{key}: Hydra's own settings are fixed; expected a field of the recipe or of the run")
+        if override.is_sweep_override():
+            raise ConfigError(f"{key}: got several values; expected one, a list is written {key}=[1,2]")
+        if key in choices and not override.is_delete():
+            chosen = override.value()
             if chosen not in choices[key]:
-                raise ConfigError(f"{key}: got {chosen!r}; expected one of {', '.join(choices[key])}")
+                raise ConfigError(
+                    f"{key}: got {_shown(chosen)}; expected one of {', '.join(choices[key])} "
+                    f"(single fields are set as {key}.name=value)"
+                )
             words.append(word)
         else:
             # `++` lets every key through to pydantic, whose answer names the field and what is allowed.
@@ -501,28 +527,46 @@ def _validate(kind: type[T], text: bytes | str) -> T:
         # Strict JSON: no bool as int, no text as number, but lists become tuples.
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        lines = [_sentence(kind, dict(problem)) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError(_sentences(kind, error)) from None
 
 
-def _sentence(kind: type, problem: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or "(" in part))]
-    parts = [str(part) for part in location]
-    shown = ".".join(parts[1:] if parts[:1] == ["recipe"] else parts) or "recipe"
+def _sentences(kind: type, error: ValidationError) -> str:
+    """One line for each wrong field."""
+    lines: dict[tuple[str, ...], str] = {}
+    for problem in error.errors(include_url=False):
+        # Pydantic puts the branches of a union into the path, for example `literal['balanced']`.
+        place = tuple(str(part) for part in problem["loc"] if not {"[", "("} & set(str(part)))
+        got, reason = _reason(kind, place, dict(problem))
+        if place not in lines:
+            shown = ".".join(place[1:] if place[:1] == ("recipe",) else place)
+            lines[place] = (f"{shown}: " if shown else "") + got + reason
+        elif reason not in lines[place]:
+            lines[place] += f", or {reason}"
+    # A wrong item makes its list wrong as well; the item is the cause.
+    causes = [place for place in lines if not any(other[: len(place)] == place != other for other in lines)]
+    return "\n".join(lines[place] for place in causes)
+
+
+def _reason(kind: type, place: tuple[str, ...], problem: dict[str, Any]) -> tuple[str, str]:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        allowed = _fields_at(kind, parts[:-1])
-        if parts[:-1] == ["recipe"]:
+        allowed = _fields_at(kind, place[:-1])
+        if place[:-1] == ("recipe",):
             allowed = (*allowed, *_RUN_KEYS)
-        close = get_close_matches(parts[-1], allowed, n=1)
+        close = get_close_matches(place[-1], allowed, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        return f"{shown}: no such field.{hint} Expected one of {', '.join(allowed)}"
+        return "", f"no such field.{hint} Expected one of {', '.join(allowed)}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{shown}: missing; every recipe needs it"
+        return "", "missing; every recipe needs it"
     reason = str(problem["msg"]).removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
-    if problem["type"] == "value_error":
-        return f"{shown}: {reason}"
-    return f"{shown}: got {json.dumps(problem['input'])}; {reason}"
+    if problem["type"] in ("value_error", "json_invalid"):
+        return "", reason
+    return f"got {_shown(problem['input'])}; ", reason
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _fields_at(kind: type, path: Sequence[str]) -> tuple[str, ...]:

@@ -30,8 +30,9 @@ ScoreName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Score = Annotated[float, Ge(0), Le(100)]
 Round = Annotated[int, Ge(1), Le(1_000_000)]
 Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
-Reason = Annotated[str, StringConstraints(max_length=500)]
-Version = Annotated[str, StringConstraints(max_length=40)]
+Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$")]
+"""No control characters: the other side prints it on a terminal."""
+Version = Annotated[str, StringConstraints(pattern=r"^[ -~]{0,40}$")]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -81,7 +82,7 @@ class Hello:
     site: Name
     versions: Annotated[Mapping[Name, Version], Len(0, 32)]
     """Versions of the packages that change numbers."""
-    patients: Annotated[Mapping[str, Patients], Len(0, 3)]
+    patients: Mapping[Literal["train", "validation", "test"], Patients]
     """Patients in each split; a cell below `evaluation.min_cell` is given as 0."""
     manifest: Digest
     """Hash of the cohort's manifest, for the lineage of the model."""

@@ -58,7 +58,10 @@ class Signer:
 def signed_by(public: str, data: bytes, signature: str) -> bool:
     """Whether `signature` is that of `data` under the public key; junk is False, never an error."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature), data)
+        raw = bytes.fromhex(signature)
+        if raw.hex() != signature:
+            return False  # fromhex also takes spaces and capitals: one signature would have many spellings
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(raw, data)
     except (InvalidSignature, ValueError):
         return False
     return True

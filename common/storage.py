@@ -33,7 +33,8 @@ def write_whole(path: Path, data: bytes) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path.name):
         try:
-            with part.open("wb") as out:
+            # 0600 from its first byte: a key that a crash leaves readable to others would be refused later
+            with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -27,6 +28,7 @@ _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
 _STYPE = "fedicom.flat.f4"
+_ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
 def encode(value: RoundPlan | Hello | Update | Refusal) -> RecordDict:
@@ -83,13 +85,20 @@ def to_bytes(record: RecordDict) -> bytes:
 
 
 def from_bytes(data: bytes) -> RecordDict:
-    """Inverse of `to_bytes`."""
+    """Inverse of `to_bytes`.
+
+    Raises:
+        ExchangeError: These bytes were not made by `to_bytes`, or were cut short.
+    """
     end = 8 + int.from_bytes(data[:8], "little")
-    head = json.loads(data[8:end])
-    name = head.pop("array")
-    record = RecordDict({"message": ConfigRecord(head)})
-    if name:
-        record["weights"] = ArrayRecord({name: _array(data[end:])})
+    try:
+        head = json.loads(data[8:end])
+        name = head.pop("array")
+        record = RecordDict({"message": ConfigRecord(head)})
+        if name:
+            record["weights"] = ArrayRecord({name: _array(data[end:])})
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ExchangeError("these bytes are no message") from None
     return record
 
 
@@ -99,15 +108,21 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
         kind, version, text = message["kind"], message["version"], message["body"]
     except KeyError:
         raise ExchangeError("message without the fields kind, version and body") from None
-    if version != WIRE_VERSION:
-        raise ExchangeError(f"message of version {version!r}; this installation speaks {WIRE_VERSION}")
+    if type(version) is not int or version != WIRE_VERSION:
+        newer = "a newer" if type(version) is int and version > WIRE_VERSION else "another"
+        raise ExchangeError(
+            f"message of {newer} version; this installation speaks {WIRE_VERSION}, update the older side"
+        )
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
+    expected = {"message", "weights"} if Weights in get_type_hints(cls).values() else {"message"}
+    if set(record) != expected or len(message) != 3:
+        raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
         raise ExchangeError(f"message body is not a text below {_MAX_BODY_BYTES} characters")
     try:
-        body = json.loads(text)
+        body = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError):
         raise ExchangeError("message body is not JSON") from None
     if not isinstance(body, dict):
@@ -122,8 +137,17 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
     except TypeError:
         raise ExchangeError(f"{cls.__name__} with fields that are no names") from None
     except ValidationError as error:
-        where = sorted({".".join(str(part) for part in problem["loc"])[:60] for problem in error.errors()})
-        raise ExchangeError(f"{cls.__name__} with fields out of bounds: {', '.join(where[:5])}") from None
+        wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+        known = {field.name for kind in (cls, *_PARTS.values()) for field in fields(kind)}
+        where = sorted(wrong & known) + ["a field that it has not"] * bool(wrong - known)
+        raise ExchangeError(f"{cls.__name__} with fields out of bounds: {', '.join(where)}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name twice: two readers could see two messages")
+    return found
 
 
 def _flat(weights: Weights) -> Array:
@@ -138,6 +162,8 @@ def _array(data: bytes) -> Array:
 def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
     if not isinstance(shapes, dict) or len(shapes) > _MAX_ARRAYS:
         raise ExchangeError(f"{name}: expected at most {_MAX_ARRAYS} shapes")
+    if not all(_ARRAY_NAME.fullmatch(key) for key in shapes):
+        raise ExchangeError(f"{name}: the name of an array is not one of a model's state")
     sizes = []
     for shape in shapes.values():
         if (
@@ -150,11 +176,10 @@ def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
     total = sum(sizes)
     if total > _MAX_NUMBERS:
         raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
-    try:
-        array = record.array_records["weights"][name]
-        data, dtype, stype = array.data, array.dtype, array.stype
-    except KeyError:
-        raise ExchangeError(f"{name}: no array in the message") from None
+    arrays = record.array_records.get("weights", ArrayRecord())
+    if set(arrays) != {name}:
+        raise ExchangeError(f"{name}: expected one array of this name in the message")
+    data, dtype, stype = arrays[name].data, arrays[name].dtype, arrays[name].stype
     if stype != _STYPE or dtype != "float32" or not isinstance(data, bytes) or len(data) != 4 * total:
         raise ExchangeError(f"{name}: expected {4 * total} bytes of flat float32")
     flat = np.frombuffer(data, dtype="<f4")

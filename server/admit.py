@@ -50,15 +50,21 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
 
 def _account(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
     privacy = recipe.privacy
-    if not privacy.active or plan.work == "evaluate":
+    if not privacy.active:
         return None
     spent = update.spent
     if spent is None:
         return "the recipe demands differential privacy, the update has no privacy account"
     if privacy.epsilon is not None and spent.epsilon > privacy.epsilon:
         return f"epsilon {spent.epsilon:.4g} is above the recipe's {privacy.epsilon:.4g}"
-    if spent.noise_multiplier <= 0 or spent.clip_norm != privacy.clip_norm:
-        return f"clipped at {spent.clip_norm:g} with noise {spent.noise_multiplier:g}, not as the recipe says"
+    if spent.delta != privacy.delta:
+        return f"epsilon is given at delta {spent.delta:g}, expected {privacy.delta:g}"
+    noise = privacy.noise_multiplier
+    if spent.clip_norm != privacy.clip_norm or spent.noise_multiplier <= 0 or spent.noise_multiplier < (noise or 0):
+        return (
+            f"clipped at {spent.clip_norm:g} with noise {spent.noise_multiplier:g}, expected {privacy.clip_norm:g} and "
+            f"{'some noise' if noise is None else f'{noise:g}'}"
+        )
     if update.train_loss is not None:
         return "the mean training loss came along, which leaks under privacy"
     return None

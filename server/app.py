@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from flwr.app import Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
@@ -42,6 +42,8 @@ class FlowerTransport:
     def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
         """Waits for `federation.sites` nodes, then asks each who it is.
 
+        A node whose answer is no hello counts as absent: one site alone cannot stop a run.
+
         Raises:
             QuorumError: Fewer sites than the quorum answered within `federation.timeout_s`.
             ExchangeError: Two nodes claim the same site name.
@@ -55,14 +57,17 @@ class FlowerTransport:
         record = wire.encode_question()
         messages = [Message(record, node, MessageType.QUERY) for node in nodes]
         hellos: dict[str, Hello] = {}
-        for message in self._grid.send_and_receive(messages, timeout=max(1.0, end - time.monotonic())):
-            if message.has_error():
+        for node, message in self._answers(messages, max(1.0, end - time.monotonic())):
+            try:
+                answer = wire.decode(message.content, Hello) if not message.has_error() else None
+            except ExchangeError:
+                answer = None
+            if answer is None:
                 continue
-            answer = wire.decode(message.content, Hello)
             if answer.site in hellos:
                 raise ExchangeError(f"two nodes say that they are site {answer.site}; give every site its own name")
             hellos[answer.site] = answer
-            self._nodes[answer.site] = message.metadata.src_node_id
+            self._nodes[answer.site] = node
         if len(hellos) < federation.quorum:
             raise QuorumError(
                 f"{len(hellos)} sites answered within {federation.timeout_s:g} s, quorum is {federation.quorum}; "
@@ -76,14 +81,20 @@ class FlowerTransport:
         record = wire.encode(plan)
         node_site = {self._nodes[site]: site for site in sites if site in self._nodes}
         messages = [Message(record, node, kind, group_id=str(plan.round)) for node in node_site]
-        replies: dict[str, Reply] = {}
-        asked: dict[str, str] = {}
-        for message in self._grid.send_and_receive(messages, timeout=timeout_s):
-            # an error's source may be node 1: the message it answers tells whose it is
-            asked = asked or {m.metadata.message_id: node_site[m.metadata.dst_node_id] for m in messages}
-            site = asked.get(message.metadata.reply_to_message_id, "")
-            replies[site] = _read(message, site, plan.round)
+        replies = {
+            node_site[node]: _read(message, node_site[node], plan.round)
+            for node, message in self._answers(messages, timeout_s)
+        }
         return [replies.get(site) or _silence(site, plan.round, timeout_s) for site in sites]
+
+    def _answers(self, messages: Sequence[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:
+        """Each answer with the node that was asked."""
+        for answer in self._grid.send_and_receive(messages, timeout=timeout_s):
+            # By the message it answers, never by its source: an error may come from node 1, and a node may lie.
+            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+            node = asked.get(answer.metadata.reply_to_message_id)
+            if node is not None:
+                yield node, answer
 
 
 def _read(message: Message, site: str, round_: int) -> Reply:

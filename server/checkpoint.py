@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,25 +30,35 @@ def write(state: ServerState, folder: Path) -> Path:
     Raises:
         StorageError: The disk is full or not writable; earlier checkpoints are untouched.
     """
-    tensors: dict[str, np.ndarray[Any, Any]] = {f"weights/{name}": array for name, array in state.weights.items()}
-    for part, weights in state.memory.items():
-        tensors |= {f"memory/{part}/{name}": array for name, array in weights.items()}
+    parts = {"weights": state.weights} | {f"memory/{kind}": weights for kind, weights in state.memory.items()}
     if state.best is not None:
-        tensors |= {f"best/{name}": array for name, array in state.best.items()}
+        parts["best"] = state.best
+    tensors: dict[str, np.ndarray[Any, Any]] = {
+        f"{part}/{name}": array for part, weights in parts.items() for name, array in weights.items()
+    }
     head = {
         "recipe_id": state.recipe_id,
         "round": state.round,
         "done": state.done,
         "history": json.loads(_HISTORY.dump_json(state.history)),
-        "digest": state.weights.digest,
+        "digests": {part: weights.digest for part, weights in parts.items()},
         "order": list(state.weights),
     }
+    text = json.dumps(head)
     path = folder / f"round-{state.round:04d}.safetensors"
     private_folder(folder)
-    write_whole(path, save(tensors, {"fedicom": json.dumps(head)}))
-    for old in _found(folder)[:-KEEP]:
+    for left in folder.glob(".round-*.tmp"):  # by a process that was killed while it wrote
+        left.unlink(missing_ok=True)
+    write_whole(path, save(tensors, {"fedicom": text, "sha256": _sha256(text)}))
+    files = _found(folder)
+    for old in files[: max(0, files.index(path) + 1 - KEEP)]:
         old.unlink(missing_ok=True)
     return path
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint of any run."""
+    return bool(_found(folder))
 
 
 def load(folder: Path, recipe_id: str) -> ServerState | None:
@@ -76,29 +87,33 @@ def load(folder: Path, recipe_id: str) -> ServerState | None:
 
 
 def _found(folder: Path) -> Sequence[Path]:
-    return sorted(folder.glob("round-*.safetensors"))
+    # by length first: round 10000 comes after round 9999
+    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read(path: Path) -> ServerState:
     with safe_open(path, framework="numpy") as file:
-        head = json.loads(file.metadata()["fedicom"])
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    order = head["order"]
-
-    def part(prefix: str) -> Weights:
-        found = {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
-        return Weights({name: found[name] for name in order if name in found})
-
-    weights = part("weights/")
-    if weights.digest != head["digest"]:
-        raise ValueError("digest")
-    kinds = {name.split("/")[1] for name in tensors if name.startswith("memory/")}
+    if _sha256(metadata["fedicom"]) != metadata["sha256"]:
+        raise ValueError("the head was changed")
+    head = json.loads(metadata["fedicom"])
+    parts: dict[str, Weights] = {}
+    for part, digest in head["digests"].items():
+        found = {name.removeprefix(f"{part}/"): array for name, array in tensors.items() if name.startswith(f"{part}/")}
+        parts[part] = Weights({name: found[name] for name in head["order"] if name in found})
+        if parts[part].digest != digest:
+            raise ValueError(f"{part} was changed")
     return ServerState(
         recipe_id=head["recipe_id"],
         round=head["round"],
-        weights=weights,
-        memory={kind: part(f"memory/{kind}/") for kind in sorted(kinds)},
-        history=_HISTORY.validate_python(head["history"]),
+        weights=parts["weights"],
+        memory={part.removeprefix("memory/"): parts[part] for part in parts if part.startswith("memory/")},
+        history=_HISTORY.validate_json(json.dumps(head["history"])),
         done=head["done"],
-        best=part("best/") if any(name.startswith("best/") for name in tensors) else None,
+        best=parts.get("best"),
     )

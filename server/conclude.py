@@ -14,7 +14,7 @@ import torch
 from common.audit import AuditLog
 from common.config import Recipe
 from common.errors import ExportError
-from common.exchange import Scores
+from common.exchange import Scores, Spent
 from common.metrics import Metrics
 from common.models import build, set_weights
 from common.samples import Samples
@@ -24,6 +24,7 @@ from server.evaluate import CentralResult, central
 from server.export import Exported, export_onnx, export_torchscript
 from server.model_card import write_model_card
 from server.report import Baselines, ExportLine, RunReport, SiteSummary, write_report
+from server.rounds import ServerState
 
 _REFERENCE_SAMPLES = 64
 
@@ -80,7 +81,7 @@ def conclude(
     if result is not None:
         audit.append("central evaluation", weights=state.weights.digest, values=_headline(result.metrics))
     model.cpu()
-    spent = {name: done.spent for name, done in state.history[-1].accepted.items()}
+    spent = _spent(state)
     exported = export_onnx(
         model,
         recipe,
@@ -89,7 +90,7 @@ def conclude(
         reference_x=_reference(test, recipe),
         operating_threshold=result.metrics.threshold if result else None,
         metrics=_headline(result.metrics) if result else None,
-        privacy=_privacy(recipe, [item.epsilon for item in spent.values() if item is not None]),
+        privacy=_privacy(recipe, [item.epsilon for item in spent.values()]),
     )
     audit.append("model exported", file=exported.path.name, sha256=exported.sha256, weights=state.weights.digest)
     if torchscript:
@@ -110,6 +111,14 @@ def _reference(test: Samples | None, recipe: Recipe) -> np.ndarray[Any, np.dtype
         return np.ascontiguousarray(test.x_N[:_REFERENCE_SAMPLES])
     shape = (8, recipe.model.channels, *recipe.data.size)
     return np.random.default_rng(recipe.seed).standard_normal(shape, dtype=np.float32)
+
+
+def _spent(state: ServerState) -> dict[str, Spent]:
+    """What each site reported last: one that was silent at the end has still spent what it spent."""
+    found: dict[str, Spent] = {}
+    for report in state.history:
+        found |= {name: done.spent for name, done in report.accepted.items() if done.spent is not None}
+    return found
 
 
 def _privacy(recipe: Recipe, epsilons: list[float]) -> Mapping[str, Any]:
@@ -135,13 +144,14 @@ def _report(
     circumstances: Circumstances,
 ) -> RunReport:
     state, last = federated.state, federated.state.history[-1].accepted
+    spent = _spent(state)
     refused = circumstances.refused_files
     sites = tuple(
         SiteSummary(
             name=name,
-            patients=dict(hello.patients),
+            patients={str(split): count for split, count in hello.patients.items()},
             test=last[name].test if name in last else None,
-            spent=last[name].spent if name in last else None,
+            spent=spent.get(name),
             refused_files=refused.get(name, {}) if refused is not None else None,
         )
         for name, hello in federated.hellos.items()

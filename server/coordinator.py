@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.audit import AuditLog
 from common.config import Recipe
+from common.errors import QuorumError, StorageError
 from common.exchange import Hello
 from common.models import buffers, build, get_weights
 from server import checkpoint, rounds
@@ -47,10 +48,13 @@ def coordinate(
 
     Raises:
         QuorumError: Too few sites, or too few admitted updates; resume goes on from the round before.
-        StorageError: The disk is full; resume goes on from the last round on disk.
+        StorageError: The disk is full; resume goes on from the last round on disk. Or `out` holds checkpoints
+            and `resume` is false.
     """
-    model = build(recipe)
     checkpoints = out / "checkpoints"
+    if not resume and checkpoint.exists(checkpoints):
+        raise StorageError("the folder of the run holds checkpoints already; say resume=true, or choose another out")
+    model = build(recipe)
     state = checkpoint.load(checkpoints, recipe.id) if resume else None
     audit.append("run resumed" if state else "run started", recipe_id=recipe.id, round=state.round if state else 0)
     state = state or rounds.start(recipe, get_weights(model))
@@ -64,11 +68,15 @@ def coordinate(
         running = rounds.run(
             state, recipe, transport, sorted(hellos), buffers=buffers(model), audit_head=lambda: audit.head
         )
-        for state, report in running:
-            scalars.write(round_line(report))
-            _record(audit, report)
-            checkpoint.write(state, checkpoints)
-            on_round(state, report)
+        try:
+            for state, report in running:
+                scalars.write(round_line(report))
+                _record(audit, report)
+                checkpoint.write(state, checkpoints)
+                on_round(state, report)
+        except QuorumError as error:
+            audit.append("round failed", round=state.round + 1, why=str(error))
+            raise
     return Federated(state=state, hellos=hellos)
 
 

@@ -66,7 +66,8 @@ class ServerState:
     done: bool = False
     """Training and the closing evaluation are behind us."""
     best: Weights | None = None
-    """Weights with the best federated validation so far; kept only with early stopping."""
+    """The weights with the best federated validation so far, when they are not the present ones; kept only with
+    early stopping."""
 
 
 class Transport(Protocol):
@@ -100,18 +101,17 @@ def run(
         buffers: Exchanged names that are running statistics, see `aggregate`.
         audit_head: Gives the head of the coordinator's audit chain, which goes out with every plan.
 
-    The last report is the closing evaluation: every site measures the final model on its test patients.
+    The last report is the closing evaluation: every site measures the final model on its test patients. With early
+    stopping it is also the first measure of the last model; when an earlier one was better, that one is taken
+    and evaluated once more.
 
     Raises:
         QuorumError: Fewer than `federation.quorum` replies were admitted; the last yielded state stands.
     """
     while not state.done:
-        training = state.round < recipe.rounds and not _should_stop(state, recipe)
-        if not training and state.best is not None:
-            state = replace(state, weights=state.best)
-        state, report = _step(
-            state, recipe, transport, sites, "train" if training else "evaluate", buffers, audit_head()
-        )
+        closing = state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
+        work: Literal["train", "evaluate"] = "evaluate" if closing else "train"
+        state, report = _step(state, recipe, transport, sites, work, buffers, audit_head())
         yield state, report
 
 
@@ -166,30 +166,38 @@ def _step(
 
 
 def _after(state: ServerState, recipe: Recipe, report: RoundReport, weights: Weights, memory: Memory) -> ServerState:
-    best = state.best
-    if recipe.federation.early_stopping.patience_rounds and report.work == "train":
-        earlier = [past.validation for past in state.history if past.validation is not None]
-        if report.validation is not None and report.validation > max(earlier, default=-1.0):
-            best = state.weights  # the round measured the weights it started from
-    return replace(
+    watching = recipe.federation.early_stopping.patience_rounds > 0
+    # Every report measures the weights that its round started from.
+    improved = report.validation is not None and report.validation > max(_measured(state), default=-1.0)
+    after = replace(
         state,
         round=state.round + (report.work == "train"),
         weights=weights,
         memory=memory,
         history=(*state.history, report),
-        done=report.work == "evaluate",
-        best=best,
     )
+    if report.work == "train":
+        return replace(after, best=(state.weights if improved else state.best) if watching else None)
+    if state.best is None or improved:
+        return replace(after, best=None, done=True)
+    return replace(after, weights=state.best, best=None)
+
+
+def _closed(state: ServerState) -> bool:
+    return bool(state.history) and state.history[-1].work == "evaluate"
+
+
+def _measured(state: ServerState) -> list[float]:
+    return [report.validation for report in state.history if report.validation is not None]
 
 
 def _should_stop(state: ServerState, recipe: Recipe) -> bool:
-    stopping = recipe.federation.early_stopping
-    scores = [report.validation for report in state.history]
+    stopping, scores = recipe.federation.early_stopping, _measured(state)
+    # Rounds in which no site gave a score say nothing, for or against.
     if not stopping.patience_rounds or len(scores) <= stopping.patience_rounds:
         return False
-    known = [(-1.0 if score is None else score) for score in scores]
-    before = max(known[: -stopping.patience_rounds])
-    return max(known[-stopping.patience_rounds :]) <= before + stopping.min_improvement
+    before, lately = scores[: -stopping.patience_rounds], scores[-stopping.patience_rounds :]
+    return max(lately) <= max(before) + stopping.min_improvement
 
 
 def _mean_score(updates: Iterable[Update]) -> float | None:

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from common.cli import settings_parser
-from common.config import Phantom, load_settings
+from common.config import Phantom, Recipe, load_settings
 from common.errors import ConfigError
-from server.conclude import Conclusion
-from server.rounds import RoundReport, ServerState
-from simulations import hospitals
-from simulations.partition import ByColumn, Dirichlet, Iid, Partition, Quantity
-from simulations.phantoms import make_phantoms
-from simulations.run import run_folder, simulate
+
+# The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
+if TYPE_CHECKING:
+    from server.conclude import Conclusion
+    from server.rounds import RoundReport, ServerState
+    from simulations.partition import Partition
 
 
 class Terminal:
-    """Bars with the time left, and a line a round."""
+    """Progress and a line a round: bars with the time left on a terminal, plain lines in a file or a pipe."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._tasks: dict[str, TaskID] = {}
+    def __init__(self, console: Console, rounds: int = 0) -> None:
+        self._console, self._rounds = console, rounds
+        self._tasks: dict[str, tuple[TaskID, str]] = {}
+        self._said: set[str] = set()
         self.progress = Progress(
             TextColumn("{task.description:<26}"),
             BarColumn(),
@@ -36,43 +37,72 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            speed_estimate_period=3600,  # seconds: a visit may take longer than rich's own 30
+            disable=not console.is_terminal,
         )
 
     def step(self, what: str, done: int, total: int) -> None:
-        """Moves the bar of `what`."""
-        if what not in self._tasks:
-            self._tasks[what] = self.progress.add_task(what, total=total)
-        self.progress.update(self._tasks[what], completed=done, total=total)
+        """Moves the bar of `what`; kinds of work that differ in the last word (reading north, east) share one."""
+        if not self._console.is_terminal:
+            if what not in self._said and what != "Training":  # whose rounds are told
+                self._said.add(what)
+                self.say(what)
+            return
+        kind = what.rpartition(" ")[0] if what.startswith("Reading ") else what
+        if kind not in self._tasks:
+            # what a resumed run finds done says nothing about its speed
+            self._tasks[kind] = self.progress.add_task(what, total=total, completed=done), what
+        task, before = self._tasks[kind]
+        if before != what:
+            self.progress.reset(task, total=total, completed=done, description=what)
+            self._tasks[kind] = task, what
+        self.progress.update(task, completed=done, total=total)
 
     def round(self, state: ServerState, report: RoundReport) -> None:
         """Prints what a round brought."""
-        name = f"round {report.round}" if report.work == "train" else "closing evaluation"
+        training = report.work == "train"
+        name = f"round {report.round} of {self._rounds}" if training else "closing evaluation"
         score = f"mean validation AUROC {report.validation:.3f}" if report.validation is not None else "no validation"
-        line = f"{name}: {len(report.accepted)} sites, {score}, {report.seconds:.1f} s"
-        self._console.print(line, highlight=False)
+        line = f"{name}: {_count(len(report.accepted), 'site')}, {score}, {_duration(report.seconds)}"
+        if training and not self._console.is_terminal and (left := self._rounds - report.round):
+            line += f", about {_duration(left * report.seconds)} left"
+        self.say(line)
         for site, why in report.refused.items():
-            self._console.print(f"  {site} refused: {why}", style="yellow", highlight=False, markup=False)
+            self.say(f"  {site} refused: {why}", style="yellow")
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """Prints one line, however long."""
+        self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def simulate_verb(words: Sequence[str]) -> int:
     """`fedicom simulate`: runs, then prints the table."""
     parser = settings_parser("fedicom simulate", "Train a whole federation of virtual hospitals on this machine.")
     settings = load_settings(parser.parse_args(words).settings)
-    console = Console()
-    recipe = settings.recipe
-    privacy = recipe.privacy
-    if not privacy.active:
-        promise = "no differential privacy"
-    elif privacy.epsilon is not None:
-        promise = f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g}"
-    else:
-        promise = f"noise multiplier {privacy.noise_multiplier:g}, delta {privacy.delta:g}"
-    console.print(f"Recipe [bold]{recipe.name}[/] {recipe.id[:12]}: {recipe.rounds} rounds, {promise}", highlight=False)
-    terminal = Terminal(console)
-    with terminal.progress:
-        conclusion = simulate(settings, terminal)
+    console, recipe = Console(), settings.recipe
+    terminal = Terminal(console, recipe.rounds)
+    sites = _count(recipe.federation.sites, "site")
+    terminal.say(
+        f"Recipe {recipe.name} {recipe.id[:12]}: {_count(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
+    )
+    from simulations.run import run_folder, simulate
+
+    try:
+        with terminal.progress:
+            conclusion = simulate(settings, terminal)
+    except KeyboardInterrupt:
+        terminal.say("Stopped. The same command with resume=true goes on after the last finished round.")
+        raise
     show_conclusion(conclusion, run_folder(settings), console)
     return 0
+
+
+def _promise(recipe: Recipe) -> str:
+    privacy = recipe.privacy
+    if not privacy.active:
+        return "no differential privacy"
+    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
+    return f"{budget}, delta {privacy.delta:g}"
 
 
 def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None:
@@ -98,6 +128,7 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
     console.print(table)
     for note in summary["notes"]:
         console.print(f"Note: {note}", style="yellow", highlight=False, markup=False)
+    console.print(f"Written to {out}:", highlight=False, markup=False, soft_wrap=True)
     for file, what in (
         ("report.html", "the report, for a browser"),
         ("model.onnx", f"the model; differs from torch by {summary['onnx']['max_abs_difference']:.0e} at most"),
@@ -107,8 +138,8 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
         ("tensorboard/", "curves, for tensorboard --logdir"),
         ("checkpoints/", "state of the last rounds, for resume=true"),
     ):
-        console.print(f"  {out / file}  {what}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"Took {summary['wall_s']:.0f} s.", highlight=False)
+        console.print(f"  {file:<14} {what}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Took {_duration(summary['wall_s'])}.", highlight=False)
 
 
 def _hospitals_parser() -> argparse.ArgumentParser:
@@ -156,6 +187,8 @@ def hospitals_verb(words: Sequence[str]) -> int:
 
     with terminal.progress:
         if arguments.verb == "phantom":
+            from simulations.phantoms import make_phantoms
+
             phantom = Phantom(
                 dimensions=arguments.dimensions,
                 patients=arguments.patients,
@@ -170,7 +203,9 @@ def hospitals_verb(words: Sequence[str]) -> int:
     return 0
 
 
-def _import(arguments: argparse.Namespace, partition: Partition, progress: hospitals.Progress) -> None:
+def _import(arguments: argparse.Namespace, partition: Partition, progress: Callable[[int, int], None]) -> None:
+    from simulations import hospitals
+
     source, out, sites = arguments.source, arguments.out, arguments.sites
     classes = tuple(arguments.classes.split(",")) if arguments.classes else None
     if source.suffix == ".npz":
@@ -199,6 +234,8 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: hospi
 
 
 def _partition(arguments: argparse.Namespace) -> Partition:
+    from simulations.partition import ByColumn, Dirichlet, Iid, Quantity
+
     match arguments.partition:
         case "iid":
             return Iid(seed=arguments.seed)
@@ -227,6 +264,16 @@ def _auroc(values: Any) -> str:
         return f"{values['auroc']:.3f}"
     low, high = values["auroc_ci"]
     return f"{values['auroc']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _number(value: float | None) -> str:

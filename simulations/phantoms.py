@@ -175,8 +175,8 @@ def radiograph(patient: _Patient, rng: Rng, size: int) -> Floats:
     # Vessels: smooth noise within the lungs, of the size of a nodule and finer.
     texture = gaussian_filter(rng.standard_normal((size, size), dtype=np.float32), size * 0.022)
     image += 0.025 * texture / texture.std() * lung
-    if patient.positive:
-        radius = rng.uniform(0.14, 0.26)
+    for _ in range(int(rng.integers(2, 6)) if patient.positive else 0):
+        radius = rng.uniform(0.10, 0.20)
         side, angle, far = int(rng.integers(2)), rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.62) ** 0.5
         centre_x = (2 * side - 1) * 0.43 + 0.30 * far * math.cos(angle)
         centre_y = -0.05 + 0.52 * far * math.sin(angle)
@@ -220,7 +220,7 @@ def body_hu(patient: _Patient, rng: Rng, size: int) -> Floats:
     return np.asarray(volume, dtype=np.float32)
 
 
-CONTRAST = (0.10, 0.40)
+CONTRAST = (0.3, 0.5)
 """Smallest and largest brightness of a nodule in 2D, where lung and body are 0.36 apart."""
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from flwr.app import Context, RecordDict
@@ -24,15 +26,17 @@ from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger, SitePolicy
 from client.site import Limits, Site, package_versions
 from common.audit import AuditLog
-from common.config import Recipe, Settings, as_plain, recipe_from_json, settings_from_json
+from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.errors import ConfigError, DataError, StorageError
+from common.exchange import Hello, Reply, RoundPlan
 from common.identity import Signer
 from common.models import build
 from common.samples import Samples, prepare_folder
-from common.storage import private_folder, write_whole
+from common.storage import private_folder, storing, write_whole
 from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
+from server.report import Baselines
 from server.rounds import RoundReport, ServerState, Transport
 from simulations.baselines import baselines
 from simulations.grid import InProcessGrid, Worker
@@ -40,8 +44,15 @@ from simulations.hospitals import CENTRAL
 from simulations.phantoms import make_phantoms
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
-_OWN_FILES = ("report.html", "model.onnx", "model.ts.pt", "model_card.md", "summary.json", "run.json")
+_OWN_FILES = (
+    "report.html", "model.onnx", "model.ts.pt", "model_card.md", "summary.json", "run.json",
+)  # fmt: skip
+"""What overwrite=true removes, run.json last: while it is there, a half-removed run is still known as one."""
+_KEPT = ("hospitals", "simulation.log")
+_RECORD = "run.json"
 _NO_CAP = 1e6
+_CORES = torch.get_num_threads()
+"""Torch's own count before anybody sets another: it knows OMP_NUM_THREADS and the cores of this process."""
 
 
 class Show(Protocol):
@@ -78,40 +89,32 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
     show = show or Silent()
     recipe, out = settings.recipe, run_folder(settings)
     device = _device(settings)
-    torch.set_num_threads(_threads(settings))
-    _open_run(settings, out)
-    hospitals = _hospitals(settings, out, show)
-    names = site_folders(hospitals, recipe)
-    cohorts = {name: _cohort(settings, out, name, show) for name in names}
-    test = _central(settings, out, hospitals, show)
-    audit = _audit(out, "server")
-    federated = _federate(settings, out, names, cohorts, audit, device, show)
-    compared = None
-    if settings.baselines:
-        if test is None:
-            raise ConfigError(f"baselines=true compares on a central test set, but there is no folder {CENTRAL}/")
-        finished: list[str] = []
-
-        def trained(name: str) -> None:
-            finished.append(name)
-            show.step("Baselines", len(finished), len(names) + 1)
-
-        compared = baselines(recipe, cohorts, test, device, trained)
-    show.step("Evaluating and exporting", 0, 1)
-    circumstances = Circumstances(
-        started=started,
-        wall_s=time.monotonic() - began,
-        device=_device_name(device),
-        versions=package_versions(),
-        baselines=compared,
-        refused_files={name: cohort.refused for name, cohort in cohorts.items()},
-        notes=("The baselines were trained without privacy.",) if compared and recipe.privacy.active else (),
-    )
-    conclusion = conclude(
-        federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
-        torchscript=settings.torchscript,
-    )  # fmt: skip
-    show.step("Evaluating and exporting", 1, 1)
+    _fits(settings, out)
+    with _alone(out), _log_file(out):
+        torch.set_num_threads(_threads(settings))
+        hospitals = _hospitals(settings, out, show)
+        names = site_folders(hospitals, recipe)
+        cohorts = {name: _cohort(settings, out, name, show) for name in names}
+        test = _central(settings, hospitals, show)
+        _begin(settings, out)
+        audit = _audit(out, "server")
+        federated = _federate(settings, out, names, cohorts, audit, device, show)
+        compared = _compare(settings, cohorts, test, device, show)
+        show.step("Evaluating and exporting", 0, 1)
+        circumstances = Circumstances(
+            started=started,
+            wall_s=time.monotonic() - began,
+            device=_device_name(device),
+            versions=package_versions(),
+            baselines=compared,
+            refused_files={name: cohort.refused for name, cohort in cohorts.items()},
+            notes=("The baselines were trained without privacy.",) if compared and recipe.privacy.active else (),
+        )
+        conclusion = conclude(
+            federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
+            torchscript=settings.torchscript,
+        )  # fmt: skip
+        show.step("Evaluating and exporting", 1, 1)
     return conclusion
 
 
@@ -144,8 +147,11 @@ def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
 def worker_app(settings_json: str) -> ClientApp:
     """The ClientApp of a worker process, made from the settings alone."""
     settings = settings_from_json(settings_json)
+    out = run_folder(settings)
+    logging.getLogger().addHandler(_LogFile(out))
     torch.set_num_threads(_threads(settings))
-    return client_app(_sites(settings, run_folder(settings), {}, _device(settings)))
+    site_of = _sites(settings, out, {}, _device(settings))
+    return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
 def _federate(
@@ -157,34 +163,66 @@ def _federate(
     device: torch.device,
     show: Show,
 ) -> Federated:
-    recipe = settings.recipe
     result: list[Federated] = []
-    # one hello each, one visit each a round, one closing evaluation each
-    counter = _Counter(show, len(names) * (recipe.rounds + 2))
+    shown = _Shown(show, settings.recipe.rounds)
 
     def main(transport: Transport) -> None:
-        def on_round(state: ServerState, report: RoundReport) -> None:
-            counter.at_least((report.round + 1) * len(names))
-            show.round(state, report)
-
-        result.append(coordinate(recipe, transport, out, audit=audit, resume=settings.resume, on_round=on_round))
+        shown.transport = transport
+        result.append(coordinate(settings.recipe, shown, out, audit=audit, resume=settings.resume, on_round=show.round))
 
     with _workers(settings) as workers:
-        app = None if workers else client_app(_sites(settings, out, cohorts, device))
-        grid = InProcessGrid(names, app, workers=workers, done=lambda name: counter.at_least(counter.done + 1))
+        app = None
+        if not workers:
+            site_of = _sites(settings, out, cohorts, device)
+            for name in names:
+                site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
+            app = client_app(lambda context: site_of(str(context.node_config["site"])))
+        grid = InProcessGrid(names, app, workers=workers, done=shown.answered)
         server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
-    counter.at_least(counter.total)
     return result[0]
 
 
-class _Counter:
-    def __init__(self, show: Show, total: int) -> None:
-        self._show, self.total, self.done = show, total, 0
-        show.step("Training", 0, total)
+class _Shown:
+    """A transport that shows how far the federation is, also when it was resumed or stops early."""
 
-    def at_least(self, done: int) -> None:
-        self.done = min(max(self.done, done), self.total)
-        self._show.step("Training", self.done, self.total)
+    transport: Transport
+
+    def __init__(self, show: Show, rounds: int) -> None:
+        self._show, self._rounds = show, rounds
+        self._what, self._done, self._total = "Calling the sites", 0, 0
+
+    def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
+        self._total = recipe.federation.sites
+        self._show.step(self._what, 0, self._total)
+        return self.transport.hello(recipe)
+
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
+        before = self._done if self._what == "Training" else 0
+        self._what, self._done = "Training", max(before, (plan.round - 1) * len(sites))
+        # one visit each a round, and one for the closing evaluation, which early stopping brings forward
+        self._total = (self._rounds + 1) * len(sites) if plan.work == "train" else self._done + len(sites)
+        self._show.step(self._what, self._done, self._total)
+        return self.transport.ask(plan, sites, timeout_s)
+
+    def answered(self, site: str) -> None:
+        self._done += 1
+        self._show.step(self._what, self._done, self._total)
+
+
+def _compare(
+    settings: Settings, cohorts: Mapping[str, Cohort], test: Samples | None, device: torch.device, show: Show
+) -> Baselines | None:
+    if not settings.baselines or test is None:
+        return None
+    total = len(cohorts) + 1
+    finished: list[str] = []
+
+    def trained(name: str) -> None:
+        finished.append(name)
+        show.step("Baselines", len(finished), total)
+
+    show.step("Baselines", 0, total)
+    return baselines(settings.recipe, cohorts, test, device, trained)
 
 
 @contextmanager
@@ -199,9 +237,7 @@ def _workers(settings: Settings) -> Iterator[list[Worker]]:
             worker.stop()
 
 
-def _sites(
-    settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device
-) -> Callable[[Context], Site]:
+def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device) -> Callable[[str], Site]:
     recipe = settings.recipe
 
     @functools.cache
@@ -223,7 +259,7 @@ def _sites(
             limits=Limits(seeded_noise=True),
         )
 
-    return lambda context: site(str(context.node_config["site"]))
+    return site
 
 
 def _ledger(recipe: Recipe, folder: Path, name: str) -> Ledger | None:
@@ -241,42 +277,119 @@ def _audit(out: Path, side: str) -> AuditLog:
     return AuditLog(out / "audit" / f"{side}.jsonl", Signer.load_or_create(out / "keys" / f"{side}.key"))
 
 
-def _open_run(settings: Settings, out: Path) -> None:
-    """Makes the run's folder, or takes it up again, or removes the run in it when that was asked for."""
-    record = out / "run.json"
+def _fits(settings: Settings, out: Path) -> None:
+    """Refuses a folder that this run must not write into; changes nothing."""
+    if settings.resume and settings.overwrite:
+        raise ConfigError("resume and overwrite: one goes on with the run, the other removes it; say only one of them")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out: {out} is a file; choose a folder")
+    earlier = _earlier(out)
+    if earlier is None:
+        with storing("the folder of the run"):
+            names = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        if foreign := [name for name in names if name not in _KEPT and not name.startswith(".")]:
+            raise ConfigError(
+                f"out: {out} holds other files ({foreign[0]}) and no run.json; choose an empty folder, or a new name"
+            )
+    elif settings.resume:
+        if changed := _changed(earlier, _record(settings)):
+            raise ConfigError(
+                f"resume: {out} holds a run with other settings (different: {', '.join(changed[:8])}); "
+                "give the same settings, or another out"
+            )
+    elif not settings.overwrite:
+        raise ConfigError(
+            f"out: {out} holds a run of recipe {str(earlier.get('recipe_id'))[:12]} already; say resume=true to go on "
+            "with it, overwrite=true to remove it and start again, or out=... for another folder"
+        )
+
+
+def _begin(settings: Settings, out: Path) -> None:
+    """Removes the run that is to be overwritten, and writes down which run this is."""
+    if settings.overwrite:
+        with storing("the run to be overwritten"):
+            for name in _OWN:
+                if (out / name).exists():
+                    shutil.rmtree(out / name)
+            for name in _OWN_FILES:
+                (out / name).unlink(missing_ok=True)
+    for folder in (out, *(out / name for name in _OWN)):
+        for part in folder.glob(".*.tmp") if folder == out else folder.rglob(".*.tmp"):
+            part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    for partial in out.glob(".hospitals.partial-*"):
+        shutil.rmtree(partial)
+    write_whole(out / _RECORD, (json.dumps(_record(settings), indent=2, sort_keys=True) + "\n").encode())
+
+
+def _record(settings: Settings) -> dict[str, Any]:
+    """All that decides the weights, as run.json keeps it."""
+    simulation = settings.simulation
+    data: dict[str, Any]
+    if simulation.hospitals is not None:
+        data = {"hospitals": str(Path(simulation.hospitals).resolve())}
+    else:
+        data = {"phantom": as_plain(simulation.phantom), "sites": settings.recipe.federation.sites}
+    return {"recipe_id": settings.recipe.id, "recipe": as_plain(settings.recipe), "simulation": data}
+
+
+def _earlier(out: Path) -> dict[str, Any] | None:
+    record = out / _RECORD
     try:
         earlier = json.loads(record.read_text()) if record.exists() else None
     except (OSError, ValueError):
-        raise StorageError(f"{record} cannot be read; choose another out, or overwrite=true to start again") from None
-    if earlier is None and out.exists() and any(out.iterdir()) and not settings.resume:
-        mine = {*_OWN, *_OWN_FILES, "hospitals"}
-        if foreign := [path.name for path in out.iterdir() if path.name not in mine and not path.name.startswith(".")]:
-            raise ConfigError(f"out: {out} holds other files ({sorted(foreign)[0]}); choose an empty folder")
-    if earlier is not None and settings.resume and earlier["recipe_id"] != settings.recipe.id:
-        before = as_plain(recipe_from_json(json.dumps(earlier["recipe"])))
-        changed = _changed(before, as_plain(settings.recipe))
-        raise ConfigError(
-            f"resume: {out} holds a run of another recipe (different: {', '.join(changed)}); "
-            "give the same settings, or another out"
-        )
-    if earlier is not None and not settings.resume:
-        if not settings.overwrite:
+        earlier = ()
+    if earlier is not None and not isinstance(earlier, dict):
+        raise StorageError(f"{record} cannot be read; choose another out, or remove that folder to start again")
+    return earlier
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps a second simulation out of the folder; the system frees it when this process ends, however it ends."""
+    new = not out.exists()
+    with storing("the folder of the run"):
+        handle = os.open(private_folder(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ConfigError(
-                f"out: {out} holds a run of recipe {earlier['recipe_id'][:12]} already; say resume=true to go on with "
-                "it, overwrite=true to remove it and start again, or out=... for another folder"
-            )
-        for name in _OWN:
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in _OWN_FILES:
-            (out / name).unlink(missing_ok=True)
-    private_folder(out)
-    body = {"recipe_id": settings.recipe.id, "recipe": as_plain(settings.recipe)}
-    write_whole(record, (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
+                f"out: another simulation is writing into {out}; wait for it, or choose another out"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+        if new and [path.name for path in out.iterdir()] == [".lock"]:  # it failed before it began
+            shutil.rmtree(out)
+
+
+class _LogFile(logging.FileHandler):
+    """What went wrong inside a site, for whoever runs the simulation; never shown, never sent."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out / "simulation.log", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """A full disk is told by what matters more."""
+
+
+@contextmanager
+def _log_file(out: Path) -> Iterator[None]:
+    handler = _LogFile(out)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _changed(before: object, now: object, path: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
+        keys = sorted({*before, *now} - {"recipe_id"})
         return [where for key in keys for where in _changed(before.get(key), now.get(key), f"{path}.{key}".strip("."))]
     return [] if before == now else [path]
 
@@ -284,6 +397,10 @@ def _changed(before: object, now: object, path: str = "") -> list[str]:
 def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
     simulation = settings.simulation
     if simulation.hospitals is not None:
+        if settings.baselines and not (Path(simulation.hospitals) / CENTRAL).is_dir():
+            raise ConfigError(
+                f"baselines=true compares on a central test set, but {simulation.hospitals} holds no folder {CENTRAL}/"
+            )
         return Path(simulation.hospitals)
     if simulation.phantom.dimensions != settings.recipe.task.dimensions:
         raise ConfigError(
@@ -291,6 +408,10 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
             f"{settings.recipe.task.dimensions}; say simulation=phantom_{settings.recipe.task.dimensions}d, or "
             "simulation.hospitals=FOLDER for images of your own"
         )
+    earlier = _earlier(out) or {}
+    if settings.overwrite and earlier.get("simulation") != _record(settings)["simulation"]:
+        with storing("the earlier hospitals"), suppress(FileNotFoundError):
+            shutil.rmtree(out / "hospitals")
     make_phantoms(
         out / "hospitals",
         simulation.phantom,
@@ -314,7 +435,7 @@ def _cohort(settings: Settings, out: Path, name: str, show: Show) -> Cohort:
         raise DataError(f"{name}: {error}") from None
 
 
-def _central(settings: Settings, out: Path, hospitals: Path, show: Show) -> Samples | None:
+def _central(settings: Settings, hospitals: Path, show: Show) -> Samples | None:
     folder, recipe = hospitals / CENTRAL, settings.recipe
     if not folder.is_dir():
         return None
@@ -345,8 +466,12 @@ def _device(settings: Settings) -> torch.device:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {_CORES} {'core' if _CORES == 1 else 'cores'}"
+    )
 
 
 def _threads(settings: Settings) -> int:
-    return settings.simulation.threads or max(1, (os.cpu_count() or 1) // settings.simulation.workers)
+    return settings.simulation.threads or max(1, _CORES // settings.simulation.workers)

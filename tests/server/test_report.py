@@ -69,12 +69,13 @@ def metrics(seed: int, patients: int = 40) -> Metrics:
 
 
 def make(
-    names: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3, name: str = "Lesions"
+    names: Sequence[str] = ("north", "south"), *, private: bool = True, rounds: int = 3, lesion: str = "lesion"
 ) -> RunReport:
     recipe = Recipe(
-        name=name,
+        name="Lesions",
+        description=f"Finds a {lesion}.",
         rounds=rounds,
-        task=Task(classes=("clear", "lesion"), subgroups=("sex",)),
+        task=Task(classes=("clear", lesion), subgroups=("sex",)),
         federation=Federation(sites=len(names), quorum=1),
         privacy=Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-5) if private else Privacy(),
     )
@@ -146,7 +147,7 @@ CASES = {
     "twelve sites": lambda: make([f"hospital-{i}" for i in range(12)], rounds=21),
     "suppressed": lambda: replace(make(), central=Metrics(suppressed=True)),
     "values absent": lambda: replace(make(), central=Metrics(patients=9, values={"accuracy": 1.0})),
-    "odd names": lambda: make([EVIL, "x" * 300, "東京 病院"], name=EVIL),
+    "odd names": lambda: make([EVIL, "x" * 300, "東京 病院"], lesion=EVIL),
 }
 
 
@@ -187,7 +188,7 @@ def test_references_inside_the_pictures_resolve(page: str) -> None:
 
 
 def test_names_from_outside_stay_text(tmp_path: Path) -> None:
-    report = replace(make([EVIL, "south"], name=EVIL), notes=(EVIL,), device=EVIL, versions={EVIL: EVIL})
+    report = replace(make([EVIL, "south"], lesion=EVIL), notes=(EVIL,), device=EVIL, versions={EVIL: EVIL})
     report = replace(
         report,
         rounds=(replace(report.rounds[0], refused={EVIL: EVIL}), *report.rounds[1:]),

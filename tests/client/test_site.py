@@ -1,0 +1,415 @@
+"""A site's answers: what it refuses, what it spends, what it keeps, and what never leaves."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from client import site as module
+from client.app import client_app
+from client.cohort import Cohort
+from client.dp import sampling
+from client.ledger import Ledger, SitePolicy
+from client.site import Limits, Site
+from client.train import Trained, TrainingError
+from common import wire
+from common.accounting import Event, epsilon_pld
+from common.audit import AuditLog, verify, verify_against
+from common.config import Evaluation, ModelConfig, Preprocessing, Privacy, Recipe, Training
+from common.errors import DataError, StorageError
+from common.exchange import Hello, Refusal, RoundPlan, Update
+from common.identity import Signer
+from common.models import build, get_weights
+from common.samples import Samples
+from common.weights import Weights
+
+PRIVATE = Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-3)
+
+
+def recipe_of(privacy: Privacy = PRIVATE, **parts: Any) -> Recipe:
+    given = {
+        "name": "tiny",
+        "rounds": 3,
+        "data": Preprocessing(size=(16, 16)),
+        "model": ModelConfig(family="monai", name="resnet10", width=0.125, stem="small"),
+        "training": Training(batch_size=5, local_epochs=2.0),
+        "evaluation": Evaluation(bootstraps=100),
+        "privacy": privacy,
+    }
+    return Recipe(**(given | parts))
+
+
+def cohort_of(train: int = 20, validation: int = 8, test: int = 3) -> Cohort:
+    count = train + validation + test
+    x_N = np.random.default_rng(0).normal(size=(count, 1, 16, 16)).astype(np.float32)
+    targets_N = (np.arange(count) % 2).astype(np.int64)
+    names = tuple(f"SECRET-{n}" for n in range(count))
+    samples = Samples(x_N, targets_N, np.arange(count), names, {}, "")
+    return Cohort(samples, np.repeat(["train", "validation", "test"], [train, validation, test]), "a" * 64, {})
+
+
+class House:
+    """A site's folder, which outlives the process that opens it."""
+
+    def __init__(self, folder: Path, recipe: Recipe | None = None, cohort: Cohort | None = None) -> None:
+        self.folder, self.recipe, self.cohort = folder, recipe or recipe_of(), cohort or cohort_of()
+        self.cap = self.recipe.privacy.epsilon or 100.0
+
+    def open(self, limits: Limits | None = None) -> Site:
+        privacy = self.recipe.privacy
+        self.ledger = Ledger(
+            self.folder / "ledger.jsonl", "n", SitePolicy(epsilon=self.cap, delta=privacy.delta or 1e-3)
+        )
+        self.ledger.repair()
+        return Site(
+            "north", self.recipe, self.cohort, functools.cache(lambda: build(self.recipe)), folder=self.folder,
+            audit=AuditLog(self.log, Signer.load_or_create(self.folder / "keys" / "north.key")),
+            ledger=self.ledger if privacy.active else None, device=torch.device("cpu"), limits=limits,
+        )  # fmt: skip
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "audit" / "north.jsonl"
+
+    def plan(self, round_: int = 1, work: str = "train", weights: Weights | None = None, **parts: Any) -> RoundPlan:
+        given = {"recipe_id": self.recipe.id, "round": round_, "work": work}
+        return RoundPlan(**(given | {"weights": weights or start(self.recipe)} | parts))
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in verify(self.log)]
+
+    def entries(self, kind: str) -> int:
+        lines = (self.folder / "ledger.jsonl").read_text().splitlines()
+        return sum(json.loads(line)["kind"] == kind for line in lines)
+
+
+def start(recipe: Recipe) -> Weights:
+    return get_weights(build(recipe))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(tmp_path)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[RoundPlan]:
+    """Training that costs nothing and never gives the same update twice."""
+    calls: list[Any] = []
+
+    def fake(model: object, weights: Weights, *_: object, private: Any = None, **__: object) -> Trained:
+        calls.append(private)
+        delta = weights.zeros() + Weights({name: np.full_like(a, len(calls)) for name, a in weights.items()})
+        steps = private.sampling.steps if private else 1
+        return Trained(delta=delta, steps=steps, loss=None if private else 0.5)
+
+    monkeypatch.setattr(module, "train", fake)
+    return calls
+
+
+def refused(reply: object, code: str, house: House, kind: str = "plan refused") -> str:
+    assert isinstance(reply, Refusal)
+    assert reply.code == code
+    last = verify(house.log)[-1]
+    assert last.kind == kind
+    assert last.hash == reply.audit_head
+    return reply.why
+
+
+# Privacy account
+
+
+def test_epsilon_after_three_rounds_of_two_epochs_is_that_of_one_accountant_over_six_epochs(house: House) -> None:
+    site, epsilons = house.open(), []
+    for round_ in (1, 2, 3):
+        update = site.visit(house.plan(round_))
+        assert isinstance(update, Update)
+        assert update.spent is not None
+        epsilons.append(update.spent.epsilon)
+    noise = update.spent.noise_multiplier
+    six_epochs = sampling(20, 5, 6.0)
+    assert (six_epochs.rate, six_epochs.steps, update.spent.steps) == (0.25, 24, 24)
+    one = epsilon_pld([Event(noise_multiplier=noise, sampling_rate=0.25, steps=24)], 1e-3)
+    assert epsilons[-1] == one
+    assert epsilons == sorted(epsilons)
+    assert one <= 8.0
+    # Had each round an accountant of its own, a third of the steps would be claimed.
+    assert epsilons[0] < 0.8 * one
+    # Nothing is left for a fourth visit, whichever recipe asks.
+    other = House(house.folder, replace(house.recipe, seed=1))
+    why = refused(other.open().visit(other.plan()), "budget", other)
+    assert "cap is 8" in why
+    assert other.kinds()[-2:] == ["budget refused", "plan refused"]
+
+
+def test_a_recipe_that_gives_the_noise_is_told_the_epsilon_of_that_noise(tmp_path: Path, trained: list[Any]) -> None:
+    house = House(tmp_path, recipe_of(Privacy(mechanism="dp_sgd", noise_multiplier=1.5, delta=1e-3)))
+    update = house.open().visit(house.plan())
+    assert isinstance(update, Update)
+    assert update.spent is not None
+    expected = epsilon_pld([Event(noise_multiplier=1.5, sampling_rate=0.25, steps=8)], 1e-3)
+    assert (update.spent.noise_multiplier, update.spent.epsilon) == (1.5, expected)
+    assert trained[0].noise_multiplier == 1.5
+
+
+def test_a_refused_budget_is_refused_before_anything_is_trained_or_scored(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.cap = 0.5
+    monkeypatch.setattr(module, "score", lambda *_, **__: pytest.fail("scored"))
+    assert "0.5" in refused(house.open().visit(house.plan()), "budget", house)
+    assert trained == []
+
+
+def test_a_private_recipe_without_a_ledger_is_refused(house: House, trained: list[Any]) -> None:
+    site = house.open()
+    site._ledger = None
+    assert "no ledger" in refused(site.visit(house.plan()), "budget", house)
+    assert trained == []
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "word"),
+    [
+        ({"recipe_id": "f" * 64}, "recipe", "not approved here"),
+        ({"round": 4}, "recipe", "past the last of the recipe, 3"),
+        ({"round": 5, "work": "evaluate"}, "recipe", "past the last of the recipe, 4"),
+    ],
+)
+def test_another_recipe_and_a_round_too_many_are_refused(
+    house: House, trained: list[Any], change: dict[str, Any], code: str, word: str
+) -> None:
+    assert word in refused(house.open().visit(house.plan(**change)), code, house)
+    assert trained == []
+    assert not (house.folder / "ledger.jsonl").exists() or house.entries("reserve") == 0
+
+
+def test_seeded_noise_and_a_delta_of_one_over_the_patients_are_against_the_sites_own_limits(
+    tmp_path: Path, trained: list[Any]
+) -> None:
+    seeded = House(tmp_path / "a", recipe_of(replace(PRIVATE, unsafe_seeded_noise=True)))
+    assert "for simulations" in refused(seeded.open().visit(seeded.plan()), "policy", seeded)
+    assert isinstance(seeded.open(Limits(seeded_noise=True)).visit(seeded.plan()), Update)
+    many = House(tmp_path / "b", recipe_of(replace(PRIVATE, delta=0.0099)), cohort_of(train=102))
+    why = refused(many.open().visit(many.plan()), "policy", many)
+    assert "delta" in why
+    assert "102" not in why  # the count is the site's own
+    assert "0.0098" not in why
+    few = House(tmp_path / "c", recipe_of(replace(PRIVATE, delta=0.0099)), cohort_of(train=100))
+    assert isinstance(few.open().visit(few.plan()), Update)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("too few"), "data", "too few"),
+        (StorageError("the disk is full"), "training", "the disk is full"),
+        (TrainingError("not finite"), "training", "not finite"),
+        (KeyError("SECRET-1"), "training", "KeyError at the site; see its own log"),
+        (RuntimeError("/data/SECRET-1/a.dcm"), "training", "RuntimeError at the site; see its own log"),
+        (MemoryError(), "training", "MemoryError at the site; see its own log"),
+    ],
+)
+def test_an_error_is_a_refusal_and_a_foreign_text_never_leaves(
+    house: House, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, told: str
+) -> None:
+    def fail(*_: object, **__: object) -> Trained:
+        raise error
+
+    monkeypatch.setattr(module, "train", fail)
+    assert refused(house.open().visit(house.plan()), code, house) == told
+    assert "SECRET" not in house.log.read_text()
+
+
+def test_weights_that_are_not_the_models_are_refused_without_a_training(house: House, trained: list[Any]) -> None:
+    strange = house.plan(weights=Weights({"a": np.ones(3, np.float32)}))
+    assert "do not fit the model" in refused(house.open().visit(strange), "training", house)
+    assert trained == []
+
+
+def test_a_full_disk_is_still_told_although_it_cannot_be_logged(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = house.open()
+
+    def full(*_: object, **__: object) -> str:
+        raise StorageError("the audit log could not be written or read: No space left on device")
+
+    monkeypatch.setattr(site.audit, "append", full)
+    reply = site.visit(house.plan())
+    assert isinstance(reply, Refusal)
+    assert "No space left" in reply.why
+    assert trained == []
+
+
+# The kept reply
+
+
+def test_the_same_plan_is_answered_by_the_same_update_without_training_or_epsilon(
+    house: House, trained: list[Any]
+) -> None:
+    first = house.open().visit(house.plan())
+    again = house.open().visit(house.plan())  # the site was started anew in between
+    assert isinstance(first, Update)
+    assert isinstance(again, Update)
+    assert (again.delta, again.spent, again.validation) == (first.delta, first.spent, first.validation)
+    assert len(trained) == 1
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+    # Heads that the coordinator writes down in this order must lie in this order.
+    order = [event.hash for event in verify(house.log)]
+    assert order.index(first.audit_head) < order.index(again.audit_head)
+
+
+def test_a_death_between_keeping_and_settling_costs_one_training_and_one_epsilon(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            house.open().visit(house.plan())
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 0)
+    update = house.open().visit(house.plan())
+    assert isinstance(update, Update)
+    assert len(trained) == 1
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+    # The reply of the next round takes its place; asked for round 1 again, the site pays again or refuses.
+    site = house.open()
+    assert isinstance(site.visit(house.plan(2)), Update)
+    site.visit(house.plan(1))
+    assert house.entries("reserve") == 3
+
+
+def test_a_death_while_training_takes_the_reservation_over(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            house.open().visit(house.plan())
+    assert isinstance(house.open().visit(house.plan()), Update)
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+
+
+def test_an_update_that_somebody_else_settled_never_leaves(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = house.open()
+    real = site._store
+
+    def race(plan: RoundPlan, update: Update) -> None:
+        real(plan, update)
+        pending = house.ledger.pending(plan.recipe_id, round=1, base=update.base)
+        assert pending is not None
+        house.ledger.settle(pending, update.steps)
+
+    monkeypatch.setattr(site, "_store", race)
+    assert "settled already" in refused(site.visit(house.plan()), "budget", house)
+    assert list((house.folder / "outbox").glob("*.bin")) == []
+
+
+def test_without_privacy_nothing_is_kept_and_the_loss_is_told(tmp_path: Path, trained: list[Any]) -> None:
+    house = House(tmp_path, recipe_of(Privacy()))
+    update = house.open().visit(house.plan())
+    assert isinstance(update, Update)
+    assert (update.train_loss, update.spent) == (0.5, None)
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+# Scores
+
+
+def test_small_cells_leave_as_nothing(house: House, trained: list[Any]) -> None:
+    site = house.open()
+    hello = site.hello()
+    assert dict(hello.patients) == {"train": 20, "validation": 8, "test": 0}  # three test patients are below five
+    update = site.visit(house.plan(4, "evaluate"))
+    assert isinstance(update, Update)
+    assert update.validation is not None
+    assert update.validation.patients == 8
+    assert 0 <= update.validation.values["auroc"] <= 1
+    assert update.test is not None
+    assert (update.test.patients, dict(update.test.values)) == (0, {})
+    assert len(update.delta) == 0
+    assert update.spent is None  # nothing was trained here
+
+
+def test_a_site_may_send_no_scores_at_all(house: House, trained: list[Any]) -> None:
+    site = house.open(Limits(metrics="none"))
+    for plan in (house.plan(), house.plan(4, "evaluate")):
+        update = site.visit(plan)
+        assert isinstance(update, Update)
+        assert (update.validation, update.test) == (None, None)
+
+
+def test_nothing_that_is_sent_or_logged_names_a_patient(house: House, trained: list[Any]) -> None:
+    site = house.open()
+    sent = [site.hello(), site.visit(house.plan()), site.visit(house.plan(round_=9))]
+    text = b"".join(wire.to_bytes(wire.encode(value)) for value in sent) + house.log.read_bytes()
+    assert b"SECRET" not in text
+    assert str(house.folder).encode() not in text
+
+
+# Messages
+
+
+@pytest.fixture
+def ask(house: House, trained: list[Any]) -> Callable[[RecordDict, str], Message]:
+    from simulations.grid import become_node
+
+    become_node(1)
+    site = house.open()
+    app = client_app(lambda _: site)
+    context = Context(run_id=1, node_id=7, node_config={}, state=RecordDict(), run_config={})
+    return lambda record, kind: app(Message(record, 7, kind), context)
+
+
+def test_the_app_answers_who_it_is_and_does_what_a_plan_says(
+    house: House, ask: Callable[[RecordDict, str], Message]
+) -> None:
+    assert wire.decode(ask(wire.encode_question(), "query").content, Hello).site == "north"
+    assert isinstance(wire.decode_reply(ask(wire.encode(house.plan()), "train").content), Update)
+    assert house.entries("settle") == 1
+
+
+def test_unexpected_messages_are_refused_logged_and_change_nothing(
+    house: House, trained: list[Any], ask: Callable[[RecordDict, str], Message]
+) -> None:
+    newer = wire.encode(house.plan())
+    newer["message"] = ConfigRecord({**newer.config_records["message"], "version": 2})
+    question = RecordDict({"message": ConfigRecord({"kind": "who", "version": 2, "body": "{}"})})
+    hello = wire.decode(ask(wire.encode_question(), "query").content, Hello)
+    for record, kind in (
+        (newer, "train"),
+        (wire.encode(house.plan()), "evaluate"),  # a plan to train as a message to evaluate
+        (wire.encode(house.plan(work="evaluate")), "train"),
+        (wire.encode(hello), "train"),
+        (RecordDict(), "train"),
+        (question, "query"),
+        (RecordDict(), "query"),
+    ):
+        reply = wire.decode_reply(ask(record, kind).content)
+        refused(reply, "message", house, "message refused")
+    assert trained == []
+    assert not (house.folder / "ledger.jsonl").exists() or house.entries("reserve") == 0
+
+
+def test_the_sites_log_holds_every_head_of_the_coordinator_that_it_was_told(
+    house: House, trained: list[Any], tmp_path: Path
+) -> None:
+    server = AuditLog(tmp_path / "server" / "server.jsonl", Signer.temporary())
+    site = house.open()
+    for round_ in (1, 1, 2):  # round 1 is asked twice
+        site.visit(house.plan(round_, audit_head=server.append("round planned", round=round_)))
+    assert verify_against(verify(tmp_path / "server" / "server.jsonl"), verify(house.log)) == 3

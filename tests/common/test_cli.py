@@ -1,0 +1,123 @@
+"""The front door, and the verbs that need neither side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fedicom
+from common.audit import AuditLog
+from common.config import load_recipe, recipe_from_json
+from common.identity import Signer
+
+ROOT = Path(fedicom.__file__).parent
+
+
+def run(*words: str, capsys) -> tuple[int, str, str]:
+    try:
+        code = fedicom.main(words)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_recipe_show_prints_yaml_that_is_the_recipe_and_its_id(capsys):
+    code, out, _ = run("recipe", "show", "rounds=3", capsys=capsys)
+    recipe = load_recipe(["rounds=3"])
+    assert code == 0
+    assert out.endswith(f"# id {recipe.id}\n")
+    import json
+
+    assert recipe_from_json(json.dumps(yaml.safe_load(out))) == recipe
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["recipe"], ["recipe", "hide"], ["audit"], ["version", "x"]])
+def test_a_wrong_request_is_code_2_without_a_traceback(words, capsys):
+    code, out, err = run(*words, capsys=capsys)
+    assert code == 2
+    assert "usage: fedicom" in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["recipe", "--help"], ["recipe", "show", "--help"], ["predict", "--help"],
+              ["audit", "verify", "--help"], ["simulate", "--help"], ["hospitals", "--help"], ["version", "--help"]]
+)  # fmt: skip
+def test_every_verb_explains_itself(words, capsys):
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0
+    assert "usage: fedicom" in out
+
+
+def test_version_is_that_of_the_distribution(capsys):
+    code, out, _ = run("version", capsys=capsys)
+    assert (code, out) == (0, "fedicom 0.1.0\n")
+
+
+def test_an_interrupt_ends_with_130_and_a_word(capsys, monkeypatch):
+    def stopped(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("common.cli.version_verb", stopped)
+    code, _, err = run("version", capsys=capsys)
+    assert (code, err) == (130, "fedicom: stopped by you\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipe", "--help"]])
+def test_help_loads_no_library_that_it_does_not_need(words):
+    heavy = ("torch", "hydra", "omegaconf", "pydantic", "flwr", "monai", "timm", "pydicom", "numpy", "rich")
+    code = (
+        "import sys, fedicom\n"
+        f"try: fedicom.main({words!r})\n"
+        "except SystemExit: pass\n"
+        f"print('loaded', sorted(set({heavy!r}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def logs(folder: Path) -> Signer:
+    key = Signer.temporary()
+    server, site = AuditLog(folder / "server.jsonl", key), AuditLog(folder / "north.jsonl", key)
+    site.append("plan received", server_head=server.head)
+    server.append("round aggregated", heads={"north": site.head})
+    return key
+
+
+def test_audit_verify_checks_a_log_alone_and_against_the_other_side(tmp_path, capsys):
+    key = logs(tmp_path)
+    code, out, _ = run(
+        "audit", "verify", str(tmp_path / "north.jsonl"), "--key", key.public, "--against",
+        str(tmp_path / "server.jsonl"), capsys=capsys,
+    )  # fmt: skip
+    assert code == 0
+    assert "2 events, chain and signatures hold" in out
+    assert "server.jsonl remembers 1 heads" in out
+    code, out, _ = run(
+        "audit", "verify", str(tmp_path / "server.jsonl"), "--against", str(tmp_path / "north.jsonl"), capsys=capsys
+    )
+    assert code == 0
+    assert "give --key" in out
+
+
+def test_audit_verify_of_a_changed_or_cut_log_is_code_1_and_one_line(tmp_path, capsys):
+    key = logs(tmp_path)
+    path = tmp_path / "north.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(rows[0])
+    code, out, err = run("audit", "verify", str(path), "--against", str(tmp_path / "server.jsonl"), capsys=capsys)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    path.write_bytes(rows[0] + rows[1].replace(b"plan", b"plot"))
+    code, out, err = run("audit", "verify", str(path), "--key", key.public, capsys=capsys)
+    assert (code, out) == (1, "")
+    assert "event 1: content does not match its hash" in err
+
+
+def test_audit_verify_of_no_file_is_code_1_and_one_line(tmp_path, capsys):
+    code, out, err = run("audit", "verify", str(tmp_path / "none.jsonl"), capsys=capsys)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)

@@ -1,0 +1,148 @@
+"""The vector space of named arrays."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from common.weights import Weights
+
+SHAPES = st.dictionaries(
+    st.from_regex(r"[a-z]{1,4}(\.[a-z]{1,4})?", fullmatch=True),
+    hnp.array_shapes(min_dims=0, max_dims=3, max_side=3),
+    min_size=1,
+    max_size=4,
+)
+FINITE = st.floats(-1e3, 1e3, width=32)
+
+
+def three(draw_shapes: dict[str, tuple[int, ...]]) -> st.SearchStrategy[tuple[Weights, Weights, Weights]]:
+    one = st.fixed_dictionaries(
+        {name: hnp.arrays(np.float32, shape, elements=FINITE) for name, shape in draw_shapes.items()}
+    ).map(Weights)
+    return st.tuples(one, one, one)
+
+
+THREE = SHAPES.flatmap(three)
+
+
+def close(left: Weights, right: Weights, tolerance: float = 1e-3) -> bool:
+    return all(np.allclose(left[name], right[name], rtol=1e-5, atol=tolerance) for name in left)
+
+
+@given(THREE)
+@settings(max_examples=40, deadline=None)
+def test_addition_is_associative_up_to_rounding_and_commutative_to_the_bit(abc):
+    a, b, c = abc
+    assert close((a + b) + c, a + (b + c))
+    assert (a + b).digest == (b + a).digest
+
+
+@given(THREE)
+@settings(max_examples=40, deadline=None)
+def test_subtraction_undoes_addition_and_scaling_distributes(abc):
+    a, b, _ = abc
+    assert close((a + b) - b, a)
+    assert close((a + b) * 3.0, a * 3.0 + 3.0 * b, 1e-2)
+    assert a - a.zeros() == a  # to the bit; -0.0 + 0.0 would be 0.0
+
+
+@given(THREE)
+@settings(max_examples=30, deadline=None)
+def test_the_norm_is_that_of_the_concatenated_vector(abc):
+    a = abc[0]
+    whole = np.concatenate([array.ravel().astype(np.float64) for array in a.values()])
+    assert math.isclose(a.norm, float(np.linalg.norm(whole)), rel_tol=1e-12, abs_tol=1e-12)
+
+
+@given(THREE, st.randoms())
+@settings(max_examples=30, deadline=None)
+def test_the_digest_ignores_the_order_of_insertion(abc, random):
+    a = abc[0]
+    names = list(a)
+    random.shuffle(names)
+    assert Weights({name: a[name] for name in names}).digest == a.digest
+
+
+@given(THREE, st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_digest_changes_with_any_bit_any_name_and_any_shape(abc, data):
+    a = abc[0]
+    name = data.draw(st.sampled_from(sorted(a)))
+    flipped = bytearray(a[name].tobytes())
+    bit = data.draw(st.integers(0, 8 * len(flipped) - 1))
+    flipped[bit // 8] ^= 1 << bit % 8
+    other = np.frombuffer(bytes(flipped), np.float32).reshape(a[name].shape)
+    assert Weights({**a, name: other}).digest != a.digest
+    assert Weights({("z" + key if key == name else key): value for key, value in a.items()}).digest != a.digest
+    assert Weights({**a, name: a[name].reshape(1, *a[name].shape)}).digest != a.digest
+
+
+def test_the_digest_is_the_sha256_of_names_shapes_and_little_endian_numbers():
+    import hashlib
+    import struct
+
+    expected = hashlib.sha256(b"a\0\0" + struct.pack("<f", 1.5) + b"b\x002,1\0" + struct.pack("<2f", -2, 3)).hexdigest()
+    assert Weights({"b": np.array([[-2], [3]], np.float32), "a": np.array(1.5, np.float32)}).digest == expected
+
+
+def test_byte_order_and_memory_layout_of_the_source_do_not_matter():
+    plain = Weights({"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
+    turned = Weights({"w": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3))})
+    assert turned == plain
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"w": np.zeros(3, np.float32)},
+        {"w": np.zeros((1, 2), np.float32)},
+        {"w": np.zeros(1, np.float32)},
+        {"v": np.zeros(2, np.float32)},
+        {"w": np.zeros(2, np.float32), "v": np.zeros(2, np.float32)},
+        {},
+    ],
+)
+def test_other_names_or_shapes_are_never_broadcast(other):
+    one, two = Weights({"w": np.ones(2, np.float32)}), Weights(other)
+    for left, right in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match="names or shapes"):
+            left + right
+        with pytest.raises(ValueError, match="names or shapes"):
+            left - right
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.bool_, np.complex64])
+def test_only_floating_types_are_held(kind):
+    with pytest.raises(ValueError, match="expected a floating type"):
+        Weights({"counter": np.zeros(1, kind)})
+
+
+def test_held_arrays_cannot_be_written():
+    weights = Weights({"w": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match="read-only"):
+        weights["w"][0] = 5
+    with pytest.raises(TypeError):
+        weights["w"] = np.zeros(2, np.float32)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_shows(bad):
+    weights = Weights({"a": np.ones(3, np.float32), "b": np.array([1, bad], np.float32)})
+    assert not weights.finite
+    assert not math.isfinite(weights.norm)
+
+
+def test_large_numbers_do_not_overflow_the_norm():
+    assert math.isclose(Weights({"a": np.full(4, 1e30, np.float32)}).norm, 2e30, rel_tol=1e-6)
+
+
+def test_the_empty_vector_is_neutral():
+    empty = Weights({})
+    assert (empty.size, empty.nbytes, empty.norm, empty.finite) == (0, 0, 0.0, True)
+    assert empty + empty == empty

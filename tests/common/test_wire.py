@@ -1,0 +1,310 @@
+"""Whatever bytes arrive, the answer is an exchange type or an `ExchangeError` that quotes nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from common import wire
+from common.errors import ExchangeError
+from common.exchange import Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.weights import Weights
+
+DIGEST = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
+NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", fullmatch=True)
+WEIGHTS = st.dictionaries(
+    st.from_regex(r"[a-z0-9_]{1,6}(\.[a-z]{1,6})?", fullmatch=True),
+    st.lists(st.integers(0, 3), max_size=3),
+    max_size=4,
+).flatmap(
+    lambda shapes: st.integers(0, 2**32).map(
+        lambda seed: Weights(
+            {key: np.random.default_rng(seed).standard_normal(shape, np.float32) for key, shape in shapes.items()}
+        )
+    )
+)
+SCORES = st.builds(
+    Scores,
+    patients=st.integers(0, 10**9),
+    values=st.dictionaries(st.from_regex(r"[a-z][a-z0-9_]{0,39}", fullmatch=True), st.floats(0, 100), max_size=5),
+)
+SPENT = st.builds(
+    Spent,
+    epsilon=st.floats(0, 1e6),
+    delta=st.floats(1e-12, 1),
+    noise_multiplier=st.floats(0, 100),
+    clip_norm=st.floats(1e-6, 100),
+    sampling_rate=st.floats(1e-6, 1),
+    steps=st.integers(0, 10**9),
+)
+HEAD = st.one_of(st.just(""), DIGEST)
+ROUND = st.integers(1, 1_000_000)
+PLAN = st.builds(
+    RoundPlan, recipe_id=DIGEST, round=ROUND, work=st.sampled_from(["train", "evaluate"]), weights=WEIGHTS,
+    audit_head=HEAD,
+)  # fmt: skip
+UPDATE = st.builds(
+    Update, site=NAME, recipe_id=DIGEST, round=ROUND, base=DIGEST, delta=WEIGHTS, weight=st.floats(1e-6, 1e9),
+    steps=st.integers(0, 10**6), train_loss=st.one_of(st.none(), st.floats(0, 1e6)),
+    validation=st.one_of(st.none(), SCORES), test=st.one_of(st.none(), SCORES), spent=st.one_of(st.none(), SPENT),
+    audit_head=HEAD,
+)  # fmt: skip
+HELLO = st.builds(
+    Hello, site=NAME, versions=st.dictionaries(NAME, st.text("0123456789.+cpu", max_size=40), max_size=3),
+    patients=st.fixed_dictionaries({"train": st.integers(0, 10**9)}), manifest=DIGEST, audit_head=HEAD,
+)  # fmt: skip
+REFUSAL = st.builds(
+    Refusal, site=NAME, recipe_id=DIGEST, round=ROUND, code=st.sampled_from(["recipe", "budget", "data"]),
+    why=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=500), audit_head=HEAD,
+)  # fmt: skip
+
+
+def update(**changes) -> Update:
+    values = {
+        "site": "north", "recipe_id": "a" * 64, "round": 2, "base": "b" * 64,
+        "delta": Weights({"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(1, np.float32)}),
+        "weight": 1.0, "steps": 3, "validation": Scores(patients=9, values={"auroc": 0.5}),
+        "spent": Spent(epsilon=1, delta=1e-5, noise_multiplier=1, clip_norm=1, sampling_rate=0.1, steps=3),
+    }  # fmt: skip
+    return Update(**(values | changes))
+
+
+def mutilated(*, body=None, kind="update", version=1, array=None, drop=()) -> RecordDict:
+    """The record of `update()` with some of it replaced."""
+    record = wire.encode(update())
+    text = record.config_records["message"]["body"] if body is None else body
+    message = {"kind": kind, "version": version, "body": text}
+    parts = {"message": ConfigRecord({key: value for key, value in message.items() if key not in drop})}
+    if "weights" not in drop:
+        parts["weights"] = ArrayRecord({"delta": array}) if array is not None else record["weights"]
+    return RecordDict(parts)
+
+
+def body(**changes) -> str:
+    plain = json.loads(wire.encode(update()).config_records["message"]["body"])
+    return json.dumps(plain | changes)
+
+
+def flat(data=bytes(28), shape=(7,), stype="fedicom.flat.f4", dtype="float32") -> Array:
+    return Array(dtype=dtype, shape=shape, stype=stype, data=data)
+
+
+@given(st.one_of(PLAN, UPDATE, HELLO, REFUSAL))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_is_encoded_decodes_to_the_same_value_also_through_bytes(value):
+    record = wire.encode(value)
+    assert wire.decode(record, type(value)) == value
+    assert wire.decode(wire.from_bytes(wire.to_bytes(record)), type(value)) == value
+
+
+def test_weights_keep_their_order_and_bits():
+    sent = Weights(
+        {"z": np.array([np.nextafter(np.float32(1), np.float32(2))], np.float32), "a": np.zeros((), np.float32)}
+    )
+    got = wire.decode_reply(wire.encode(update(delta=sent))).delta
+    assert list(got) == ["z", "a"]
+    assert got.digest == sent.digest
+
+
+def test_no_array_is_serialised_twice():
+    record = wire.encode(update(delta=Weights({f"w{n}": np.zeros(1000, np.float32) for n in range(10)})))
+    assert len(wire.to_bytes(record)) < 40_000 + 2_000
+
+
+SECRET = "Mustermann"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        RecordDict(),
+        RecordDict({"message": ArrayRecord({"a": flat()})}),
+        mutilated(drop=("kind",)),
+        mutilated(drop=("version",)),
+        mutilated(drop=("body",)),
+        mutilated(drop=("weights",)),
+        mutilated(version=2),
+        mutilated(version=0),
+        mutilated(version=True),
+        mutilated(version=1.0),
+        mutilated(version=SECRET),
+        mutilated(version=[1]),
+        mutilated(kind="plan"),
+        mutilated(kind="hello"),
+        mutilated(kind=SECRET),
+        mutilated(kind=["update"]),
+        mutilated(body=b"{}"),
+        mutilated(body=""),
+        mutilated(body="{"),
+        mutilated(body="[]"),
+        mutilated(body="null"),
+        mutilated(body="{}"),
+        mutilated(body="[" * 200_000),
+        mutilated(body='{"site":' * 5_000),
+        mutilated(body="1" * 10_000),
+        mutilated(body=" " * ((4 << 20) + 1)),
+        mutilated(body=body()[:-1] + ', "site": "south"}'),
+        mutilated(body=body()[:-1] + ', "delta": {"w": [2, 3], "b": [1]}}'),
+        mutilated(body=body(patient=SECRET)),
+        mutilated(body=body(**{SECRET: 1})),
+        mutilated(body=body(site=SECRET + " Max")),
+        mutilated(body=body(site="north\n")),
+        mutilated(body=body(site=None)),
+        mutilated(body=body(site="\ud800")),
+        mutilated(body=body(recipe_id="A" * 64)),
+        mutilated(body=body(base="b" * 63)),
+        mutilated(body=body(round=0)),
+        mutilated(body=body(round=True)),
+        mutilated(body=body(round=2.0)),
+        mutilated(body=body(round="2")),
+        mutilated(body=body(round=10**30)),
+        mutilated(body=body(weight=0)),
+        mutilated(body=body(weight=-1)),
+        mutilated(body=body(weight=float("nan"))),
+        mutilated(body=body(weight=float("inf"))),
+        mutilated(body=body(steps=-1)),
+        mutilated(body=body(train_loss=float("nan"))),
+        mutilated(body=body(validation=[1])),
+        mutilated(body=body(validation={"patients": 9, "values": {"auroc": float("nan")}})),
+        mutilated(body=body(validation={"patients": 9, "values": {"auroc": 1e9}})),
+        mutilated(body=body(validation={"patients": 9, "values": {SECRET: 0.5}})),
+        mutilated(body=body(validation={"patients": 9, "values": {f"s{n}": 0.5 for n in range(65)}})),
+        mutilated(body=body(validation={"patients": 9, "values": {}, SECRET: 1})),
+        mutilated(body=body(spent={"epsilon": 1})),
+        mutilated(body=body(spent={"epsilon": float("inf")})),
+        mutilated(body=body(spent=SECRET)),
+        mutilated(body=body(audit_head="zz")),
+        mutilated(body=body(delta=None)),
+        mutilated(body=body(delta=[[2, 3]])),
+        mutilated(body=body(delta={"w": 6})),
+        mutilated(body=body(delta={"w": [-2, -3], "b": [1]})),
+        mutilated(body=body(delta={"w": [2.0, 3], "b": [1]})),
+        mutilated(body=body(delta={"w": [True, 3], "b": [1]})),
+        mutilated(body=body(delta={"w": [1 << 40], "b": [1]})),
+        mutilated(body=body(delta={"w": [1 << 28] * 8})),
+        mutilated(body=body(delta={"w": [1] * 9})),
+        mutilated(body=body(delta={"w": [2, 3]})),
+        mutilated(body=body(delta={"w": [7]})[:-1] + "}", array=flat(bytes(24))),
+        mutilated(body=body(delta={f"{SECRET} Max": [7]})),
+        mutilated(body=body(delta={"\ud800": [7]})),
+        mutilated(body=body(delta={"w": [7], **{f"x{n}": [0] for n in range(20_000)}})),
+        mutilated(array=flat(bytes(27))),
+        mutilated(array=flat(bytes(32))),
+        mutilated(array=flat(b"")),
+        mutilated(array=flat(dtype="float64")),
+        mutilated(array=flat(dtype=SECRET)),
+        mutilated(array=flat(stype="numpy.ndarray")),
+        mutilated(array=Array(np.zeros(7, np.float32))),
+        RecordDict({**mutilated(), "more": ArrayRecord({"delta": flat()})}),
+        RecordDict({**mutilated(), "more": ConfigRecord({"patient": SECRET})}),
+        RecordDict({**mutilated(), "weights": ArrayRecord({"delta": flat(), SECRET: flat()})}),
+        RecordDict({**mutilated(), "weights": ArrayRecord({SECRET: flat()})}),
+        RecordDict({**mutilated(), "weights": ConfigRecord({"delta": 1})}),
+        RecordDict({**mutilated(), "message": ConfigRecord({**mutilated()["message"], "patient": SECRET})}),
+    ],
+)
+def test_a_mutilated_message_is_an_exchange_error_that_quotes_nothing(record):
+    with pytest.raises(ExchangeError) as caught:
+        wire.decode_reply(record)
+    assert SECRET not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_message_without_weights_may_not_carry_arrays():
+    refusal = Refusal(site="north", recipe_id="a" * 64, round=1, code="data", why="no")
+    record = wire.encode(refusal)
+    record["weights"] = ArrayRecord({"delta": flat()})
+    with pytest.raises(ExchangeError, match="other records"):
+        wire.decode_reply(record)
+
+
+def test_a_newer_version_says_so():
+    with pytest.raises(ExchangeError, match="newer version; this installation speaks 1"):
+        wire.decode_reply(mutilated(version=2))
+
+
+def test_the_array_stays_one_view_of_the_bytes_that_came():
+    got = wire.decode_reply(mutilated()).delta
+    assert not got["w"].flags.owndata
+    assert not got["w"].flags.writeable
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+FIELDS = ["site", "recipe_id", "round", "base", "delta", "weight", "steps", "train_loss", "validation", "test", "spent"]
+
+
+def only_exchange_errors(record: RecordDict) -> None:
+    with suppress(ExchangeError):
+        assert isinstance(wire.decode_reply(record), Update | Refusal)
+
+
+@given(st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.text(max_size=5)), JSON, max_size=3))
+@settings(max_examples=80, deadline=None)
+def test_any_json_in_any_field_gives_a_value_or_an_exchange_error(changes):
+    only_exchange_errors(mutilated(body=body(**changes)))
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_any_text_as_body_gives_an_exchange_error(text):
+    with pytest.raises(ExchangeError):
+        wire.decode_reply(mutilated(body=text))
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_byte_of_the_body_may_be_wrong(data):
+    text = body()
+    place = data.draw(st.integers(0, len(text) - 1))
+    only_exchange_errors(mutilated(body=text[:place] + data.draw(st.characters()) + text[place + 1 :]))
+
+
+@given(
+    st.binary(max_size=64), st.lists(st.integers(-9, 9), max_size=3), st.sampled_from(["fedicom.flat.f4", "", "x"]),
+    st.sampled_from(["float32", "float64", "int8", ""]), st.lists(st.integers(-3, 9), max_size=4),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_any_array_gives_a_value_or_an_exchange_error(data, shape, stype, dtype, declared):
+    only_exchange_errors(mutilated(body=body(delta={"w": declared}), array=flat(data, tuple(shape), stype, dtype)))
+
+
+@given(st.binary(max_size=80))
+@settings(max_examples=50, deadline=None)
+def test_any_bytes_on_the_pipe_give_a_value_or_an_exchange_error(data):
+    with pytest.raises(ExchangeError):
+        wire.decode_reply(wire.from_bytes(data))
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_bytes_cut_or_changed_on_disk_give_a_value_or_an_exchange_error(data):
+    whole = bytearray(wire.to_bytes(wire.encode(update())))
+    if data.draw(st.booleans()):
+        del whole[data.draw(st.integers(0, len(whole) - 1)) :]
+    else:
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ExchangeError):
+        assert isinstance(wire.decode_reply(wire.from_bytes(bytes(whole))), Update)
+
+
+def test_the_question_who_is_there_is_no_plan():
+    with pytest.raises(ExchangeError):
+        wire.decode(wire.encode_question(), RoundPlan)
+
+
+@pytest.mark.parametrize("why", ["\x1b[2J", "\x00", "\x9b31m", "x" * 501, "\ud800"])
+def test_a_reason_cannot_carry_terminal_commands_or_pages(why):
+    message = wire.encode(Refusal(site="north", recipe_id="a" * 64, round=1, code="data", why=""))["message"]
+    told = json.dumps(json.loads(message["body"]) | {"why": why})
+    with pytest.raises(ExchangeError, match="out of bounds: why"):
+        wire.decode_reply(RecordDict({"message": ConfigRecord({**message, "body": told})}))

@@ -1,0 +1,125 @@
+"""Every reason for which a reply may not change the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from common.config import Federation, Privacy, Recipe
+from common.exchange import Failure, Refusal, RoundPlan, Scores, Spent, Update
+from common.weights import Weights
+from server.admit import refusal
+
+MODEL = Weights({"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)})
+OPEN = Recipe(name="open", federation=Federation(max_update_norm=10))
+PRIVATE = replace(OPEN, name="private", privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5, clip_norm=0.5))
+NOISY = replace(PRIVATE, privacy=Privacy(mechanism="dp_sgd", noise_multiplier=1.5, delta=1e-5, clip_norm=0.5))
+COUNTED = replace(OPEN, federation=replace(OPEN.federation, site_weights="patients"))
+SPENT = Spent(epsilon=8, delta=1e-5, noise_multiplier=1.5, clip_norm=0.5, sampling_rate=0.1, steps=3)
+
+
+def plan(recipe: Recipe, work="train") -> RoundPlan:
+    return RoundPlan(recipe_id=recipe.id, round=3, work=work, weights=MODEL)
+
+
+def update(recipe: Recipe, **changes) -> Update:
+    values = {
+        "site": "north", "recipe_id": recipe.id, "round": 3, "base": MODEL.digest, "weight": 1.0, "steps": 4,
+        "delta": Weights({"w": np.full((2, 2), 3, np.float32), "b": np.array([4, 0], np.float32)}),
+        "spent": SPENT if recipe.privacy.active else None,
+    }  # fmt: skip
+    return Update(**(values | changes))
+
+
+def delta(**arrays) -> Weights:
+    return Weights({name: np.asarray(value, np.float32) for name, value in arrays.items()})
+
+
+@pytest.mark.parametrize("recipe", [OPEN, PRIVATE, NOISY, COUNTED], ids=lambda recipe: recipe.name)
+def test_a_proper_update_is_admitted(recipe):
+    assert refusal(update(recipe), plan(recipe), recipe) is None
+
+
+def test_order_of_names_is_no_reason():
+    turned = Weights({"b": np.zeros(2, np.float32), "w": np.zeros((2, 2), np.float32)})
+    assert refusal(update(OPEN, delta=turned), plan(OPEN), OPEN) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"recipe_id": "f" * 64}, "update of recipe ffffffffffff"),
+        ({"round": 2}, "update of round 2, expected 3"),
+        ({"round": 4}, "update of round 4, expected 3"),
+        ({"base": "e" * 64}, "trained from weights eeeeeeeeeeee"),
+        ({"delta": delta(w=np.zeros((2, 2)))}, "names or shapes differ from the model's in 1 arrays"),
+        ({"delta": delta(w=np.zeros((2, 2)), b=[0, 0], c=[0])}, "names or shapes differ from the model's in 1"),
+        ({"delta": delta(w=np.zeros((2, 2)), v=[0, 0])}, "names or shapes differ from the model's in 2"),
+        ({"delta": delta(w=np.zeros(4), b=[0, 0])}, "names or shapes differ from the model's in 1"),
+        ({"delta": delta(w=np.zeros((1, 2)), b=[0, 0])}, "names or shapes differ from the model's in 1"),
+        ({"delta": delta()}, "names or shapes differ from the model's in 2"),
+        ({"delta": delta(w=[[0, np.nan], [0, 0]], b=[0, 0])}, "NaN or infinity"),
+        ({"delta": delta(w=[[0, 0], [0, 0]], b=[0, -np.inf])}, "NaN or infinity"),
+        # 4 * 5 ** 2 + 1 = 101
+        ({"delta": delta(w=[[5, 5], [5, 5]], b=[1, 0])}, "norm 10.05 exceeds federation.max_update_norm 10"),
+        ({"delta": delta(w=[[3e38] * 2] * 2, b=[0, 0])}, "norm 6e+38 exceeds"),
+        ({"weight": 2.0}, "declared weight 2, expected 1"),
+        ({"steps": 0}, "no training step"),
+    ],
+)
+def test_each_wrong_content_is_refused_with_its_reason(changes, why):
+    assert why in (refusal(update(OPEN, **changes), plan(OPEN), OPEN) or "")
+
+
+def test_a_norm_at_the_limit_is_admitted():
+    assert refusal(update(OPEN, delta=delta(w=[[5, 5], [5, 5]], b=[0, 0])), plan(OPEN), OPEN) is None  # sqrt(100)
+
+
+def test_patient_counts_as_weights_only_where_the_recipe_asks():
+    assert refusal(update(COUNTED, weight=57.0), plan(COUNTED), COUNTED) is None
+    assert refusal(update(OPEN, weight=57.0), plan(OPEN), OPEN) is not None
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("spent", "why"),
+    [
+        (None, "has no privacy account"),
+        (replace(SPENT, epsilon=8.01), "epsilon 8.01 is above the recipe's 8"),
+        (replace(SPENT, delta=1e-3), "at delta 0.001, expected 1e-05"),
+        (replace(SPENT, clip_norm=5), "clipped at 5"),
+        (replace(SPENT, noise_multiplier=0), "noise 0, expected 0.5 and some noise"),
+    ],
+)
+def test_each_wrong_privacy_account_is_refused(spent, why, work):
+    arrays = {"delta": Weights({}), "steps": 0} if work == "evaluate" else {}
+    got = refusal(update(PRIVATE, spent=spent, **arrays), plan(PRIVATE, work), PRIVATE)
+    assert why in (got or "")
+
+
+def test_less_noise_than_the_recipe_fixes_is_refused():
+    less = replace(SPENT, noise_multiplier=1.49)
+    assert "noise 1.49, expected 0.5 and 1.5" in (refusal(update(NOISY, spent=less), plan(NOISY), NOISY) or "")
+    more = replace(SPENT, noise_multiplier=1.6)
+    assert refusal(update(NOISY, spent=more), plan(NOISY), NOISY) is None
+
+
+def test_a_training_loss_is_refused_under_privacy_alone():
+    assert "leaks" in (refusal(update(PRIVATE, train_loss=0.1), plan(PRIVATE), PRIVATE) or "")
+    assert refusal(update(OPEN, train_loss=0.1), plan(OPEN), OPEN) is None
+
+
+def test_an_evaluation_brings_scores_and_no_arrays():
+    scored = {"steps": 0, "test": Scores(patients=9, values={"auroc": 0.7})}
+    asked = plan(OPEN, "evaluate")
+    assert refusal(update(OPEN, delta=Weights({}), **scored), asked, OPEN) is None
+    assert "came with 2 arrays" in (refusal(update(OPEN, **scored), asked, OPEN) or "")
+
+
+def test_silence_and_refusal_keep_their_own_words():
+    asked = plan(OPEN)
+    assert refusal(Failure(site="north", round=3, why="no reply within 5 s"), asked, OPEN) == "no reply within 5 s"
+    said = Refusal(site="north", recipe_id=OPEN.id, round=3, code="budget", why="epsilon would pass the cap")
+    assert refusal(said, asked, OPEN) == "site refused (budget): epsilon would pass the cap"

@@ -1,0 +1,262 @@
+"""The federation's loop with sites that answer by rule."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from common.config import EarlyStopping, Federation, Recipe, Strategy, Training
+from common.errors import QuorumError
+from common.exchange import Failure, Refusal, RoundPlan, Scores, Update
+from common.weights import Weights
+from server import checkpoint, rounds
+
+SITES = [f"s{number}" for number in range(7)]
+START = Weights({"w": np.zeros(5, np.float32), "var": np.ones(2, np.float32)})
+NONE: frozenset[str] = frozenset()
+
+
+def recipe(rounds_=3, patience=0, min_improvement=0.0, **federation) -> Recipe:
+    stopping = EarlyStopping(patience_rounds=patience, min_improvement=min_improvement)
+    return Recipe(
+        name="loop",
+        rounds=rounds_,
+        training=Training(proximal_mu=0.1),
+        federation=Federation(**({"sites": 7, "quorum": 7, "early_stopping": stopping} | federation)),
+    )
+
+
+class Sites:
+    """Every site moves the weights by an amount that follows from its name and the weights that came."""
+
+    def __init__(self, scores=None) -> None:
+        self.plans: list[RoundPlan] = []
+        self._scores = dict(scores or {})
+        """Digest of a model, or round number, to its AUROC everywhere."""
+
+    def hello(self, recipe):
+        raise AssertionError
+
+    def ask(self, plan, sites, timeout_s):
+        self.plans.append(plan)
+        return [self.answer(plan, site) for site in sites]
+
+    def answer(self, plan, site):
+        seed = int.from_bytes(hashlib.sha256(f"{plan.weights.digest}{site}".encode()).digest()[:8], "little")
+        rng = np.random.default_rng(seed)
+        moved = {key: rng.normal(0.1, 1, shape).astype(np.float32) for key, shape in plan.weights.shapes.items()}
+        score = self._scores.get(len(self.plans))
+        values = {} if score is None else {"auroc": score}
+        return Update(
+            site=site,
+            recipe_id=plan.recipe_id,
+            round=plan.round,
+            base=plan.weights.digest,
+            delta=Weights(moved if plan.work == "train" else {}),
+            weight=1.0,
+            steps=1 if plan.work == "train" else 0,
+            validation=Scores(patients=9, values=values),
+            audit_head=hashlib.sha256(site.encode()).hexdigest(),
+        )
+
+
+class Odd(Sites):
+    """Some sites answer otherwise."""
+
+    def __init__(self, **others) -> None:
+        super().__init__()
+        self._others = others
+
+    def ask(self, plan, sites, timeout_s):
+        replies = {reply.site: reply for reply in super().ask(plan, sites, timeout_s)}
+        for site, change in self._others.items():
+            replies[site] = change(replies[site])
+        return [reply for reply in replies.values() if reply is not None]
+
+
+def ran(recipe, transport, state=None, sites=SITES):
+    state = state or rounds.start(recipe, START)
+    return list(rounds.run(state, recipe, transport, sites, buffers=frozenset({"var"})))
+
+
+def silent(reply):
+    return Failure(site=reply.site, round=reply.round, why="no reply within 5 s")
+
+
+def poisoned(reply):
+    return replace(reply, delta=Weights({key: value * np.float32(np.nan) for key, value in reply.delta.items()}))
+
+
+@pytest.fixture(autouse=True)
+def _no_forced_collection(monkeypatch):
+    # Flower's Bulyan runs the collector after every record: a third of a second each beside torch and pytest.
+    monkeypatch.setattr("flwr.app.message.arrayrecord.gc.collect", lambda: 0)
+
+
+def test_a_run_is_its_rounds_and_one_closing_evaluation():
+    sites = Sites()
+    steps = ran(recipe(3), sites)
+    assert [(report.work, report.round) for _, report in steps] == [
+        ("train", 1), ("train", 2), ("train", 3), ("evaluate", 4),
+    ]  # fmt: skip
+    assert [state.done for state, _ in steps] == [False, False, False, True]
+    assert [state.round for state, _ in steps] == [1, 2, 3, 3]
+    assert steps[-1][0].weights == steps[-2][0].weights
+    assert [report.after for _, report in steps[:-1]] == [report.before for _, report in steps[1:]]
+    assert [plan.weights.digest for plan in sites.plans] == [report.before for _, report in steps]
+
+
+def test_a_finished_state_asks_nobody():
+    final = ran(recipe(1), Sites())[-1][0]
+    sites = Sites()
+    assert ran(recipe(1), sites, final) == []
+    assert sites.plans == []
+
+
+def test_a_round_adds_the_mean_step():
+    class Fixed(Sites):
+        def answer(self, plan, site):
+            moved = {"w": np.full(5, float(site[1:]), np.float32), "var": np.zeros(2, np.float32)}
+            reply = super().answer(plan, site)
+            return replace(reply, delta=Weights(moved)) if plan.work == "train" else reply
+
+    state, report = ran(recipe(1), Fixed())[0]
+    assert state.weights["w"].tolist() == [3.0] * 5  # (0 + 1 + ... + 6) / 7
+    assert report.accepted["s4"].update_norm == pytest.approx(4 * 5**0.5)
+
+
+def test_a_round_below_quorum_leaves_the_model_alone(tmp_path):
+    wanted = recipe(3, quorum=6)
+    first = ran(wanted, Sites())[0][0]
+    checkpoint.write(first, tmp_path)
+    before = (first.weights.digest, (tmp_path / "round-0001.safetensors").read_bytes())
+    broken = Odd(s0=silent, s3=poisoned)
+    with pytest.raises(QuorumError) as caught:
+        ran(wanted, broken, first)
+    message = str(caught.value)
+    for words in ("round 2", "5 of 7", "quorum is 6", "'s0': 'no reply within 5 s'", "'s3': 'update holds NaN"):
+        assert words in message
+    assert (first.weights.digest, (tmp_path / "round-0001.safetensors").read_bytes()) == before
+    assert checkpoint.load(tmp_path, wanted.id) == first
+
+
+def test_at_quorum_the_round_counts_and_names_who_was_refused():
+    state, report = ran(recipe(1, quorum=5), Odd(s0=silent, s3=poisoned))[0]
+    assert list(report.accepted) == ["s1", "s2", "s4", "s5", "s6"]
+    assert report.refused == {"s0": "no reply within 5 s", "s3": "update holds NaN or infinity"}
+    assert state.weights.finite
+
+
+def test_a_site_that_the_transport_forgot_is_a_failure():
+    report = ran(recipe(1, quorum=6), Odd(s2=lambda reply: None))[0][1]
+    assert report.refused == {"s2": "no reply"}
+
+
+def test_a_refusal_is_told_and_its_audit_head_kept():
+    def refuse(reply):
+        return Refusal(
+            site=reply.site, recipe_id=reply.recipe_id, round=reply.round, code="budget", why="spent",
+            audit_head="c" * 64,
+        )  # fmt: skip
+
+    report = ran(recipe(1, quorum=6), Odd(s2=refuse))[0][1]
+    assert report.refused == {"s2": "site refused (budget): spent"}
+    assert report.heads["s2"] == "c" * 64
+    assert set(report.heads) == set(SITES)
+
+
+def test_a_reply_of_nobody_asked_is_not_admitted():
+    class Crowd(Sites):
+        def ask(self, plan, sites, timeout_s):
+            return [*super().ask(plan, sites, timeout_s), self.answer(plan, "stranger")]
+
+    assert "stranger" not in ran(recipe(1), Crowd())[0][1].accepted
+
+
+@pytest.mark.parametrize("name", get_args(Strategy))
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(name, stop, tmp_path):
+    wanted = recipe(4, strategy=name, malicious_sites=1 if name in ("krum", "multikrum", "bulyan") else 0)
+    whole = ran(wanted, Sites())
+    checkpoint.write(whole[stop - 1][0], tmp_path)
+    resumed = ran(wanted, Sites(), checkpoint.load(tmp_path, wanted.id))
+    assert resumed[-1][0].weights.digest == whole[-1][0].weights.digest
+    assert [report.after for _, report in resumed] == [report.after for _, report in whole[stop:]]
+    assert [past.round for past in resumed[-1][0].history] == [past.round for past in whole[-1][0].history]
+
+
+def visits(scores, **settings):
+    """What was done in each visit when these were the AUROC of the model that each visit measured."""
+    sites = Sites({number: score for number, score in enumerate(scores, 1) if score is not None})
+    steps = ran(recipe(**settings), sites)
+    return [plan.work[0] for plan in sites.plans], [plan.weights.digest for plan in sites.plans], steps[-1][0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "settings", "work", "kept"),
+    [
+        # two rounds without improvement after the second visit: its model is kept and evaluated once more
+        ([0.5, 0.7, 0.6, 0.7, 0.65], {"rounds_": 9, "patience": 2}, "tttteE", 2),
+        # the last model, measured for the first time in the closing evaluation, is the best
+        ([0.5, 0.7, 0.6, 0.7, 0.9], {"rounds_": 9, "patience": 2}, "tttte", 5),
+        # improving to the end: nothing is thrown away, the last round included
+        ([0.5, 0.6, 0.7, 0.8], {"rounds_": 3, "patience": 1}, "ttte", 4),
+        ([0.5, 0.6], {"rounds_": 1, "patience": 1}, "te", 2),
+        # all rounds done, but the model of the third visit was the best
+        ([0.5, 0.6, 0.8, 0.7], {"rounds_": 3, "patience": 2}, "ttteE", 3),
+        # an improvement of less than min_improvement does not count as one, but the best is still the best
+        ([0.5, 0.55, 0.58, 0.5], {"rounds_": 9, "patience": 2, "min_improvement": 0.1}, "ttteE", 3),
+        # no score at all says nothing
+        ([None] * 9, {"rounds_": 3, "patience": 1}, "ttte", 4),
+        # a round without a score is no round without improvement
+        ([0.5, None, None, 0.6, 0.7], {"rounds_": 4, "patience": 1}, "tttte", 5),
+        # without early stopping nobody looks
+        ([0.9, 0.1, 0.1, 0.1], {"rounds_": 3}, "ttte", 4),
+    ],
+)
+def test_early_stopping_keeps_the_best_model_that_was_measured(scores, settings, work, kept):
+    done, digests, final = visits(scores, **settings)
+    assert "".join(done) == work.lower()
+    assert final.done
+    assert final.weights.digest == digests[kept - 1] == digests[-1]
+    assert final.history[-1].before == final.weights.digest
+    assert final.best is None
+
+
+def test_early_stopping_survives_a_restart_at_every_visit(tmp_path):
+    scores = [0.5, 0.7, 0.6, 0.7, 0.65]
+    table = dict(enumerate(scores, 1))
+    wanted = recipe(9, patience=2)
+    whole = ran(wanted, Sites(table))
+    for stop in range(1, len(whole)):
+        folder = tmp_path / str(stop)
+        checkpoint.write(whole[stop - 1][0], folder)
+        late = Sites({number - stop: score for number, score in table.items()})
+        final = ran(wanted, late, checkpoint.load(folder, wanted.id))[-1][0]
+        assert final.weights.digest == whole[-1][0].weights.digest
+        assert len(final.history) == len(whole[-1][0].history)
+
+
+def test_the_validation_of_a_round_is_the_plain_mean_over_sites_that_gave_one():
+    class Mixed(Sites):
+        def answer(self, plan, site):
+            values = {"s0": {"auroc": 0.6}, "s1": {"auroc": 0.9}}.get(site, {})
+            return replace(super().answer(plan, site), validation=Scores(patients=5, values=values))
+
+    assert ran(recipe(1), Mixed())[0][1].validation == pytest.approx(0.75)
+    assert ran(recipe(1), Sites())[0][1].validation is None
+
+
+def test_the_plan_carries_the_head_of_the_coordinators_log():
+    heads = iter(["a" * 64, "b" * 64])
+    sites = Sites()
+    list(
+        rounds.run(
+            rounds.start(recipe(1), START), recipe(1), sites, SITES, buffers=NONE, audit_head=lambda: next(heads)
+        )
+    )
+    assert [plan.audit_head for plan in sites.plans] == ["a" * 64, "b" * 64]

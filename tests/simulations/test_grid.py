@@ -1,0 +1,207 @@
+"""The grid: every site answers once, in this process or in workers that may die, and only bytes cross."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from common import wire
+from common.exchange import Failure, Hello
+from server.app import FlowerTransport
+from simulations.grid import InProcessGrid, Worker, become_node, context
+
+SITES = ("east", "north", "south", "west")
+
+# A module of its own, for a new process imports it by name. Its sites tell their process in place of a patient count.
+APP = """
+import os, time
+from flwr.clientapp import ClientApp
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from common import wire
+from common.exchange import Hello
+
+def make(settings):
+    app = ClientApp()
+
+    @app.query()
+    def query(message, context):
+        site = context.node_config["site"]
+        context.state_count = getattr(context, "state_count", 0) + 1
+        if settings == "slow" and site == "north":
+            time.sleep(60)
+        if settings == "broken" and site == "north":
+            raise ValueError("SECRET")
+        return Message(wire.encode(Hello(
+            site=site, versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
+        )), reply_to=message)
+
+    return app
+"""
+
+
+Make = Callable[[str], ClientApp]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    (tmp_path / "fedicom_test_worker.py").write_text(APP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import fedicom_test_worker  # type: ignore[import-not-found]
+
+    yield fedicom_test_worker.make
+    del sys.modules["fedicom_test_worker"]
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Worker]]:
+    made: list[Worker] = []
+    yield made
+    for worker in made:
+        worker.stop()
+
+
+def question(grid: InProcessGrid, site: str) -> Message:
+    return Message(wire.encode_question(), 1000 + SITES.index(site), "query")
+
+
+def hello(reply: Message) -> Hello:
+    return wire.decode(reply.content, Hello)
+
+
+def ask_all(grid: InProcessGrid, timeout: float | None = None) -> dict[str, Message]:
+    asked = [question(grid, site) for site in SITES]
+    replies = {m.metadata.reply_to_message_id: m for m in grid.send_and_receive(asked, timeout=timeout)}
+    return {site: replies[m.metadata.message_id] for site, m in zip(SITES, asked, strict=True)}
+
+
+def test_every_site_answers_in_its_own_name_and_keeps_its_own_context(make: Make) -> None:
+    told: list[str] = []
+    grid = InProcessGrid(SITES, make(""), done=told.append)
+    for times in ("1", "2"):
+        found = {site: hello(reply) for site, reply in ask_all(grid).items()}
+        assert {site: h.site for site, h in found.items()} == {site: site for site in SITES}
+        assert {h.versions["asked"] for h in found.values()} == {times}
+    assert told == [*SITES, *SITES]
+
+
+def test_a_site_that_raises_is_an_error_of_that_site_alone_and_its_text_stays(make: Make) -> None:
+    replies = ask_all(InProcessGrid(SITES, make("broken")))
+    assert [site for site, reply in replies.items() if reply.has_error()] == ["north"]
+    assert "SECRET" not in replies["north"].error.reason
+
+
+def test_workers_keep_their_sites_survive_a_raise_and_are_replaced_after_a_kill(
+    make: Make,
+    workers: list[Worker],
+) -> None:
+    workers += [Worker(make, "broken"), Worker(make, "broken")]
+    grid = InProcessGrid(SITES, None, workers=workers)
+    replies = ask_all(grid)
+    assert [site for site, reply in replies.items() if reply.has_error()] == ["north"]
+    first = {site: hello(replies[site]).patients["train"] for site in ("east", "south", "west")}
+    assert first["east"] == first["south"] != first["west"]  # every second site lives in the same worker
+    assert os.getpid() not in first.values()
+    assert hello(ask_all(grid)["west"]).patients["train"] == first["west"]  # the raise ended no process
+
+    os.kill(first["east"], signal.SIGKILL)
+    time.sleep(0.2)
+    after = ask_all(grid)
+    found = [hello(after[site]).patients["train"] for site in ("east", "south", "west")]
+    assert found[0] == found[1] != first["east"]
+    assert found[2] == first["west"]
+
+
+def test_a_worker_killed_while_it_works_is_a_failure_and_one_too_slow_is_ended(
+    make: Make,
+    workers: list[Worker],
+) -> None:
+    import threading
+
+    workers.append(Worker(make, "slow"))
+    grid = InProcessGrid(SITES, None, workers=workers)
+
+    def kill() -> None:
+        time.sleep(0.2)
+        process = workers[0]._process
+        assert process is not None
+        os.kill(process.pid or 0, signal.SIGKILL)
+
+    assert hello(workers[0].ask(question(grid, "east"), "east")).site == "east"
+    threading.Thread(target=kill).start()
+    reply = workers[0].ask(question(grid, "north"), "north")
+    assert reply.error.reason == "worker process died"
+    slow = workers[0].ask(question(grid, "north"), "north", timeout_s=0.1)
+    assert slow.error.reason == "no answer within 0.1 s"
+    assert workers[0]._process is None
+    assert hello(workers[0].ask(question(grid, "south"), "south")).site == "south"
+    workers[0].stop(for_good=True)
+    assert workers[0].ask(question(grid, "south"), "south").has_error()
+
+
+def test_the_coordinator_sees_a_dead_worker_as_the_failure_of_its_sites(
+    make: Make,
+    workers: list[Worker],
+) -> None:
+    import numpy as np
+
+    from common.config import Recipe
+    from common.exchange import RoundPlan
+    from common.weights import Weights
+
+    workers += [Worker(make, ""), Worker(make, "")]
+    transport = FlowerTransport(InProcessGrid(SITES, None, workers=workers))
+    recipe = Recipe(name="a")
+    assert sorted(transport.hello(recipe)) == sorted(SITES)
+    workers[0].stop(for_good=True)
+    plan = RoundPlan(recipe_id=recipe.id, round=1, work="train", weights=Weights({"w": np.ones(2, np.float32)}))
+    replies = transport.ask(plan, SITES, 30)
+    assert [reply.site for reply in replies] == list(SITES)
+    assert all(isinstance(reply, Failure) for reply in replies)  # two died, the others know no training
+
+
+def test_ctrl_c_in_the_terminal_is_left_to_the_parent(make: Make, workers: list[Worker]) -> None:
+    workers.append(Worker(make, ""))
+    grid = InProcessGrid(SITES, None, workers=workers)
+    process = hello(workers[0].ask(question(grid, "east"), "east")).patients["train"]
+    os.kill(process, signal.SIGINT)
+    time.sleep(0.1)
+    assert hello(workers[0].ask(question(grid, "east"), "east")).patients["train"] == process
+
+
+def test_only_bytes_cross_the_pipe_and_nothing_of_a_message_is_unpickled(
+    make: Make,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers.append(Worker(make, ""))
+    grid = InProcessGrid(SITES, None, workers=workers)
+    assert hello(workers[0].ask(question(grid, "east"), "east")).site == "east"
+
+    def forbidden(*_: object, **__: object) -> None:
+        pytest.fail("pickled")
+
+    monkeypatch.setattr(pickle, "loads", forbidden)
+    monkeypatch.setattr("multiprocessing.connection._ForkingPickler.dumps", forbidden)
+    monkeypatch.setattr("multiprocessing.connection._ForkingPickler.loads", forbidden)
+    assert hello(workers[0].ask(question(grid, "east"), "east")).versions["asked"] == "2"
+
+
+def test_a_message_of_a_kind_that_the_app_does_not_know_is_an_error(make: Make) -> None:
+    grid = InProcessGrid(SITES, make(""))
+    (reply,) = grid.send_and_receive([Message(wire.encode_question(), 1000, "train.other")])
+    assert reply.has_error()
+
+
+def test_a_context_names_its_site() -> None:
+    become_node(1)
+    assert context("north", 1003).node_config == {"site": "north"}

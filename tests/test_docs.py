@@ -1,0 +1,187 @@
+"""The documentation says what the code does: generated pages, links, commands, settings and names."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedicom
+from common.config import groups, load_settings
+from common.imaging import RefusalCode
+from simulations.cli import _hospitals_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").glob("*.md")])
+COMMANDS = ("fedicom", "make", "python")
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    for block in re.finditer(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        yield block.group(1), block.group(2)
+
+
+def _command_lines() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command in the pages' shell blocks."""
+    found = []
+    for page in PAGES:
+        for language, text in _blocks(page):
+            for line in text.splitlines() if language == "sh" else ():
+                if words := shlex.split(line, comments=True):
+                    found.append((_name(page), [Path(words[0]).name, *words[1:]]))
+    return found
+
+
+def _inline_settings() -> list[tuple[str, str]]:
+    """(page, text) of every `name=value ...` between backticks whose name is a group or starts like a field."""
+    tops = {*groups(), "task", "data", "model", "training", "privacy", "federation", "evaluation", "simulation"}
+    tops |= {"rounds", "seed", "resume", "baselines", "overwrite", "torchscript"}
+    found = []
+    for page in PAGES:
+        prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for text in re.findall(r"`'?([a-z_.]+=[^`<]+?)'?`", prose):
+            if re.split(r"[.=]", text)[0] in tops:
+                found.append((_name(page), text))
+    return found
+
+
+def test_there_are_commands_and_settings_to_check() -> None:
+    assert len(_command_lines()) >= 20
+    assert len(_inline_settings()) >= 10
+
+
+@pytest.mark.parametrize("page", ["what-leaves-the-site.md", "configuration.md"])
+def test_generated_page_is_what_the_code_gives(page: str) -> None:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    path = ROOT / "docs" / page
+    assert path.read_text(encoding="utf-8") == generate.pages()[path], "run: .venv/bin/python docs/generate.py"
+
+
+def test_every_field_of_an_update_is_on_the_page_of_what_leaves() -> None:
+    tree = ast.parse((ROOT / "common" / "exchange.py").read_text(encoding="utf-8"))
+    text = (ROOT / "docs" / "what-leaves-the-site.md").read_text(encoding="utf-8")
+    update = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Update")
+    names = [node.target.id for node in update.body if isinstance(node, ast.AnnAssign) and hasattr(node.target, "id")]
+    section = text.split("### Update\n")[1].split("\n### ")[0]
+    assert "delta" in names
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{target} does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}: no such heading"
+
+
+def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    helps: dict[tuple[str, ...], str] = {}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page, words in _command_lines():
+        program, rest = words[0], words[1:]
+        assert program in (*COMMANDS, "git", "tensorboard"), f"{page}: {program}"
+        if program == "make":
+            assert {word for word in rest if "=" not in word} <= targets, f"{page}: {rest}"
+        elif program == "python":
+            assert (ROOT / rest[0]).is_file(), f"{page}: {rest}"
+        elif program == "fedicom" and rest[0] == "hospitals":
+            _hospitals_parser().parse_args(rest[1:])
+        elif program == "fedicom":
+            path = tuple(rest[: 2 if rest[0] in ("recipe", "audit") else 1])
+            if path not in helps:
+                with pytest.raises(SystemExit) as ended:
+                    fedicom.main([*path, "--help"])
+                assert ended.value.code == 0, f"{page}: {path}"
+                helps[path] = capsys.readouterr().out
+            for option in (word for word in rest if word.startswith("--")):
+                assert option in helps[path], f"{page}: {option} of {path}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(rest[1:], id=" ".join(rest)) for _, rest in _command_lines() if rest[1:2] == ["simulate"]]
+    + [pytest.param(rest[2:], id=" ".join(rest)) for _, rest in _command_lines() if rest[1:3] == ["recipe", "show"]],
+)
+def test_settings_in_a_command_compose(words: list[str]) -> None:
+    overrides = [word for word in words if "=" in word]
+    assert load_settings(overrides).recipe.id
+
+
+@pytest.mark.parametrize(("page", "text"), _inline_settings())
+def test_settings_in_a_sentence_name_real_fields(page: str, text: str) -> None:
+    words = re.findall(r"[a-z_.]+=(?:\[[^\]]*\]|\S+)", text)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in groups():
+            assert value in groups()[name], f"{page}: {word}"
+            continue
+        at: object = load_settings([])
+        for part in name.split("."):
+            at = getattr(at, part) if hasattr(at, part) else getattr(at.recipe, part)  # type: ignore[attr-defined]
+
+
+def test_every_name_in_the_architecture_page_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(named) > 30
+    for file, name in named:
+        body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            found = [node for node in body if getattr(node, "name", None) == part]
+            assert found, f"{file} has no {name}"
+            body = getattr(found[0], "body", [])
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (ROOT / file).is_file(), file
+
+
+def test_the_data_page_lists_exactly_the_codes_of_refusal() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    imaging, _, cohort = text.partition("from `common/samples.py`")
+    row = r"^\| `(\w+)` \|"
+    assert re.findall(row, imaging, re.MULTILINE) == [str(code) for code in RefusalCode]
+    source = (ROOT / "common" / "samples.py").read_text(encoding="utf-8")
+    codes = re.findall(row, cohort.split("\n## ")[0], re.MULTILINE)
+    assert len(codes) == 6
+    for code in codes:
+        assert f'"{code}"' in source, code
+
+
+def test_the_settings_example_of_a_refusal_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = [text for _, text in _blocks(ROOT / "docs" / "configuration.md") if text.startswith("$ fedicom")]
+    assert shown
+    for text in shown:
+        command, _, expected = text.partition("\n")
+        assert fedicom.main(shlex.split(command)[2:]) == 2
+        assert capsys.readouterr().err == expected
+
+
+def test_the_picture_is_whole_and_fetches_nothing() -> None:
+    from xml.etree import ElementTree
+
+    text = (ROOT / "docs" / "round.svg").read_text(encoding="utf-8")
+    assert ElementTree.fromstring(text).tag.endswith("svg")
+    assert "href" not in text
+    for file in re.findall(r"[a-z]+/[a-z_]+\.py", text):
+        assert (ROOT / file).is_file(), file
