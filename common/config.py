@@ -411,8 +411,8 @@ class Settings:
     """Folder of everything the run writes; null: runs/<name of the recipe>."""
     resume: bool = False
     """Continue the run in `out` where it stopped."""
-    baselines: bool = False
-    """Also train each site alone and all data pooled, with the same number of steps."""
+    baselines: bool | Literal["centralised"] = False
+    """Also train each site alone and all data pooled, with the same number of steps; centralised: the latter only."""
     overwrite: bool = False
     """Start again in an `out` that holds another run; that run is removed."""
     torchscript: bool = False

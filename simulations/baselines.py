@@ -23,21 +23,26 @@ def baselines(
     cohorts: Mapping[str, Cohort],
     test: Samples,
     device: torch.device,
+    *,
+    alone: bool = True,
     done: Callable[[str], None] = lambda name: None,
 ) -> Baselines:
     """Trains without privacy and without federation; every model is measured on the same central test set.
 
     Each training makes as many passes over its data as the federation did: a site alone takes
     exactly its own local steps, the pooled data as many as all sites together.
+
+    Args:
+        alone: False trains on the pooled data only.
     """
     plain = _in_one_go(recipe)
-    alone = {}
-    for name, cohort in cohorts.items():
-        alone[name] = _trained(plain, cohort, test, device, name)
+    by_site = {}
+    for name, cohort in cohorts.items() if alone else ():
+        by_site[name] = _trained(plain, cohort, test, device, name)
         done(name)
     centralised = _trained(plain, pooled(list(cohorts.values())), test, device, "pooled")
     done("pooled")
-    return Baselines(centralised=centralised, alone=alone)
+    return Baselines(centralised=centralised, alone=by_site)
 
 
 def pooled(cohorts: list[Cohort]) -> Cohort:

@@ -41,7 +41,7 @@ from server.rounds import RoundReport, ServerState, Transport
 from simulations.baselines import baselines
 from simulations.grid import InProcessGrid, Worker
 from simulations.hospitals import CENTRAL
-from simulations.phantoms import make_phantoms
+from simulations.phantoms import CLASSES, make_phantoms
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
 _OWN_FILES = (
@@ -222,7 +222,7 @@ def _compare(
         show.step("Baselines", len(finished), total)
 
     show.step("Baselines", 0, total)
-    return baselines(settings.recipe, cohorts, test, device, trained)
+    return baselines(settings.recipe, cohorts, test, device, alone=settings.baselines != "centralised", done=trained)
 
 
 @contextmanager
@@ -402,10 +402,16 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
                 f"baselines=true compares on a central test set, but {simulation.hospitals} holds no folder {CENTRAL}/"
             )
         return Path(simulation.hospitals)
-    if simulation.phantom.dimensions != settings.recipe.task.dimensions:
+    recipe = settings.recipe
+    if recipe.task.classes != CLASSES:
+        raise ConfigError(
+            f"simulation.hospitals: missing; recipe {recipe.name} tells {' from '.join(recipe.task.classes)}, which the "
+            "phantoms do not have; make hospitals of your data with `fedicom hospitals import` and give their folder"
+        )
+    if simulation.phantom.dimensions != recipe.task.dimensions:
         raise ConfigError(
             f"simulation.phantom.dimensions is {simulation.phantom.dimensions}, but the task has "
-            f"{settings.recipe.task.dimensions}; say simulation=phantom_{settings.recipe.task.dimensions}d, or "
+            f"{recipe.task.dimensions}; say simulation=phantom_{recipe.task.dimensions}d, or "
             "simulation.hospitals=FOLDER for images of your own"
         )
     earlier = _earlier(out) or {}
