@@ -54,7 +54,7 @@ class Metrics:
     patients: int = 0
     suppressed: bool = False
     values: Mapping[str, float] = field(default_factory=dict)
-    """`SCALARS`, and for each `<name>_low` and `<name>_high`, the ends of its confidence interval."""
+    """`SCALARS`, and for each but `ece` `<name>_low` and `<name>_high`, the ends of its confidence interval."""
     confusion: tuple[tuple[int, ...], ...] = ()
     """Samples: row the true class, column the most probable one; empty for multi-label tasks."""
     roc: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -125,6 +125,8 @@ def score(
             continue
         # Sums of fractions may pass the end of the scale by a rounding.
         values[name] = min(max(value, 0.0), MAX_LOSS if name == "loss" else 1.0)
+        if name == "ece":
+            continue  # resampling inflates it: the interval would often lie above the estimate
         defined = resampled[name][~np.isnan(resampled[name])]
         if 2 * len(defined) >= evaluation.bootstraps:
             low, high = np.quantile(defined, (tail, 1 - tail))

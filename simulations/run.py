@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from client.site import Limits, Site, package_versions
 from common.audit import AuditLog
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.errors import ConfigError, DataError, StorageError
-from common.exchange import Hello, Reply, RoundPlan
+from common.exchange import NAME_PATTERN, Hello, Reply, RoundPlan
 from common.identity import Signer
 from common.models import build
 from common.samples import Samples, prepare_folder
@@ -127,7 +128,7 @@ def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
     """Names of the hospitals in a folder, sorted: every folder with a labels.csv but the central one.
 
     Raises:
-        ConfigError: There is none, or not as many as `federation.sites`.
+        ConfigError: There is none, or not as many as `federation.sites`, or a folder's name is no site name.
     """
     if not hospitals.is_dir():
         raise ConfigError(f"simulation.hospitals: {hospitals} is no folder; make one with `fedicom hospitals`")
@@ -135,6 +136,11 @@ def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
     if not names:
         raise ConfigError(
             f"simulation.hospitals: {hospitals} holds no hospital; expected one folder each with labels.csv and dicom/"
+        )
+    if odd := [name for name in names if name == "server" or not re.fullmatch(NAME_PATTERN, name)]:
+        raise ConfigError(
+            f"simulation.hospitals: {odd[0]!r} is no name for a site; expected letters, digits, dots, dashes and "
+            "underscores, at most 63, and not 'server'; rename the folder"
         )
     if len(names) != recipe.federation.sites:
         raise ConfigError(
@@ -405,8 +411,9 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
     recipe = settings.recipe
     if recipe.task.classes != CLASSES:
         raise ConfigError(
-            f"simulation.hospitals: missing; recipe {recipe.name} tells {' from '.join(recipe.task.classes)}, which the "
-            "phantoms do not have; make hospitals of your data with `fedicom hospitals import` and give their folder"
+            f"simulation.hospitals: missing; recipe {recipe.name} tells {' from '.join(recipe.task.classes)}, "
+            "which the phantoms do not have; make hospitals of your data with `fedicom hospitals import` and give "
+            "their folder"
         )
     if simulation.phantom.dimensions != recipe.task.dimensions:
         raise ConfigError(

@@ -138,6 +138,22 @@ def test_another_number_of_sites(simulate: Fedicom, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["server", "St. Mary's"])
+def test_a_folder_whose_name_no_site_can_have(simulate: Fedicom, hospitals: Path, name: str) -> None:
+    (hospitals / "north").rename(hospitals / name)
+    told = clear(simulate(f"simulation.hospitals={hospitals}"), 2, "is no name for a site", "rename the folder")
+    assert name in told
+
+
+def test_a_public_data_recipe_without_its_hospitals_says_how_to_make_them(simulate: Fedicom) -> None:
+    clear(
+        simulate("simulation.hospitals=null", "task.classes=[normal,pneumonia]"),
+        2,
+        "simulation.hospitals: missing",
+        "fedicom hospitals import",
+    )
+
+
 def test_baselines_without_a_central_set_are_refused_before_anything_is_trained(
     simulate: Fedicom, hospitals: Path, tmp_path: Path
 ) -> None:

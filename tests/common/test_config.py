@@ -92,7 +92,7 @@ def refusal(*overrides: str) -> str:
         (["training.class_weights=[1,-1]"], ["training.class_weights.1: got -1", "greater than 0"]),
         # impossible together
         (["model=resnet18_3d"], ["model.dimensions is 3", "task.dimensions is 2"]),
-        (["model.dimensions=3"], ["timm", "2D", "family=monai"]),
+        (["model=resnet18", "model.dimensions=3"], ["timm", "2D", "family=monai"]),
         (["data.size=[8,8,8]"], ["data.size has 3 axes", "task.dimensions is 2"]),
         (["data.spacing_mm=[1,1,1]"], ["spacing_mm has 3", "size has 2"]),
         (["data.low=60", "data.high=50"], ["low must be below high", "60", "50"]),

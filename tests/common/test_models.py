@@ -170,7 +170,7 @@ def test_building_opens_no_connection(monkeypatch):
 
 @pytest.mark.parametrize("name", groups()["model"])
 def test_every_model_file_in_configs_composes_and_builds(name):
-    size, dimensions = ("[32,32,32]", 3) if name.endswith("3d") else ("[32,32]", 2)
+    size, dimensions = ("[32,32,32]", 3) if "3d" in name else ("[32,32]", 2)
     words = [f"model={name}", f"task.dimensions={dimensions}", f"data.size={size}", "privacy=none"]
     model = models.build(load_recipe(words))
     heads = models._head_prefixes(model)

@@ -141,7 +141,7 @@ def test_the_reader_undoes_monochrome1_exactly(flat: Path) -> None:
     np.testing.assert_array_equal(image.values_YX - image.values_YX.min(), inverted - inverted.min())
 
 
-def test_a_nodule_adds_brightness_within_the_lungs_only() -> None:
+def test_nodules_add_brightness_within_the_lungs_only() -> None:
     kind = replace(phantoms.hospitals(1)[0], noise=0.0, blur=0.0)
     healthy = phantoms._Patient("P1", 0, "F", "65+", 1, kind, 0)
     for seed in range(20):
@@ -151,8 +151,8 @@ def test_a_nodule_adds_brightness_within_the_lungs_only() -> None:
         )
         added = with_nodule - without
         row, column = np.unravel_index(added.argmax(), added.shape)
-        # The low end of the contrast is .10; a soft edge takes little of it.
-        assert 0.08 < added.max() < 0.41
+        # The low end of the contrast is .30, a soft edge takes little of it; five of .50 may lie on top of each other.
+        assert 0.25 < added.max() < 2.5
         assert added.min() >= 0
         assert 8 < row < 56
         assert 4 < min(column, 63 - column) < 30
