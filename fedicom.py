@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -34,10 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from common.errors import FedicomError
 
     try:
-        return int(getattr(import_module(room), function)(words[1:]))
+        code = int(getattr(import_module(room), function)(words[1:]))
+        sys.stdout.flush()
+        return code
     except FedicomError as error:
         print(f"fedicom: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output, `head` for example, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("fedicom: stopped by you", file=sys.stderr)  # noqa: T201
         return 130

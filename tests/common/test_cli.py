@@ -121,3 +121,10 @@ def test_audit_verify_of_a_changed_or_cut_log_is_code_1_and_one_line(tmp_path, c
 def test_audit_verify_of_no_file_is_code_1_and_one_line(tmp_path, capsys):
     code, out, err = run("audit", "verify", str(tmp_path / "none.jsonl"), capsys=capsys)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
+
+
+def test_a_reader_that_stops_reading_gets_no_traceback():
+    command = f"{sys.executable} -m fedicom recipe show | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "name: phantom_2d\n"
+    assert done.stderr == ""
