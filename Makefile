@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: help venv demo test lint lock clean
 help:
-	@echo "make demo   four virtual hospitals train one model under differential privacy (3 minutes after the install)"
+	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
 	@echo "make test   lint, types, contracts between the rooms, tests"
 	@echo "make lint   the first three of these"
 	@echo "make lock   write requirements.lock anew from pyproject.toml"
