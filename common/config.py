@@ -236,7 +236,6 @@ class Privacy:
 Strategy = Literal[
     "fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
-ROBUST = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan")
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -31,7 +31,6 @@ class SiteRound:
     test: Scores | None
     spent: Spent | None
     update_digest: str
-    audit_head: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,5 +218,4 @@ def _site_round(update: Update) -> SiteRound:
         test=update.test,
         spent=update.spent,
         update_digest=update.delta.digest,
-        audit_head=update.audit_head,
     )

@@ -30,7 +30,7 @@ def state(round_: int = 1) -> ServerState:
     site = SiteRound(
         steps=3, weight=1.0, update_norm=0.5, train_loss=None, validation=Scores(patients=9, values={"auroc": 0.7}),
         test=None, spent=Spent(epsilon=1, delta=1e-5, noise_multiplier=1, clip_norm=1, sampling_rate=0.1, steps=3),
-        update_digest="c" * 64, audit_head="d" * 64,
+        update_digest="c" * 64,
     )  # fmt: skip
     report = RoundReport(
         round=round_, work="train", accepted={"north": site}, refused={"south": "no reply"}, validation=0.7,
