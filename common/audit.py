@@ -2,215 +2,246 @@
 
 Every event carries the hash of the one before it and an Ed25519 signature. Each round both
 sides write down the head of the other's chain, so a chain that was cut or written anew no
-longer holds the head that the other side remembers.
+longer holds the head that the other side remembers. `common/chain.py` says what a log must be;
+here it is written.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
+import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.errors import FedicomError
-from common.identity import Signer, signed_by
-from common.storage import private_folder, storing
+from common.chain import (
+    CLOCK,
+    CONTINUED,
+    GENESIS,
+    KEY,
+    STARTED,
+    AuditError,
+    Chain,
+    Event,
+    digest_of,
+    handover,
+    line_of,
+    part,
+    parts,
+    text_of,
+    verify,
+    verify_against,
+)
+from common.identity import Signer
+from common.storage import commit, private_folder, storing
 
-GENESIS = "0" * 64
+__all__ = ["GENESIS", "AuditError", "AuditLog", "Event", "verify", "verify_against"]
+
+ROTATE_BYTES = 2 << 20
+"""About 3,500 events: a log of any age opens within a second or two."""
 
 
-class AuditError(FedicomError):
-    """A log that is not what its chain, its signatures or the other side say."""
+class _Stamp(NamedTuple):
+    """Which file it is, and how long; None stands for none."""
 
-
-@dataclass(frozen=True)
-class Event:
-    """One line of a log."""
-
-    number: int
-    time: str
-    """UTC, ISO 8601. The order is given by the chain; clocks may be wrong."""
-    kind: str
-    facts: Mapping[str, Any]
-    before: str
-    """Hash of the event before it."""
-    hash: str
-    signature: str
+    device: int
+    inode: int
+    size: int
 
 
 class AuditLog:
-    """The log of one side, open for appending."""
+    """The log of one side, open for appending; safe for several processes that share the key."""
 
-    def __init__(self, path: Path, signer: Signer) -> None:
-        """Opens or starts a log; an existing one is verified first.
+    def __init__(
+        self,
+        path: Path,
+        signer: Signer,
+        *,
+        rotate_bytes: int = ROTATE_BYTES,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Opens or starts a log.
+
+        Checked now: every event of the current file (number, chain, hash, signature, time), that all earlier parts are
+        there, and that the newest of them ends where the current file begins. What is inside the earlier parts is
+        checked by `verify` alone. Checked again whenever another process wrote to the log.
 
         A last line that a crash cut short was never acknowledged to anybody and is removed.
 
+        Args:
+            rotate_bytes: A file of at least so many bytes is closed before the next event.
+            clock: Gives the time, with its zone.
+
         Raises:
             AuditError: What lies there is broken or signed by another key.
+            StorageError: It cannot be read or written.
         """
-        self._path, self._signer = path, signer
+        self._path, self._signer, self._rotate_bytes, self._clock = path, signer, rotate_bytes, clock
         private_folder(path.parent)
-        _drop_torn_line(path)
-        events = verify(path, signer.public) if path.exists() and path.stat().st_size else ()
-        self._number = len(events)
-        self._head = events[-1].hash if events else GENESIS
-        with storing("the audit log"):
-            self._bytes = path.stat().st_size if path.exists() else 0
-        if not events:
-            self.append("log started", public_key=signer.public)
+        with self._alone():
+            self._chain, self._seen, _ = self._open()
+            if not self._chain.number:
+                self._write(STARTED, {"public_key": signer.public}, self._now())
 
     @property
     def head(self) -> str:
-        """Hash of the last event."""
-        return self._head
+        """Hash of the last event that this object has seen."""
+        return self._chain.head
 
     def append(self, kind: str, **facts: Any) -> str:
         """Writes one event and returns the new head; it is on disk when this returns.
 
+        If the clock shows less than at the last event, an event "clock moved back" goes ahead of it.
+
         Args:
-            kind: What happened, for example "update sent".
+            kind: What happened, for example "update sent"; docs/audit.md lists them.
             facts: JSON values; counts, hashes and pseudonyms only.
 
         Raises:
-            StorageError: The disk is full or not writable; the log is as it was.
-            AuditError: Somebody else wrote to the file meanwhile.
+            StorageError: The disk is full or not writable; the log holds all it held.
+            AuditError: The log was cut, or exchanged for another.
         """
-        body = {
-            "number": self._number,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "kind": kind,
-            "facts": facts,
-            "before": self._head,
+        return self._append(kind, lambda head: facts)
+
+    def hand_over(self, signer: Signer) -> str:
+        """Goes on under a new key and returns the new head.
+
+        The event is signed with the old key and holds the new one's agreement, so that neither key can be brought
+        in without its owner. Keep the old key until this returns.
+        """
+
+        def facts(head: str) -> Mapping[str, Any]:
+            agreed = signer.sign(handover(head))
+            return {"previous_key": self._signer.public, "public_key": signer.public, "proof": agreed}
+
+        head = self._append(KEY, facts)
+        self._signer = signer
+        return head
+
+    def _append(self, kind: str, facts: Callable[[str], Mapping[str, Any]]) -> str:
+        with self._alone():
+            if self._stamp() != self._seen:
+                self._catch_up()
+            if self._seen is not None and self._seen.size >= self._rotate_bytes:
+                self._rotate()
+            now, latest = self._now(), self._chain.latest
+            back = latest is not None and now < latest
+            if self._seen is None or not self._seen.size:
+                # The first event of a file is this one; of a clock that moved back the next one tells.
+                self._write(CONTINUED, self._continued(), latest if back and latest is not None else now)
+            if back and latest is not None:
+                self._write(CLOCK, {"from": text_of(latest), "to": text_of(now)}, now)
+            self._write(kind, facts(self._chain.head), now)
+            return self._chain.head
+
+    def _continued(self) -> Mapping[str, Any]:
+        chain = self._chain
+        return {
+            "part": len(parts(self._path)),
+            "events": chain.number,
+            "head": chain.head,
+            "public_key": self._signer.public,
         }
-        digest = _digest(body)
-        line = _line({**body, "hash": digest, "signature": self._signer.sign(bytes.fromhex(digest))}) + b"\n"
-        with storing("the audit log"), self._path.open("ab", buffering=0) as file:
-            if file.tell() != self._bytes:
-                raise AuditError(
-                    f"{self._path.name} has {file.tell()} bytes, expected {self._bytes}: it was cut, or another "
-                    "process writes it as well; stop one of the two"
-                )
+
+    def _write(self, kind: str, facts: Mapping[str, Any], now: datetime) -> None:
+        chain, size = self._chain, self._seen.size if self._seen is not None else 0
+        body = {"number": chain.number, "time": text_of(now), "kind": kind, "facts": facts, "before": chain.head}
+        digest = digest_of(body)
+        line = line_of({**body, "hash": digest, "signature": self._signer.sign(bytes.fromhex(digest))}) + b"\n"
+        with storing("the audit log"), open(self._path, "ab", buffering=0, opener=_private) as file:
             try:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(file.fileno())
+                if not size:
+                    _sync(self._path.parent)
             except OSError:
-                file.truncate(self._bytes)  # half a line would break the chain for the events to come
+                file.truncate(size)  # half a line would break the chain for the events to come
                 raise
-        self._number += 1
-        self._head = digest
-        self._bytes += len(line)
-        return digest
+        self._seen = self._stamp()
+        chain.step(kind, now, digest)
 
+    def _rotate(self) -> None:
+        # A crash before or after this one step loses nothing: without a current file the newest part is continued.
+        with storing("the audit log"):
+            commit(self._path, part(self._path, len(parts(self._path)) + 1))
+        self._seen = None
 
-def verify(path: Path, public_key: str | None = None) -> tuple[Event, ...]:
-    """Every event of a log, after checking numbers, hashes, chain and signatures.
-
-    Args:
-        public_key: Whose signatures are expected; None takes the key that the first event names,
-            which shows that the log is consistent but not who wrote it.
-
-    Raises:
-        AuditError: Names the first event that is wrong, and how.
-        StorageError: The file cannot be read.
-    """
-    before, events = GENESIS, []
-    for number, row in enumerate(_rows(path)):
-        where = f"{path.name}, event {number}"
-        try:
-            event = Event(**row)
-        except TypeError:
-            raise AuditError(f"{where}: fields are {sorted(row)[:8]}, not those of an event") from None
-        if event.number != number:
-            raise AuditError(f"{where}: carries number {event.number}; events are missing, doubled or reordered")
-        if event.before != before:
-            raise AuditError(f"{where}: does not follow the event before it; something was changed or removed")
-        body = {key: row[key] for key in ("number", "time", "kind", "facts", "before")}
-        if event.hash != _digest(body):
-            raise AuditError(f"{where}: content does not match its hash; it was changed")
-        if public_key is None and number == 0:
-            public_key = str(event.facts.get("public_key", ""))
-        if not signed_by(public_key or "", bytes.fromhex(event.hash), event.signature):
-            raise AuditError(f"{where}: not signed by the expected key")
-        before = event.hash
-        events.append(event)
-    if not events:
-        raise AuditError(f"{path.name}: no event; an empty log proves nothing")
-    return tuple(events)
-
-
-def verify_against(events: Sequence[Event], other: Sequence[Event], *, name: str = "") -> int:
-    """Checks that every head of this log that the other side wrote down is still in it, in order.
-
-    Args:
-        events: A verified log.
-        other: The verified log of the other side.
-        name: Site whose anchors to look at in the coordinator's log; "" for the coordinator's own in a site's log.
-
-    Returns:
-        Number of anchors that were found.
-
-    Raises:
-        AuditError: An anchored head is missing (the log was cut or rewritten), out of order, or there is no anchor.
-    """
-    position = {event.hash: event.number for event in events}
-    last, found = -1, 0
-    for event in other:
-        heads = event.facts.get("heads")
-        head = (heads.get(name) if isinstance(heads, dict) else None) if name else event.facts.get("server_head")
-        if not head:
-            continue
-        if not isinstance(head, str) or head not in position:
+    def _catch_up(self) -> None:
+        """Takes in what another process wrote; it must go on from what is known here."""
+        known = self._chain
+        chain, seen, hashes = self._open()
+        if known.head not in hashes and known.head not in {event.hash for event in verify(self._path)}:
             raise AuditError(
-                f"event {event.number} of the other side remembers head {str(head)[:12]}, which this log has not: "
-                "it was cut or written anew"
-            )
-        if position[head] < last:
-            raise AuditError(f"event {event.number} of the other side remembers an older head than the one before it")
-        last, found = position[head], found + 1
-    if not found:
-        raise AuditError("the other side remembers no head of this log; nothing was checked")
-    return found
+                "is gone from the log: it was cut, or an older copy was put in its place; put the newest copy back",
+                "cut or rewritten", log=self._path.name, number=known.number - 1,
+            )  # fmt: skip
+        self._chain, self._seen = chain, seen
 
+    def _open(self) -> tuple[Chain, _Stamp | None, set[str]]:
+        """Where the log stands, from its current file, and the hashes that were read there."""
+        path, before = self._path, parts(self._path)
+        with storing("the audit log"):
+            _drop_torn_line(path)
+            data = path.read_bytes() if path.exists() else b""
+            file = path
+            if not data and before:  # a crash, or a full disk, in the middle of a rotation
+                *earlier, file = before
+                before, data = tuple(earlier), file.read_bytes()
+        chain = Chain()
+        chain.resume(data, file.name, before)
+        hashes = {event.hash for event in chain.read(data, file.name)}
+        if hashes and chain.key != self._signer.public:
+            raise AuditError(
+                f"not signed by the expected key: it ends under {chain.key[:12]}, this side's is "
+                f"{self._signer.public[:12]}; give the log's own key, or another file",
+                "foreign key", log=file.name,
+            )  # fmt: skip
+        return chain, self._stamp(), hashes
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(_line(body)).hexdigest()
+    def _now(self) -> datetime:
+        now = self._clock().astimezone(UTC)
+        return now.replace(microsecond=now.microsecond // 1000 * 1000)
 
+    def _stamp(self) -> _Stamp | None:
+        with storing("the audit log"):
+            if not self._path.exists():
+                return None
+            found = self._path.stat()
+        return _Stamp(found.st_dev, found.st_ino, found.st_size)
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    # The one spelling of an event: sorted names, no spaces, ASCII.
-    return json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with storing("the audit log"):
-        lines = path.read_bytes().split(b"\n")
-    if lines.pop():
-        raise AuditError(f"{path.name}: the last line is cut short")
-    for number, line in enumerate(lines):
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # A lock of its own: the folder's may be held for as long as a run takes.
+        with storing("the audit log"):
+            handle = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise AuditError(f"{path.name}, event {number}: not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("facts"), dict):
-            raise AuditError(f"{path.name}, event {number}: not an event")
-        if not all(isinstance(row.get(key), str) for key in ("time", "kind", "before", "hash", "signature")):
-            raise AuditError(f"{path.name}, event {number}: a field is not text")
-        if _line(row) != line:
-            raise AuditError(f"{path.name}, event {number}: not spelt as it was written; it was changed")
-        yield row
+            with storing("the audit log"):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
-    with storing("the audit log"), path.open("rb+") as file:
+    with path.open("rb+") as file:
         data = file.read()
         if data and not data.endswith(b"\n"):
             file.truncate(data.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""The verbs that need neither side: `recipe`, `predict`, `audit`, `version`."""
+"""The verbs that need neither side: `predict`, `version`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,6 @@ def settings_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("settings", nargs="*", metavar="name=value")
     return parser
-
-
-def recipe_verb(words: Sequence[str]) -> int:
-    """`fedicom recipe show`: prints the composed recipe and its id."""
-    parser = argparse.ArgumentParser(prog="fedicom recipe", description="Look at a recipe before it runs.")
-    parser.add_argument("verb", choices=("show",), help="print the composed recipe and its id")
-    parser.parse_args(words[:1])
-    settings = settings_parser("fedicom recipe show", "Print the composed recipe and its id.")
-    overrides = settings.parse_args(words[1:]).settings
-    import yaml
-
-    from common.config import as_plain, load_recipe
-
-    recipe = load_recipe(overrides)
-    print(yaml.safe_dump(as_plain(recipe), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
-    print(f"# id {recipe.id}")  # noqa: T201
-    return 0
 
 
 def predict_verb(words: Sequence[str]) -> int:
@@ -66,30 +49,6 @@ def predict_verb(words: Sequence[str]) -> int:
         console.print(f"  {files} files not used: {code}", highlight=False)
     if done.refused:
         console.print(f"  why, file by file: {done.refused_path}", highlight=False)
-    return 0
-
-
-def audit_verb(words: Sequence[str]) -> int:
-    """`fedicom audit verify`: checks a log, alone or against the other side's."""
-    parser = argparse.ArgumentParser(prog="fedicom audit", description="Check the signed logs of a run, offline.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verify")
-    verify = verbs.add_parser("verify", help="every event: numbers, hashes, chain, signatures")
-    verify.add_argument("log", type=Path, help="for example audit/north.jsonl")
-    verify.add_argument("--key", help="public key of the log's owner, 64 hexadecimal digits")
-    verify.add_argument("--against", type=Path, help="the other side's log, which remembers heads of this one")
-    arguments = parser.parse_args(words)
-    from common.audit import verify as verify_log
-    from common.audit import verify_against
-
-    events = verify_log(arguments.log, arguments.key)
-    lines = [f"{arguments.log.name}: {len(events)} events, chain and signatures hold"]
-    if arguments.against is not None:
-        name = "" if arguments.log.stem == "server" else arguments.log.stem
-        found = verify_against(events, verify_log(arguments.against), name=name)
-        lines.append(f"{arguments.against.name} remembers {found} heads of it, all of them there and in order")
-    if arguments.key is None:
-        lines.append("The key was taken from the log itself: give --key to check who signed it.")
-    print("\n".join(lines))  # noqa: T201
     return 0
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
+from common.html import Html
+from common.style import CARD, GRID, INK, MUTED, PALETTE
 from server.report import words
-from server.report.html import Html
-from server.report.style import CARD, GRID, INK, MUTED, PALETTE
 
 Points = Sequence[tuple[float, float]]
 

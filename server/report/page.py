@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from common import exchange
 from common.config import as_plain
+from common.html import Child, Html, items, join, table, tag
 from common.metrics import SCALARS
+from common.style import CSS
 from server.report import RunReport, SiteSummary, words
-from server.report.html import Child, Html, items, join, table, tag
 from server.report.plots import comparison_figures, course_figures, performance_figures
-from server.report.style import CSS
 
 if TYPE_CHECKING:
     from common.config import Privacy

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from common.html import Child, Html, items, tag
 from server.report import RunReport, figures, words
 from server.report.figures import CAP, CENTRALISED, GLOBAL, Points, Row, Stroke
-from server.report.html import Child, Html, items, tag
 
 if TYPE_CHECKING:
     from common.metrics import Metrics

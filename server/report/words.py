@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from server.report.html import Html, tag
+from common.html import Html, tag
 
 if TYPE_CHECKING:
     from server.report import RunReport

@@ -15,9 +15,9 @@ import pytest
 from common.config import Evaluation, Federation, Privacy, Recipe, Task
 from common.errors import StorageError
 from common.exchange import Scores, Spent
+from common.html import Html, join, tag
 from common.metrics import Metrics, score
 from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, write_report
-from server.report.html import Html, join, tag
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = '<script>alert("1")</script>&$x$'

@@ -1,0 +1,497 @@
+"""From a model back to the data, over logs that a deployed federation would write; every missing link is a refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedicom
+from common.audit import AuditLog
+from common.audit_report import account, write_account
+from common.config import load_settings
+from common.errors import ConfigError
+from common.identity import Signer
+from common.lineage import LineageError, lineage, runs, trace
+from common.logs import check_logs, read_logs, state_of
+from common.signed import sign_recipe
+
+RECIPE = "ab" * 32
+KEYS = {name: Signer.temporary() for name in ("server", "north", "south")}
+PATIENTS = {"north": {"train": 210, "validation": 40, "test": 45}, "south": {"train": 96, "validation": 18, "test": 0}}
+CODE = {"common": "c0" * 32, "torch": "2.13.0 " + "70" * 32}
+
+Change = Callable[[str, str, dict[str, Any]], dict[str, Any] | None]
+"""(log, kind, facts) to the facts that are written; None leaves the event out."""
+
+
+class Clock:
+    """Ticks a minute at every event."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 3, 2, 8, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(minutes=1)
+        return self.now
+
+
+def digest(*words: object) -> str:
+    return hashlib.sha256(repr(words).encode()).hexdigest()
+
+
+def federation(folder: Path, change: Change = lambda log, kind, facts: facts, *, rotate_bytes: int = 1 << 20) -> Path:
+    """A coordinator and two sites over two rounds, with all that a deployed one writes; returns the logs' folder."""
+    clock, audit = Clock(), folder / "audit"
+    logs = {
+        name: AuditLog(audit / f"{name}.jsonl", KEYS[name], clock=clock, rotate_bytes=rotate_bytes) for name in KEYS
+    }
+
+    def say(log: str, kind: str, **facts: Any) -> None:
+        told = change(log, kind, facts)
+        if told is not None:
+            logs[log].append(kind, **told)
+
+    say("server", "server started")
+    say("server", "configuration", hash=digest("server.yaml"))
+    say("server", "code", packages=CODE)
+    say("server", "node added", site="south", public_key=KEYS["south"].public, registry=2)
+    say("server", "recipe signed", recipe_id=RECIPE, name="chest", who="o.novak")
+    say("server", "operator action", who="o.novak", action="run", run=RECIPE[:12])
+    say("server", "run started", recipe_id=RECIPE, round=0)
+    for site in ("north", "south"):
+        say(site, "node started", version="0.2.0")
+        say(site, "configuration", hash=digest(site))
+        say(site, "code", packages=CODE)
+        say(site, "recipe approved", recipe_id=RECIPE, by=f"intern@{site}", coordinator=KEYS["server"].public)
+        say(site, "approval withdrawn", recipe_id=RECIPE, by=f"dpo@{site}")
+        say(site, "recipe approved", recipe_id=RECIPE, by=f"dpo@{site}", coordinator=KEYS["server"].public)
+        say(site, "site started", recipe_id=RECIPE, manifest=digest("data", site), patients=PATIENTS[site],
+            versions={"torch": "2.13.0"})  # fmt: skip
+    say(
+        "server", "sites present", heads={site: logs[site].head for site in PATIENTS},
+        sites={site: {"manifest": digest("data", site), "versions": {"torch": "2.13.0"}, "patients": PATIENTS[site]}
+               for site in PATIENTS},
+    )  # fmt: skip
+    for number in (1, 2):
+        before, after = digest("weights", number - 1), digest("weights", number)
+        for site in PATIENTS:
+            say(site, "plan received", recipe_id=RECIPE, round=number, work="train", weights=before,
+                server_head=logs["server"].head)  # fmt: skip
+            say(site, "budget reserved", round=number, recipe_id=RECIPE, epsilon=1.5 * number, delta=1e-5)
+            say(site, "update sent", round=number, digest=digest("update", site, number), bytes=4000, norm=0.5,
+                clip_norm=1.0, noise_multiplier=1.1, epsilon=1.5 * number, scores=["validation"])  # fmt: skip
+        say(
+            "server", "round aggregated", round=number, before=before, after=after,
+            admitted={site: {"digest": digest("update", site, number), "norm": 0.5, "epsilon": 1.5 * number}
+                      for site in PATIENTS},
+            refused={} if number == 1 else {"west": "site refused (policy): <script>alert(1)</script>"},
+            heads={site: logs[site].head for site in PATIENTS},
+        )  # fmt: skip
+    for site in PATIENTS:
+        say(site, "plan received", recipe_id=RECIPE, round=3, work="evaluate", weights=digest("weights", 2),
+            server_head=logs["server"].head)  # fmt: skip
+        say(site, "evaluation sent", round=3, weights=digest("weights", 2))
+    say("server", "evaluation received", round=3, before=digest("weights", 2), after=digest("weights", 2),
+        admitted={site: {"digest": digest("none"), "norm": 0.0, "epsilon": 3.0} for site in PATIENTS}, refused={},
+        heads={site: logs[site].head for site in PATIENTS})  # fmt: skip
+    say("server", "model exported", file="model.onnx", sha256=digest("file"), weights=digest("weights", 2))
+    say("server", "run concluded", recipe_id=RECIPE, weights=digest("weights", 2))
+    say("server", "node revoked", site="west", why="left the federation")
+    return audit
+
+
+def traced(folder: Path) -> Any:
+    logs = read_logs([folder])
+    (run,) = runs(logs[0])
+    return lineage(run, run.exports[-1], logs)
+
+
+# Lineage
+
+
+@pytest.mark.parametrize("rotate_bytes", [1 << 20, 1500])
+def test_a_deployed_run_is_traced_back_to_data_approvals_and_code(tmp_path, rotate_bytes):
+    federation(tmp_path, rotate_bytes=rotate_bytes)
+    found = traced(tmp_path)
+    assert found.state == "verified"
+    assert [(link.round, link.before, link.after) for link in found.rounds] == [
+        (number, digest("weights", number - 1), digest("weights", number)) for number in (1, 2)
+    ]
+    assert found.rounds[1].admitted == {site: digest("update", site, 2) for site in PATIENTS}
+    north = found.sites["north"]
+    assert (north.rounds, north.manifests, north.patients) == ((1, 2), (digest("data", "north"),), PATIENTS["north"])
+    assert [(item.by, item.coordinator) for item in north.approvals] == [("dpo@north", KEYS["server"].public)]
+    assert north.code == found.code == CODE
+    assert (north.epsilon, found.epsilon) == (3.0, 3.0)
+    assert "4 of 4 admitted updates stand in the logs of the sites that sent them" in found.checked
+    assert any("server.jsonl after event" in text for text in found.not_checked)  # the export came after the last plan
+
+
+def test_a_site_without_its_log_is_told_from_the_coordinators_word_and_said_to_be(tmp_path):
+    folder = federation(tmp_path)
+    (folder / "south.jsonl").unlink()
+    found = traced(tmp_path)
+    assert (found.sites["south"].log, found.sites["south"].manifests) == (False, (digest("data", "south"),))
+    assert "what south says: its log is not there" in found.not_checked
+    assert "2 of 4 admitted updates stand in the logs of the sites that sent them" in found.checked
+
+
+def at(log: str, kind: str, number: int | None = None, **changes: Any) -> Change:
+    """Changes facts of one kind in one log, in one round or in all."""
+
+    def change(name: str, what: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+        hit = (name, what) == (log, kind) and number in (None, facts.get("round"))
+        return facts if not hit else ({**facts, **changes} if changes else None)
+
+    return change
+
+
+LIES: dict[str, tuple[Change, str]] = {
+    "exported weights of nowhere": (at("server", "model exported", weights="ee" * 32), "not the output of the last"),
+    "an earlier round's weights, without early stopping's evaluation": (
+        at("server", "model exported", weights=digest("weights", 1)), "not the output of the last aggregation, round 2",
+    ),
+    "a round left out": (at("server", "round aggregated", 1), "aggregation of round 1 is missing"),
+    "a round from other weights": (at("server", "round aggregated", 2, before="dd" * 32), "round 2 began with weights"),
+    "an update that the site never sent": (
+        at("server", "round aggregated", 2, admitted={"north": {"digest": "cc" * 32, "epsilon": 3.0}}),
+        "round 2: the coordinator admitted update cccccccccccc of north",
+    ),
+    "an update for other weights": (at("north", "plan received", 2, weights="bb" * 32), "round 2: .* holds no such"),
+    "an update for another recipe": (at("north", "plan received", 1, recipe_id="99" * 32), "round 1: .* holds no such"),
+    "another epsilon": (at("north", "update sent", 2, epsilon=2.0), "round 2: north sent epsilon 2.0, .* log says 3.0"),
+    "another data manifest": (at("north", "site started", manifest="77" * 32), "trained on manifest 777777777777"),
+    "a start without data": (at("north", "site started"), "does not say with which data"),
+    "an approval that was withdrawn": (
+        lambda log, kind, facts: None if kind == "recipe approved" and facts["by"] == "dpo@south" else facts,
+        "round 1: south trained .* holds no approval that stood then",
+    ),
+    "no approval": (at("south", "recipe approved"), "round 1: south trained .* holds no approval"),
+    "an approval of another recipe": (at("south", "recipe approved", recipe_id="98" * 32), "holds no approval"),
+    "no round": (lambda log, kind, facts: None if kind == "round aggregated" else facts, "trained on nothing"),
+    "a fact of another type": (at("server", "round aggregated", 2, after=5), "does not say its after"),
+    "admitted that is no mapping": (at("server", "round aggregated", 2, admitted=[1]), "does not say its admitted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_link_that_does_not_hold_is_a_refusal_that_says_which(tmp_path, lie):
+    change, says = LIES[lie]
+    federation(tmp_path, change)
+    with pytest.raises(LineageError, match=says):
+        traced(tmp_path)
+
+
+def test_data_of_which_no_log_tells_are_a_missing_link(tmp_path):
+    folder = federation(tmp_path, at("server", "sites present", sites={}))
+    assert traced(tmp_path).sites["north"].manifests == (digest("data", "north"),)  # the site's own log tells
+    (folder / "south.jsonl").unlink()
+    with pytest.raises(LineageError, match="no log says on which data south trained"):
+        traced(tmp_path)
+
+
+def test_logs_that_do_not_hold_are_not_traced(tmp_path):
+    folder = federation(tmp_path)
+    path = folder / "south.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"train":96', b'"train":97'))
+    with pytest.raises(LineageError, match=r"nothing can be traced in them: south\.jsonl, event \d+: content does not"):
+        traced(tmp_path)
+
+
+def test_rounds_that_were_done_again_after_a_crash_count_once(tmp_path):
+    clock, heads = Clock(), {"north": "", "south": ""}
+    log = AuditLog(tmp_path / "server.jsonl", KEYS["server"], clock=clock)
+    log.append("run started", recipe_id=RECIPE, round=0)
+    for number, after in ((1, "a1"), (2, "a2")):
+        log.append("round aggregated", round=number, after=after, heads=heads)
+    log.append("run resumed", recipe_id=RECIPE, round=1)  # the checkpoint of round 2 was not yet written
+    log.append("round aggregated", round=2, after="b2", heads=heads)
+    (run,) = runs(read_logs([tmp_path])[0])
+    assert [event.facts["after"] for event in run.rounds] == ["a1", "b2"]
+
+
+def test_runs_that_share_a_log_are_kept_apart_by_their_names(tmp_path):
+    log = AuditLog(tmp_path / "server.jsonl", KEYS["server"], clock=Clock())
+    for kind, name, round_, recipe_id in (
+        ("run started", "one", 0, "aa"), ("run started", "two", 0, "bb"), ("round aggregated", "one", 1, ""),
+        ("round aggregated", "two", 1, ""), ("run started", "two", 0, "bb"),  # before its first checkpoint
+        ("round aggregated", "two", 1, ""), ("operator action", "three", 0, ""),
+    ):  # fmt: skip
+        log.append(kind, run=name, round=round_, recipe_id=recipe_id)
+    found = runs(read_logs([tmp_path])[0])
+    assert [(run.recipe_id, [event.number for event in run.rounds]) for run in found] == [("aa", [3]), ("bb", [6])]
+
+
+def test_the_log_of_the_authority_is_shown_and_vouched_for_by_nobody(tmp_path):
+    federation(tmp_path)
+    path = tmp_path / "audit" / "audit.jsonl"
+    AuditLog(path, Signer.temporary(), clock=Clock()).append(
+        "operator action", who="ca", action="federation provisioned"
+    )
+    logs = read_logs([tmp_path])
+    assert [(log.name, log.role) for log in logs] == [
+        ("server", "coordinator"), ("authority", "authority"), ("north", "site"), ("south", "site"),
+    ]  # fmt: skip
+    assert state_of(check_logs(logs)) == "verified"
+    assert traced(tmp_path).state == "verified"
+
+
+def test_two_logs_of_one_side_or_none_are_a_wrong_request(tmp_path):
+    folder = federation(tmp_path / "run")
+    with pytest.raises(ConfigError, match="there is no log"):
+        read_logs([tmp_path])
+    (folder / "copy.jsonl").write_bytes((folder / "north.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match="both logs of north"):
+        read_logs([folder])
+
+
+# A real run, and its model file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from simulations.run import simulate
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    words = [
+        "recipe=phantom_2d", "rounds=2", "federation.sites=2", "federation.quorum=2", "simulation.phantom.patients=20",
+        "simulation.phantom.central_patients=12", "simulation.phantom.size=24", "data.size=[16,16]",
+        "evaluation.bootstraps=100", "evaluation.min_cell=3", "privacy.delta=1e-3", "training.batch_size=8",
+        "simulation.device=cpu", "simulation.threads=1", f"out={out}",
+    ]  # fmt: skip
+    simulate(load_settings(words))
+    return out
+
+
+def said(*words: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+    code = fedicom.main(["audit", *map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_a_model_file_of_a_simulation_is_traced_by_the_command(run, capsys):
+    code, told = said("trace", run / "model.onnx", "--logs", run, capsys=capsys)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (code, told["traced"], told["state"]) == (0, True, "verified")
+    assert told["sha256"] == summary["onnx"]["sha256"]
+    assert told["weights"] == summary["weight_digest"]
+    assert told["recipe_id"] == summary["recipe_id"]
+    assert told["recipe"]["name"] == "phantom_2d"
+    assert {name: site["epsilon"] for name, site in told["sites"].items()} == {
+        name: site["epsilon"] for name, site in summary["sites"].items()
+    }
+    assert {name: site["patients"]["train"] for name, site in told["sites"].items()} == {
+        name: site["train_patients"] for name, site in summary["sites"].items()
+    }
+    assert len(told["rounds"]) == 2
+    assert fedicom.main(["audit", "trace", str(run / "model.onnx"), "--logs", str(run)]) == 0
+    assert "2 rounds" in capsys.readouterr().out
+
+
+def test_a_model_file_that_was_changed_or_is_of_another_run_is_refused(run, tmp_path, capsys):
+    data = bytearray((run / "model.onnx").read_bytes())
+    at = data.index(b"Not a medical device")
+    data[at : at + 3] = b"Yes"
+    (tmp_path / "model.onnx").write_bytes(data)
+    code, told = said("trace", tmp_path / "model.onnx", "--logs", run, capsys=capsys)
+    assert (code, told["traced"]) == (1, False)
+    assert "holds no export of a file with SHA-256" in told["missing"]
+    federation(tmp_path)
+    assert fedicom.main(["audit", "trace", str(run / "model.onnx"), "--logs", str(tmp_path)]) == 1
+    assert "logs of another run" in capsys.readouterr().err
+    (tmp_path / "text.onnx").write_text("no model")
+    assert said("trace", tmp_path / "text.onnx", "--logs", run, capsys=capsys)[0] == 1
+
+
+def test_what_the_file_says_of_itself_must_be_what_the_logs_say(run):
+    from common.lineage import _with_file
+    from common.onnx_model import OnnxModel
+
+    found, file = trace(run / "model.onnx", read_logs([run])), OnnxModel(run / "model.onnx", gpu=False).description
+    assert _with_file(found, file)
+    for wrong, says in (
+        (replace(file, weight_digest="ee" * 32), "the file says weights eeeeeeeeeeee"),
+        (replace(file, recipe=b"{}"), "the file says recipe"),
+        (replace(file, privacy={**file.privacy, "epsilon": 0.1}), "the file says epsilon 0.1, the highest in the logs"),
+        (replace(file, privacy={"mechanism": "none"}), "the file says epsilon None"),
+    ):
+        with pytest.raises(LineageError, match=says):
+            _with_file(found, wrong)
+    with pytest.raises(LineageError, match="recipe has no early stopping"):
+        _with_file(replace(found, early_stopped=True), file)
+
+
+def test_without_the_coordinators_log_nothing_is_traced(run):
+    logs = [log for log in read_logs([run]) if not log.coordinator]
+    assert state_of(check_logs(logs)) == "alone"
+    with pytest.raises(LineageError, match="coordinator's log is not there"):
+        trace(run / "model.onnx", logs)
+
+
+def test_a_log_of_a_real_run_that_was_changed_stops_the_trace(run, tmp_path, capsys):
+    shutil.copytree(run / "audit", tmp_path / "audit")
+    path = tmp_path / "audit" / "north.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    code, told = said("trace", run / "model.onnx", "--logs", tmp_path, capsys=capsys)
+    assert (code, told["traced"]) == (1, False)
+    assert "the logs do not hold" in told["missing"]
+
+
+# The report
+
+
+class Text(HTMLParser):
+    """What a reader sees, and every address that a browser would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href") and value and value[0] != "#"]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def seen(path: Path) -> tuple[str, Text]:
+    parser = Text()
+    parser.feed(path.read_text())
+    return " ".join(" ".join(parser.words).split()), parser
+
+
+def test_the_report_of_a_deployed_run_tells_an_officer_everything(tmp_path, capsys):
+    federation(tmp_path)
+    assert fedicom.main(["audit", "report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.startswith("3 logs: verified\n")
+    text, parser = seen(tmp_path / "page.html")
+    assert "Verified 3 logs: every event follows the one before it" in text
+    for expected in (
+        "train 210, validation 40, test 45", "train 96, validation 18, test few",  # on how many patients
+        "dpo@north", "dpo@south",  # under whose approval
+        "3.00 delta 1e-05",  # at what epsilon
+        "o.novak", "node revoked", "west", "left the federation", "node added", "configuration", "node started",
+        digest("update", "north", 2)[:12], "16.0 kB", digest("file"), digest("data", "south")[:12],
+        "site refused (policy): <script>alert(1)</script>",  # as text, not as markup
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert "script" not in parser.tags
+    assert "svg" in parser.tags
+    assert parser.fetched == []
+
+
+def test_the_json_beside_the_page_says_the_same(tmp_path):
+    federation(tmp_path)
+    told = account(read_logs([tmp_path]), {})
+    plain = json.loads(write_account(told, tmp_path / "page.html").read_text())
+    assert plain["format"] == "fedicom audit report 1"
+    (story,) = plain["stories"]
+    assert (story["recipe_id"], story["rounds"], story["concluded"]) == (RECIPE, 2, True)
+    assert story["coordinator"] == KEYS["server"].public
+    assert [(site["name"], site["patients"]["train"], site["epsilon"], site["updates"], site["bytes"])
+            for site in story["sites"]] == [("north", 210, 3.0, 2, 8000), ("south", 96, 3.0, 2, 8000)]  # fmt: skip
+    assert [(sent["site"], sent["what"], sent["round"], sent["fate"]) for sent in story["sent"]] == [
+        (site, what, number, "admitted")
+        for what, number in (("update", 1), ("update", 2), ("evaluation", 3))
+        for site in ("north", "south")
+    ]
+    assert {sent["scores"] for sent in story["sent"] if sent["what"] == "update"} == {"yes"}
+    assert [line["facts"]["why"] for line in plain["refusals"]] == ["site refused (policy): <script>alert(1)</script>"]
+    assert plain["other"] == []
+
+
+def test_the_report_of_changed_logs_says_not_verified_first_and_ends_with_1(tmp_path, capsys):
+    folder = federation(tmp_path)
+    path = folder / "north.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"norm":0.5', b'"norm":0.6', 1))
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"]) == (1, "broken")
+    text, _ = seen(tmp_path / "audit_report.html")
+    named = re.search(r"NOT verified .*? (north\.jsonl, event \d+: content does not match its hash)", text)
+    assert named
+    assert text.index("NOT verified") < text.index("Sites, patients and approvals")
+    # what came ahead of the change is shown, what came after is not
+    assert [sent["round"] for sent in plain["stories"][0]["sent"] if sent["site"] == "north"] == []
+
+
+def test_the_report_of_one_side_alone_does_not_say_verified(tmp_path, capsys):
+    folder = federation(tmp_path)
+    for logs in ([folder / "north.jsonl"], [folder / "server.jsonl"]):
+        code, plain = said("report", *logs, "--out", tmp_path / "page.html", capsys=capsys)
+        assert (code, plain["state"]) == (0, "alone")
+        assert "could have cut or rewritten" in seen(tmp_path / "page.html")[0]
+    (story,) = plain["stories"]  # the coordinator's word of what the sites sent
+    assert {(sent["site"], sent["told_by"]) for sent in story["sent"]} == {("north", "server"), ("south", "server")}
+    assert story["sites"][0]["patients"]["train"] == 210
+
+
+def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path, capsys):
+    federation(tmp_path, at("server", "model exported", weights="ee" * 32))
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"], plain["stories"][0]["lineages"]) == (1, "verified", [])
+    text, _ = seen(tmp_path / "audit_report.html")
+    assert "Lineage does not hold: model.onnx: the exported weights eeeeeeeeeeee are not the output" in text
+
+
+def test_events_of_unknown_kinds_are_shown_and_not_hidden(tmp_path):
+    federation(tmp_path)
+    log = AuditLog(tmp_path / "audit" / "south.jsonl", KEYS["south"], clock=lambda: datetime(2026, 3, 3, tzinfo=UTC))
+    log.append("lightning struck", where="roof \udcff")
+    told = account(read_logs([tmp_path]), {})
+    assert [line.kind for line in told.other] == ["lightning struck"]
+    write_account(told, tmp_path / "page.html")
+    assert "lightning struck where: roof ?" in seen(tmp_path / "page.html")[0]
+
+
+def test_a_simulations_folder_is_reported_with_its_recipe(run, capsys):
+    code, plain = said("report", run, capsys=capsys)
+    assert (code, plain["state"]) == (0, "verified")
+    (story,) = plain["stories"]
+    assert story["recipe"]["name"] == "phantom_2d"
+    assert len(story["lineages"]) == 1
+    text, parser = seen(run / "audit_report.html")
+    assert "Tells radiograph-like phantoms" in text
+    assert parser.fetched == []
+
+
+@pytest.mark.parametrize("place", ["run.json", "runs/first/recipe.json", "approved/one.json"])
+def test_the_recipe_is_found_where_a_simulation_a_coordinator_or_a_site_keeps_it(tmp_path, place, capsys):
+    signed = sign_recipe(load_settings(["recipe=phantom_2d"]).recipe, KEYS["server"])
+    log = AuditLog(tmp_path / "audit" / "server.jsonl", KEYS["server"], clock=Clock())
+    log.append("run started", recipe_id=signed.recipe.id, round=0)
+    content = json.loads(signed.text)
+    (tmp_path / place).parent.mkdir(exist_ok=True, parents=True)
+    (tmp_path / place).write_text(json.dumps({"recipe": content} if place.startswith("approved") else content))
+    (tmp_path / "summary.json").write_text('{"recipe": "phantom_2d"}')
+    assert fedicom.main(["audit", "report", str(tmp_path)]) == 0
+    assert "What was trained: phantom_2d" in seen(tmp_path / "audit_report.html")[0]
+    content["recipe"]["rounds"] = 999  # another recipe: its id is not that of the log
+    (tmp_path / place).write_text(json.dumps(content))
+    assert fedicom.main(["audit", "report", str(tmp_path)]) == 0
+    assert f"What was trained: recipe {signed.recipe.id[:12]}" in seen(tmp_path / "audit_report.html")[0]
+
+
+def test_a_run_of_many_sites_and_rounds_still_draws(tmp_path):
+    federation(tmp_path)
+    found = traced(tmp_path)
+    sites: Mapping[str, Any] = {f"site{n:02d}": replace(found.sites["north"], name=f"site{n:02d}") for n in range(40)}
+    rounds = tuple(replace(found.rounds[0], round=n) for n in range(1, 90))
+    told = account(read_logs([tmp_path]), {})
+    story = replace(told.stories[0], lineages=(replace(found, sites=sites, rounds=rounds),))
+    write_account(replace(told, stories=(story,)), tmp_path / "page.html")
+    text, _ = seen(tmp_path / "page.html")
+    assert "30 more sites" in text
+    assert "87 more" in text
