@@ -255,6 +255,9 @@ class Federation:
     quorum: Count = 2
     """Fewest accepted updates that may change the model."""
     timeout_s: Positive = 3600.0
+    """Deadline of a round; whoever answers later is left out of it."""
+    offline_s: Annotated[float, Ge(0)] = 120.0
+    """Once the quorum has answered, how long a site without a connection is waited for."""
     strategy: Strategy = "fedavg"
     site_weights: Literal["patients", "equal"] = "equal"
     """patients: weighted by training patients, a count that then leaves the site; equal: every site the same."""
@@ -418,6 +421,7 @@ class Settings:
     """Also write model.ts.pt."""
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 _RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript")
 
 
@@ -432,7 +436,7 @@ def recipe_from_json(text: bytes | str) -> Recipe:
     Raises:
         ConfigError: It is not a recipe of this version; the message names the field.
     """
-    return _validate(Recipe, text)
+    return validate_json(Recipe, text)
 
 
 def load_recipe(overrides: Sequence[str] = ()) -> Recipe:
@@ -452,12 +456,12 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     """
     plain = _compose(overrides)
     run = {key: plain.pop(key) for key in _RUN_KEYS if key in plain}
-    return _validate(Settings, json.dumps({"recipe": plain, **run}))
+    return validate_json(Settings, json.dumps({"recipe": plain, **run}))
 
 
 def settings_from_json(text: bytes | str) -> Settings:
     """Reads back what `as_plain` made of settings, for another process."""
-    return _validate(Settings, text)
+    return validate_json(Settings, text)
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -466,7 +470,7 @@ def groups() -> dict[str, tuple[str, ...]]:
     return {
         folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml")))
         for folder in sorted(root.iterdir())
-        if folder.is_dir() and any(folder.glob("*.yaml"))
+        if folder.name != "site" and any(folder.glob("*.yaml"))  # a site's policy is no part of a recipe
     }
 
 
@@ -521,7 +525,12 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in composed.items()}
 
 
-def _validate(kind: type[T], text: bytes | str) -> T:
+def validate_json(kind: type[T], text: bytes | str) -> T:
+    """A checked dataclass from JSON.
+
+    Raises:
+        ConfigError: A field is unknown, missing or not allowed; one line for each, with its path.
+    """
     try:
         # Strict JSON: no bool as int, no text as number, but lists become tuples.
         return TypeAdapter(kind).validate_json(text, strict=True)
@@ -533,11 +542,15 @@ def _sentences(kind: type, error: ValidationError) -> str:
     """One line for each wrong field."""
     lines: dict[tuple[str, ...], str] = {}
     for problem in error.errors(include_url=False):
-        # Pydantic puts the branches of a union into the path, for example `literal['balanced']`.
-        place = tuple(str(part) for part in problem["loc"] if not {"[", "("} & set(str(part)))
+        # Pydantic puts the branches of a union into the path, for example `literal['balanced']`. An unknown name stands
+        # last; it comes from the text, brackets or not.
+        names = [str(part) for part in problem["loc"]]
+        known = len(names) - (problem["type"] in _UNKNOWN)
+        place = (*(name for name in names[:known] if not {"[", "("} & set(name)), *names[known:])
         got, reason = _reason(kind, place, dict(problem))
         if place not in lines:
-            shown = ".".join(place[1:] if place[:1] == ("recipe",) else place)
+            # ascii: a name out of somebody else's file must not move the cursor of a terminal
+            shown = ascii(".".join(place[1:] if place[:1] == ("recipe",) else place))[1:-1]
             lines[place] = (f"{shown}: " if shown else "") + got + reason
         elif reason not in lines[place]:
             lines[place] += f", or {reason}"
@@ -547,7 +560,7 @@ def _sentences(kind: type, error: ValidationError) -> str:
 
 
 def _reason(kind: type, place: tuple[str, ...], problem: dict[str, Any]) -> tuple[str, str]:
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if problem["type"] in _UNKNOWN:
         allowed = _fields_at(kind, place[:-1])
         if place[:-1] == ("recipe",):
             allowed = (*allowed, *_RUN_KEYS)
@@ -555,7 +568,7 @@ def _reason(kind: type, place: tuple[str, ...], problem: dict[str, Any]) -> tupl
         hint = f" Did you mean {close[0]}?" if close else ""
         return "", f"no such field.{hint} Expected one of {', '.join(allowed)}"
     if problem["type"] in ("missing", "missing_argument"):
-        return "", "missing; every recipe needs it"
+        return "", "missing; it has no default"
     reason = str(problem["msg"]).removeprefix("Value error, ")
     reason = reason[:1].lower() + reason[1:]
     if problem["type"] in ("value_error", "json_invalid"):

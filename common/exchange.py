@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from common.weights import Weights
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -34,6 +34,15 @@ Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
 Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$")]
 """No control characters: the other side prints it on a terminal."""
 Version = Annotated[str, StringConstraints(pattern=r"^[ -~]{0,40}$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Question:
+    """Coordinator to site: who are you, and would you work on this recipe?"""
+
+    recipe_id: Digest
+    audit_head: MaybeDigest = ""
+    """Head of the coordinator's audit chain, which the site records."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -78,9 +87,11 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Hello:
-    """Site to coordinator: who is there, asked before the first round."""
+    """Site to coordinator: who is there, asked before the first round and of every site that joins later."""
 
     site: Name
+    recipe_id: Digest
+    """Of the recipe that this site has approved."""
     versions: Annotated[Mapping[Name, Version], Len(0, 32)]
     """Versions of the packages that change numbers."""
     patients: Mapping[Literal["train", "validation", "test"], Patients]

@@ -6,6 +6,7 @@ an exchange type or an `ExchangeError`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -17,12 +18,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
 from common.errors import ExchangeError
-from common.exchange import WIRE_VERSION, Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
+from common.identity import Signer, signed_by
 from common.weights import Weights
 
-T = TypeVar("T", RoundPlan, Hello, Update, Refusal)
+T = TypeVar("T", Question, RoundPlan, Hello, Update, Refusal)
 
-_KINDS: dict[str, type] = {"plan": RoundPlan, "hello": Hello, "update": Update, "refusal": Refusal}
+_KINDS: dict[str, type] = {
+    "question": Question, "plan": RoundPlan, "hello": Hello, "update": Update, "refusal": Refusal,
+}  # fmt: skip
 _PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent}
 _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
@@ -31,8 +35,12 @@ _STYPE = "fedicom.flat.f4"
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
-def encode(value: RoundPlan | Hello | Update | Refusal) -> RecordDict:
-    """One record of JSON and, where the type carries weights, one flat little-endian float32 array."""
+def encode(value: Question | RoundPlan | Hello | Update | Refusal, signer: Signer | None = None) -> RecordDict:
+    """One record of JSON and, where the type carries weights, one flat little-endian float32 array.
+
+    Args:
+        signer: Puts its signature to the whole message; None where both ends are one process.
+    """
     kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
     body: dict[str, Any] = {}
     record = RecordDict()
@@ -44,12 +52,24 @@ def encode(value: RoundPlan | Hello | Update | Refusal) -> RecordDict:
         else:
             body[name] = _plain(part)
     record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body)})
+    if signer is not None:
+        record.config_records["message"]["signature"] = signer.sign(_signed_bytes(record))
     return record
 
 
-def encode_question() -> RecordDict:
-    """The message that asks a node who it is."""
-    return RecordDict({"message": ConfigRecord({"kind": "who", "version": WIRE_VERSION, "body": "{}"})})
+def check_signature(record: RecordDict, public: str) -> None:
+    """Holds the whole message against a public key.
+
+    Raises:
+        ExchangeError: It is unsigned, signed by another key, or was changed on its way.
+    """
+    try:
+        signature = record.config_records["message"]["signature"]
+        signed = _signed_bytes(record)
+    except (KeyError, TypeError, AttributeError):
+        raise ExchangeError("the message is not signed") from None
+    if not isinstance(signature, str) or not signed_by(public, signed, signature):
+        raise ExchangeError(f"the message is not signed by key {public[:12]}, or was changed on its way")
 
 
 def decode(record: RecordDict, kind: type[T]) -> T:
@@ -63,21 +83,21 @@ def decode(record: RecordDict, kind: type[T]) -> T:
     return value
 
 
-def decode_reply(record: RecordDict) -> Update | Refusal:
-    """A site's answer to a plan.
+def decode_reply(record: RecordDict) -> Hello | Update | Refusal:
+    """A site's answer to a question or a plan.
 
     Raises:
         ExchangeError: As `decode`.
     """
-    value = _decode(record, (Update, Refusal))
-    assert isinstance(value, Update | Refusal)
+    value = _decode(record, (Hello, Update, Refusal))
+    assert isinstance(value, Hello | Update | Refusal)
     return value
 
 
 def to_bytes(record: RecordDict) -> bytes:
     """A record as bytes, for a pipe between processes of one machine."""
     message = record.config_records["message"]
-    head = {key: message[key] for key in ("kind", "version", "body")}
+    head = dict(message)
     arrays = record.array_records.get("weights", ArrayRecord())
     name, array = next(iter(arrays.items()), ("", None))
     text = json.dumps({**head, "array": name}).encode()
@@ -117,7 +137,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
     expected = {"message", "weights"} if Weights in get_type_hints(cls).values() else {"message"}
-    if set(record) != expected or len(message) != 3:
+    if set(record) != expected or set(message) - {"signature"} != {"kind", "version", "body"}:
         raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
         raise ExchangeError(f"message body is not a text below {_MAX_BODY_BYTES} characters")
@@ -141,6 +161,17 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
         known = {field.name for kind in (cls, *_PARTS.values()) for field in fields(kind)}
         where = sorted(wrong & known) + ["a field that it has not"] * bool(wrong - known)
         raise ExchangeError(f"{cls.__name__} with fields out of bounds: {', '.join(where)}") from None
+
+
+def _signed_bytes(record: RecordDict) -> bytes:
+    # Hashes of the two long parts, between words of fixed length: no two messages give the same bytes.
+    message = record.config_records["message"]
+    digest = hashlib.sha256()
+    for name, array in record.array_records.get("weights", ArrayRecord()).items():
+        digest.update(name.encode() + b"\n")
+        digest.update(array.data)
+    parts = (message["kind"], message["version"], hashlib.sha256(str(message["body"]).encode()).hexdigest())
+    return "\n".join(("fedicom message", *map(str, parts), digest.hexdigest())).encode()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

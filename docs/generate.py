@@ -1,7 +1,8 @@
 """Writes the parts of the documentation that are read from the code: `python docs/generate.py`.
 
 `docs/what-leaves-the-site.md` comes from `common/exchange.py` as a whole; of `docs/configuration.md` the part
-between two marks comes from `common/config.py` and the folder `configs/`. A test holds page and code equal.
+between two marks comes from `common/config.py`, `common/deployment.py` and the folder `configs/`. A test holds page
+and code equal.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import StringConstraints
 
-from common import config, exchange, metrics, wire
+from common import config, deployment, exchange, metrics, wire
 from common.weights import Weights
 
 DOCS = Path(__file__).parent
@@ -29,11 +30,15 @@ _BOUNDS = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), L
 _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$": "short name",
     r"^[a-z][a-z0-9_]{0,39}$": "short name",
+    r"^[^\x00-\x1f\x7f]{0,200}$": "text of at most 200 characters on one line",
     r"^[^\x00-\x1f\x7f]{1,200}$": "text of 1 to 200 characters on one line",
     r"^[0-9a-f]{64}$": "SHA-256",
     r"^([0-9a-f]{64})?$": "SHA-256 or empty",
     r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$": "text of at most 500 characters, no control characters",
     r"^[ -~]{0,40}$": "ASCII text of at most 40 characters",
+    r"^[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?$": "DNS name or IP address",
+    r"^[A-Za-z0-9.:\[\]-]{1,253}:\d{1,5}$": "host:port",
+    r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$": "HH:MM-HH:MM",
     r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}$": "letters, digits, spaces, `_`, `.` and `-`, at most 80",
 }
 _SETTINGS: tuple[tuple[str, type], ...] = (
@@ -55,6 +60,14 @@ _RUN: tuple[tuple[str, type], ...] = (
 )
 
 
+_DEPLOYED: tuple[tuple[str, str, type], ...] = (
+    ("site.yaml", "", deployment.SiteConfig),
+    ("site.yaml", "policy", deployment.Policy),
+    ("server.yaml", "", deployment.ServerConfig),
+    ("federation.yaml", "", deployment.FederationPlan),
+)
+
+
 _EXCHANGE_HEAD = """# What leaves the site
 
 <!-- Generated from common/exchange.py by docs/generate.py; do not edit. -->
@@ -68,7 +81,7 @@ What these numbers can still tell about patients, and which of them epsilon cove
 [privacy.md](privacy.md).
 
 Version of the messages: {version}. A message is one JSON text of at most {mebibytes} MiB and at most one flat
-float32 array of {numbers:,} numbers.
+float32 array of {numbers:,} numbers. In a deployed federation every message carries its sender's Ed25519 signature.
 """
 
 
@@ -86,7 +99,7 @@ def pages() -> dict[Path, str]:
 def exchange_page() -> str:
     """What may cross between a site and the coordinator, type by type."""
     leaves = [exchange.Hello, exchange.Update, exchange.Scores, exchange.Spent, exchange.Refusal]
-    _complete(exchange, [*leaves, exchange.RoundPlan, exchange.Failure])
+    _complete(exchange, [*leaves, exchange.Question, exchange.RoundPlan, exchange.Failure])
     head = _EXCHANGE_HEAD.format(
         version=exchange.WIRE_VERSION, mebibytes=wire._MAX_BODY_BYTES >> 20, numbers=wire._MAX_NUMBERS
     )
@@ -101,8 +114,7 @@ def exchange_page() -> str:
             "",
             "## From the coordinator to the site",
             "",
-            'Before the first round the coordinator also asks "who is there?", a message without content.',
-            "",
+            *_section(exchange, exchange.Question),
             *_section(exchange, exchange.RoundPlan),
             "## Never on the wire",
             "",
@@ -123,6 +135,11 @@ def settings_tables() -> str:
     lines += ["### The run", "", "These do not change the recipe's id.", ""]
     for prefix, kind in _RUN:
         lines += _settings(prefix, kind)
+    _complete(deployment, [kind for _, _, kind in _DEPLOYED])
+    policies = ", ".join(f"`{name}`" for name in deployment.policy_names())
+    lines += ["### A deployed federation", "", f"Policies of `configs/site/` to start from: {policies}.", ""]
+    for file, prefix, kind in _DEPLOYED:
+        lines += _settings(prefix, kind, deployment, file)
     return "\n".join(lines)
 
 
@@ -134,17 +151,19 @@ def _complete(module: ModuleType, shown: Sequence[type]) -> None:
     assert not missing, f"{module.__name__} has types that its page does not show: {missing}"
 
 
-def _settings(prefix: str, kind: type) -> Iterator[str]:
-    if prefix:
-        yield from (f"#### `{prefix}`", "")
-    if prefix and kind.__doc__:
+def _settings(prefix: str, kind: type, module: ModuleType = config, file: str = "") -> Iterator[str]:
+    title = ", ".join(part for part in (file, prefix) if part)
+    if title:
+        yield from (f"#### `{title}`", "")
+    if title and kind.__doc__:
         yield from (_one_line(kind.__doc__), "")
     yield from ("| field | allowed | default | |", "|---|---|---|---|")
-    docs, types = _field_docs(config, kind.__name__), get_type_hints(kind, include_extras=True)
+    docs, types = _field_docs(module, kind.__name__), get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         if not is_dataclass(types[field.name]):
             name = f"{prefix}.{field.name}".strip(".")
-            default = "*needed*" if field.default is MISSING else f"`{_yaml(field.default)}`"
+            value = field.default_factory() if field.default_factory is not MISSING else field.default
+            default = "*needed*" if value is MISSING else f"`{_yaml(value)}`"
             yield f"| `{name}` | {_cell(_words(types[field.name]))} | {default} | {_cell(docs[field.name])} |"
     yield ""
 

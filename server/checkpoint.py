@@ -1,20 +1,23 @@
-"""A round's state on disk: one safetensors file, written whole or not at all."""
+"""A round's state on disk: one safetensors file, written whole or not at all, encrypted where a key is given."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save
 
 from common.errors import StorageError
 from common.storage import private_folder, write_whole
+from common.vault import Secret, is_sealed, seal, unseal
 from common.weights import Weights
 from server.rounds import RoundReport, ServerState
 
@@ -22,10 +25,15 @@ KEEP = 2
 """Checkpoints kept; the older ones are removed after a newer one is safely on disk."""
 
 _HISTORY = TypeAdapter(tuple[RoundReport, ...])
+_NAME = re.compile(r"round-(\d+)\.safetensors(\.sealed)?")
 
 
-def write(state: ServerState, folder: Path) -> Path:
+def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     """Writes `round-NNNN.safetensors` and returns its path; after the return it survives a power cut.
+
+    Args:
+        key: Encrypts the file, which is then `round-NNNN.safetensors.sealed`. Plain ones of earlier rounds go as
+            the newer ones come.
 
     Raises:
         StorageError: The disk is full or not writable; earlier checkpoints are untouched.
@@ -45,11 +53,15 @@ def write(state: ServerState, folder: Path) -> Path:
         "order": list(state.weights),
     }
     text = json.dumps(head)
-    path = folder / f"round-{state.round:04d}.safetensors"
+    path = folder / f"round-{state.round:04d}.safetensors{'.sealed' if key else ''}"
     private_folder(folder)
     for left in folder.glob(".round-*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
-    write_whole(path, save(tensors, {"fedicom": text, "sha256": _sha256(text)}))
+    data = save(tensors, {"fedicom": text, "sha256": _sha256(text)})
+    write_whole(path, seal(data, key) if key else data)
+    # The same round may lie there in the other form, from before the key was given or taken away.
+    twin = path.with_suffix("") if key else path.with_name(path.name + ".sealed")
+    twin.unlink(missing_ok=True)
     files = _found(folder)
     for old in files[: max(0, files.index(path) + 1 - KEEP)]:
         old.unlink(missing_ok=True)
@@ -61,19 +73,31 @@ def exists(folder: Path) -> bool:
     return bool(_found(folder))
 
 
-def load(folder: Path, recipe_id: str) -> ServerState | None:
+def load(folder: Path, recipe_id: str, key: Secret | None = None) -> ServerState | None:
     """The newest readable state in `folder`, or None when there is no checkpoint.
 
     A damaged newest file is passed over for the one before it.
 
+    Args:
+        key: Opens encrypted ones. Plain ones are read as well: a run may have begun without a key.
+
     Raises:
-        StorageError: The checkpoints are of another recipe, or none of them can be read.
+        StorageError: The checkpoints are of another recipe, or none of them can be read, or they are encrypted and
+            no key is given.
     """
-    files = _found(folder)
+    files, locked = _found(folder), False
     for path in reversed(files):
+        sealed = path.suffix == ".sealed"
+        if sealed and key is None:
+            raise StorageError(
+                "the checkpoints of this run are encrypted; name their key file as checkpoint_key in server.yaml"
+            )
+        if locked and not sealed:
+            break  # with the wrong key an older plain one would silently undo rounds
         try:
-            state = _read(path)
-        except (SafetensorError, OSError, ValueError, KeyError, ValidationError):
+            state = _read(path, key)
+        except (StorageError, SafetensorError, OSError, ValueError, KeyError, TypeError, ValidationError):
+            locked |= sealed
             continue
         if state.recipe_id != recipe_id:
             raise StorageError(
@@ -82,23 +106,31 @@ def load(folder: Path, recipe_id: str) -> ServerState | None:
             )
         return state
     if files:
-        raise StorageError(f"none of the {len(files)} checkpoints can be read; start again without resume=true")
+        advice = "check checkpoint_key, or start" if key is not None else "start"
+        raise StorageError(f"none of the {len(files)} checkpoints can be read; {advice} again without resume=true")
     return None
 
 
 def _found(folder: Path) -> Sequence[Path]:
-    # by length first: round 10000 comes after round 9999
-    return sorted(folder.glob("round-*.safetensors"), key=lambda path: (len(path.name), path.name))
+    # by number: round 10000 comes after round 9999
+    return sorted((path for path in folder.glob("round-*") if _NAME.fullmatch(path.name)), key=_round)
+
+
+def _round(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(path: Path) -> ServerState:
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+def _read(path: Path, key: Secret | None = None) -> ServerState:
+    data = path.read_bytes()
+    if key is not None and is_sealed(data):
+        data = unseal(data, key)
+    tensors = load_tensors(data)  # checks the length of the header, which is read here once more for its metadata
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     if _sha256(metadata["fedicom"]) != metadata["sha256"]:
         raise ValueError("the head was changed")
     head = json.loads(metadata["fedicom"])

@@ -1,15 +1,24 @@
-"""Ed25519 keys: where they lie, what they sign."""
+"""Keys and certificates: where they lie, what they sign, when they end."""
 
 from __future__ import annotations
 
+import ipaddress
+import shutil
+import subprocess
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import StorageError
-from common.identity import Signer, signed_by
+from common.errors import ConfigError, StorageError
+from common.identity import Certificate, NodeKey, Signer, expiring, node_signed_by, signed_by
 
 # RFC 8032, section 7.1, test 3
 SECRET = "c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7"
@@ -88,3 +97,140 @@ def test_junk_is_never_a_signature_and_never_an_error(signature, public):
 @pytest.mark.parametrize("spelling", [SIGNATURE.upper(), " " + SIGNATURE, SIGNATURE[:2] + " " + SIGNATURE[2:]])
 def test_a_signature_has_one_spelling(spelling):
     assert not signed_by(PUBLIC, b"\xaf\x82", spelling)
+
+
+def test_loading_a_key_that_is_not_there_makes_none(tmp_path):
+    with pytest.raises(StorageError, match="signing key"):
+        Signer.load(tmp_path / "a.key")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_public_key_has_one_spelling():
+    assert not signed_by(PUBLIC.upper(), b"\xaf\x82", SIGNATURE)
+    assert not signed_by(PUBLIC[:2] + " " + PUBLIC[2:], b"\xaf\x82", SIGNATURE)
+
+
+def test_a_node_key_is_one_that_flower_accepts(tmp_path):
+    from argparse import Namespace
+
+    from flwr.supercore.primitives.asymmetric import uses_nist_ec_curve
+    from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
+
+    path = tmp_path / "node.key"
+    key = NodeKey.new()
+    path.write_bytes(key.private)
+    keys = _try_setup_client_authentication(
+        Namespace(auth_supernode_private_key=str(path), auth_supernode_public_key=None)
+    )
+    assert keys is not None
+    assert uses_nist_ec_curve(keys[1])
+    assert keys[1].public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() == key.public
+    path.chmod(0o600)
+    assert NodeKey.load(path).public == key.public
+
+
+def test_a_node_key_reads_as_openssh_reads_it(tmp_path):
+    program = shutil.which("ssh-keygen")
+    if program is None:
+        pytest.skip("OpenSSH is not installed")
+    path = tmp_path / "node.key"
+    key = NodeKey.new()
+    path.write_bytes(key.private)
+    path.chmod(0o600)
+    done = subprocess.run([program, "-y", "-f", str(path)], capture_output=True, text=True, check=True)
+    assert " ".join(done.stdout.split()[:2]) == key.public
+
+
+def test_a_node_key_signs_and_junk_is_no_signature():
+    key, other = NodeKey.new(), NodeKey.new()
+    signature = key.sign(b"data")
+    assert node_signed_by(key.public, b"data", signature)
+    assert not node_signed_by(other.public, b"data", signature)
+    assert not node_signed_by(key.public, b"Data", signature)
+    for junk in ("", "zz", "00", signature[:-2], signature + "00"):
+        assert not node_signed_by(key.public, b"data", junk)
+    for public in ("", "ecdsa-sha2-nistp256 AAAA", "ssh-ed25519 AAAA", key.public[:-8]):
+        assert not node_signed_by(public, b"data", signature)
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "p521", "junk", "pkcs8"])
+def test_a_key_that_is_no_node_key_is_refused(tmp_path, kind):
+    path = tmp_path / "node.key"
+    made = {
+        "ed25519": lambda: Ed25519PrivateKey.generate().private_bytes(
+            Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()
+        ),
+        "p521": lambda: ec.generate_private_key(ec.SECP521R1()).private_bytes(
+            Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()
+        ),
+        "pkcs8": lambda: ec.generate_private_key(ec.SECP256R1()).private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        ),
+        "junk": lambda: b"junk",
+    }
+    path.write_bytes(made[kind]())
+    path.chmod(0o600)
+    with pytest.raises(StorageError, match="OpenSSH format on P-256 or P-384"):
+        NodeKey.load(path)
+
+
+BEGIN, END = datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 3, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Fedicom gateway")])
+    alternative = x509.SubjectAlternativeName(
+        [x509.DNSName("fl.example.org"), x509.IPAddress(ipaddress.ip_address("10.1.2.3"))]
+    )
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), 7)
+        .not_valid_before(BEGIN)
+        .not_valid_after(END)
+        .add_extension(alternative, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path / "gateway.crt"
+    path.write_bytes(made.public_bytes(Encoding.PEM))
+    return path
+
+
+def test_a_certificate_tells_whom_it_is_for_and_how_long(certificate):
+    read = Certificate.load(certificate)
+    assert (read.subject, read.names) == ("Fedicom gateway", ("fl.example.org", "10.1.2.3"))
+    assert (read.begins, read.ends) == (BEGIN, END)
+    assert len(read.fingerprint) == 64
+    assert read.covers("FL.example.org")
+    assert read.covers("10.1.2.3")
+    assert not read.covers("10.1.2.4")
+    assert not read.covers("x.fl.example.org")
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (END - timedelta(days=31), None),
+        (END - timedelta(days=30), None),
+        (END - timedelta(days=29, hours=1), "gateway.crt runs out on 2026-03-01 00:00 UTC, in 29 days"),
+        (END - timedelta(hours=1), "in 0 days"),
+        (END, "ran out on 2026-03-01 00:00 UTC"),
+        (END + timedelta(days=400), "ran out"),
+        (BEGIN - timedelta(seconds=1), "valid only from 2026-01-01 00:00 UTC; check this machine's clock"),
+    ],
+)
+def test_a_certificate_that_ends_within_thirty_days_is_warned_about(certificate, now, says):
+    sentence = expiring(certificate, 30, now)
+    assert (sentence is None) == (says is None)
+    if says is not None:
+        assert says in sentence
+
+
+@pytest.mark.parametrize("junk", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_a_file_without_a_certificate_is_an_error_and_not_a_pass(tmp_path, junk):
+    path = tmp_path / "gateway.crt"
+    path.write_bytes(junk)
+    with pytest.raises(ConfigError, match="holds no certificate in PEM form"):
+        expiring(path)
+    with pytest.raises(StorageError):
+        expiring(tmp_path / "missing.crt")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.errors import ExchangeError
-from common.exchange import Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
+from common.identity import Signer
 from common.weights import Weights
 
 DIGEST = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
@@ -56,13 +57,16 @@ UPDATE = st.builds(
     audit_head=HEAD,
 )  # fmt: skip
 HELLO = st.builds(
-    Hello, site=NAME, versions=st.dictionaries(NAME, st.text("0123456789.+cpu", max_size=40), max_size=3),
+    Hello, site=NAME, recipe_id=DIGEST,
+    versions=st.dictionaries(NAME, st.text("0123456789.+cpu", max_size=40), max_size=3),
     patients=st.fixed_dictionaries({"train": st.integers(0, 10**9)}), manifest=DIGEST, audit_head=HEAD,
 )  # fmt: skip
 REFUSAL = st.builds(
     Refusal, site=NAME, recipe_id=DIGEST, round=ROUND, code=st.sampled_from(["recipe", "budget", "data"]),
     why=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=500), audit_head=HEAD,
 )  # fmt: skip
+
+QUESTION = st.builds(Question, recipe_id=DIGEST, audit_head=HEAD)
 
 
 def update(**changes) -> Update:
@@ -75,7 +79,7 @@ def update(**changes) -> Update:
     return Update(**(values | changes))
 
 
-def mutilated(*, body=None, kind="update", version=1, array=None, drop=()) -> RecordDict:
+def mutilated(*, body=None, kind="update", version=WIRE_VERSION, array=None, drop=()) -> RecordDict:
     """The record of `update()` with some of it replaced."""
     record = wire.encode(update())
     text = record.config_records["message"]["body"] if body is None else body
@@ -95,7 +99,7 @@ def flat(data=bytes(28), shape=(7,), stype="fedicom.flat.f4", dtype="float32") -
     return Array(dtype=dtype, shape=shape, stype=stype, data=data)
 
 
-@given(st.one_of(PLAN, UPDATE, HELLO, REFUSAL))
+@given(st.one_of(QUESTION, PLAN, UPDATE, HELLO, REFUSAL))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_is_encoded_decodes_to_the_same_value_also_through_bytes(value):
     record = wire.encode(value)
@@ -129,10 +133,10 @@ SECRET = "Mustermann"
         mutilated(drop=("version",)),
         mutilated(drop=("body",)),
         mutilated(drop=("weights",)),
-        mutilated(version=2),
+        mutilated(version=WIRE_VERSION + 1),
         mutilated(version=0),
         mutilated(version=True),
-        mutilated(version=1.0),
+        mutilated(version=float(WIRE_VERSION)),
         mutilated(version=SECRET),
         mutilated(version=[1]),
         mutilated(kind="plan"),
@@ -225,8 +229,8 @@ def test_a_message_without_weights_may_not_carry_arrays():
 
 
 def test_a_newer_version_says_so():
-    with pytest.raises(ExchangeError, match="newer version; this installation speaks 1"):
-        wire.decode_reply(mutilated(version=2))
+    with pytest.raises(ExchangeError, match=f"newer version; this installation speaks {WIRE_VERSION}"):
+        wire.decode_reply(mutilated(version=WIRE_VERSION + 1))
 
 
 def test_the_array_stays_one_view_of_the_bytes_that_came():
@@ -299,7 +303,52 @@ def test_bytes_cut_or_changed_on_disk_give_a_value_or_an_exchange_error(data):
 
 def test_the_question_who_is_there_is_no_plan():
     with pytest.raises(ExchangeError):
-        wire.decode(wire.encode_question(), RoundPlan)
+        wire.decode(wire.encode(Question(recipe_id="a" * 64)), RoundPlan)
+
+
+SIGNER, STRANGER = Signer.temporary(), Signer.temporary()
+
+
+@given(st.one_of(QUESTION, PLAN, UPDATE, HELLO, REFUSAL))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_signed_message_holds_under_its_key_alone_also_through_bytes(value):
+    record = wire.encode(value, SIGNER)
+    for same in (record, wire.from_bytes(wire.to_bytes(record))):
+        wire.check_signature(same, SIGNER.public)
+        assert wire.decode(same, type(value)) == value
+        with pytest.raises(ExchangeError, match="not signed by key"):
+            wire.check_signature(same, STRANGER.public)
+
+
+def test_an_unsigned_message_is_no_signed_one():
+    with pytest.raises(ExchangeError, match="not signed"):
+        wire.check_signature(wire.encode(update()), SIGNER.public)
+    with pytest.raises(ExchangeError, match="not signed"):
+        wire.check_signature(RecordDict(), SIGNER.public)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_part_of_a_signed_message_can_be_changed(data):
+    record = wire.encode(update(), SIGNER)
+    message = dict(record["message"])
+    part = data.draw(st.sampled_from(["kind", "version", "body", "signature", "weights", "name", "dropped"]))
+    weights = bytearray(record["weights"]["delta"].data)
+    name = "delta"
+    if part == "version":
+        message["version"] += 1
+    elif part == "weights":
+        weights[data.draw(st.integers(0, len(weights) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    elif part == "name":
+        name = "weights"
+    elif part != "dropped":
+        at = data.draw(st.integers(0, len(message[part]) - 1))
+        message[part] = message[part][:at] + chr(ord(message[part][at]) ^ 1) + message[part][at + 1 :]
+    parts = {"message": ConfigRecord(message)}
+    if part != "dropped":
+        parts["weights"] = ArrayRecord({name: flat(bytes(weights), (len(weights) // 4,))})
+    with pytest.raises(ExchangeError):
+        wire.check_signature(RecordDict(parts), SIGNER.public)
 
 
 @pytest.mark.parametrize("why", ["\x1b[2J", "\x00", "\x9b31m", "x" * 501, "\ud800"])

@@ -14,6 +14,7 @@ import pytest
 
 from common.errors import StorageError
 from common.exchange import Scores, Spent
+from common.vault import Secret, new_key_file
 from common.weights import Weights
 from server import checkpoint
 from server.rounds import RoundReport, ServerState, SiteRound
@@ -170,3 +171,52 @@ def test_what_a_killed_writer_left_is_swept_up(tmp_path):
     (tmp_path / ".round-0001.safetensors.77.tmp").write_bytes(b"half")
     checkpoint.write(state(), tmp_path)
     assert names(tmp_path) == ["round-0001.safetensors"]
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Secret:
+    return new_key_file(tmp_path / "checkpoint.key")
+
+
+def test_with_a_key_the_state_comes_back_and_nothing_of_it_is_readable_on_disk(tmp_path, key):
+    folder = tmp_path / "checkpoints"
+    path = checkpoint.write(state(), folder, key)
+    assert names(folder) == ["round-0001.safetensors.sealed"]
+    assert checkpoint.exists(folder)
+    assert checkpoint.load(folder, RECIPE, key) == state()
+    on_disk = path.read_bytes()
+    for plain in (b"recipe_id", b"north", b"weights/z.w", weights(1)["z.w"].tobytes()):
+        assert plain not in on_disk
+
+
+def test_an_encrypted_run_is_not_resumed_without_its_key_nor_from_an_older_plain_state(tmp_path, key):
+    folder = tmp_path / "checkpoints"
+    checkpoint.write(state(1), folder)
+    checkpoint.write(state(2), folder, key)
+    assert len(names(folder)) == 2
+    with pytest.raises(StorageError, match="encrypted; name their key file"):
+        checkpoint.load(folder, RECIPE)
+    with pytest.raises(StorageError, match="none of the 2 checkpoints can be read; check checkpoint_key"):
+        checkpoint.load(folder, RECIPE, new_key_file(tmp_path / "other.key"))
+    assert checkpoint.load(folder, RECIPE, key) == state(2)
+
+
+def test_two_rounds_after_a_key_was_given_no_plain_state_is_left(tmp_path, key):
+    folder = tmp_path / "checkpoints"
+    for round_ in (1, 2):
+        checkpoint.write(state(round_), folder)
+    assert checkpoint.load(folder, RECIPE, key) == state(2)
+    checkpoint.write(replace(state(2), done=True), folder, key)  # replaces the plain one of its round
+    assert names(folder) == ["round-0001.safetensors", "round-0002.safetensors.sealed"]
+    checkpoint.write(state(3), folder, key)
+    assert names(folder) == ["round-0002.safetensors.sealed", "round-0003.safetensors.sealed"]
+
+
+def test_a_damaged_encrypted_state_is_passed_over_for_the_encrypted_one_before_it(tmp_path, key):
+    folder = tmp_path / "checkpoints"
+    for round_ in (1, 2):
+        path = checkpoint.write(state(round_), folder, key)
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    assert checkpoint.load(folder, RECIPE, key) == state(1)

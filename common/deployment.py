@@ -1,0 +1,404 @@
+"""What the people of a deployed federation write by hand, and where everything lies in their folders.
+
+`federation.yaml` (who takes part), `site.yaml` (a hospital's own settings and policy) and `server.yaml` (the
+coordinator's) become types here; nothing else reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import field
+from datetime import time
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+from pydantic import ConfigDict, StringConstraints, model_validator
+from pydantic.dataclasses import dataclass
+
+from common.config import config_root, validate_json
+from common.errors import ConfigError, FedicomError
+from common.exchange import NAME_PATTERN
+from common.registry import Registry, read_registry
+from common.storage import storing
+
+T = TypeVar("T")
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Host = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?$")]
+"""A DNS name or an IP address."""
+Port = Annotated[int, Ge(1), Le(65535)]
+Hours = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class FederationPlan:
+    """`federation.yaml`: what `fedicom provision` makes keys and certificates for."""
+
+    name: Name
+    host: Host
+    """How the sites reach the gateway; it stands in the certificate."""
+    port: Port = 8443
+    sites: Annotated[tuple[Name, ...], Len(0, 10_000)]
+    auditors: tuple[Name, ...] = ()
+    contact: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,200}$")] = ""
+    """Whom a site calls; it stands in every kit."""
+    also_hosts: tuple[Host, ...] = ()
+    """Other names and addresses in the gateway's certificate."""
+    valid_days: Annotated[int, Ge(1), Le(3650)] = 397
+    """Of the gateway's certificate; the authority's lasts ten years."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [*self.sites, *self.auditors]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"every name is given once, got {twice[0]} twice")
+        if reserved := sorted({"server", "coordinator", "authority", "gateway"} & set(names)):
+            raise ValueError(f"{reserved[0]!r} is a name of the federation itself; choose another for the site")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Policy:
+    """What a hospital allows, whatever a recipe or a coordinator says."""
+
+    require_privacy: bool = True
+    """Refuse every recipe without differential privacy."""
+    epsilon: Annotated[float, Gt(0)] = 8.0
+    """Most that all recipes together may spend on this cohort, at `delta`."""
+    delta: Annotated[float, Gt(0), Lt(0.01)] = 1e-5
+    """Below one over the number of patients."""
+    min_noise_multiplier: Annotated[float, Gt(0)] = 0.3
+    max_sampling_rate: Annotated[float, Gt(0), Le(1)] = 1.0
+    max_steps: Annotated[int, Ge(1)] = 100_000
+    """Noised steps of one visit."""
+    max_rounds: Annotated[int, Ge(1)] = 10_000
+    min_patients: Annotated[int, Ge(1)] = 20
+    """Fewer training patients than this, and nothing is trained."""
+    models: tuple[str, ...] = ()
+    """Networks that may be trained, as family/name; empty allows all that are installed."""
+    tasks: tuple[Literal["binary", "multiclass", "multilabel"], ...] = ()
+    """Kinds of task; empty allows all."""
+    modalities: tuple[str, ...] = ()
+    """A recipe must name its modalities, and only of these; empty allows all."""
+    hours: tuple[Hours, ...] = ()
+    """Local times at which work may begin, for example ["19:00-06:00"]; empty is always."""
+    metrics: Literal["bounded", "none"] = "bounded"
+    """Scores on this site's patients: `bounded` lets those of cells of at least `min_cell` patients leave."""
+    min_cell: Annotated[int, Ge(1)] = 5
+    """Smallest number of patients that a score or a count may be about; the larger of this and the recipe's holds."""
+    gpu_memory_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the GPU's memory that a visit may take."""
+    seeded_noise: bool = False
+    """Allows `privacy.unsafe_seeded_noise`: tests with synthetic patients only."""
+
+    def open_at(self, now: time) -> bool:
+        """Whether work may begin at this local time."""
+        if not self.hours:
+            return True
+        for span in self.hours:
+            begin, end = (time.fromisoformat(part) for part in span.split("-"))
+            if begin <= now < end if begin <= end else now >= begin or now < end:
+                return True
+        return False
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class SiteConfig:
+    """`site.yaml`: a hospital node."""
+
+    site: Name
+    federation: Name
+    gateway: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}:\d{1,5}$")]
+    """host:port of the coordinator's gateway: the only address that the node calls."""
+    data: str | None = None
+    """Folder with labels.csv and the DICOM files."""
+    proxy: str | None = None
+    """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Ge(0)] = 0
+    """CPU threads; 0 leaves the choice to torch."""
+    metrics_port: Port | None = None
+    """Loopback port of the Prometheus endpoint; null has none."""
+    node_port: Port | None = None
+    """Loopback port between the SuperNode and the runner; null takes a free one."""
+    policy: Policy = Policy()
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ServerConfig:
+    """`server.yaml`: the coordinator."""
+
+    federation: Name
+    listen: Host = "0.0.0.0"  # noqa: S104 - the gateway is the one open port
+    port: Port = 8443
+    """Of the gateway."""
+    superlink_port: Port | None = None
+    """Loopback port of Flower's SuperLink; null takes a free one."""
+    control_port: Port | None = None
+    """Loopback port for `fedicom server run|status|stop|resume` and for Prometheus; null takes a free one."""
+    test_data: str | None = None
+    """The coordinator's own labelled images, which no site holds; null: no central evaluation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_key: str | None = None
+    """Key file with which checkpoints are encrypted at rest; null leaves them plain."""
+    gateway: Mapping[str, float | int] = field(default_factory=dict)
+    """Limits of the gateway that differ from its defaults, by name."""
+
+
+def read_yaml(path: Path, kind: type[T]) -> T:
+    """One of the files above, checked.
+
+    Raises:
+        ConfigError: A field is unknown, missing or not allowed; names file and field.
+        StorageError: The file cannot be read.
+    """
+    import yaml
+
+    with storing(path.name):
+        text = path.read_text()
+    try:
+        plain = yaml.safe_load(text)
+        as_json = json.dumps(plain)
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path.name}{where}: cannot be read as YAML; expected `name: value` lines") from None
+    try:
+        return validate_json(kind, as_json)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path.name}: {line}" for line in str(error).splitlines())) from None
+
+
+def policy_names() -> tuple[str, ...]:
+    """Names of the policies in `configs/site/` that a site may start from."""
+    return tuple(sorted(path.stem for path in (config_root() / "site").glob("*.yaml")))
+
+
+class _Home:
+    """A folder that one party of the federation owns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+
+    def _need(self, path: Path, what: str) -> Path:
+        if not path.is_file():
+            raise ConfigError(f"{self.path.name}: {what} is missing ({path.relative_to(self.path)}); {self._advice}")
+        return path
+
+    _advice = "unpack the kit again"
+
+    @property
+    def keys(self) -> Path:
+        """Private keys, 0700."""
+        return self.path / "keys"
+
+    @property
+    def signing_key(self) -> Path:
+        return self.keys / "signing.key"
+
+    @property
+    def superexec_secret(self) -> Path:
+        """Shared by Flower's process and ours on this machine: who has it may take the tasks."""
+        return self.keys / "superexec.secret"
+
+    @property
+    def trust(self) -> Path:
+        """Public keys and certificates of others."""
+        return self.path / "trust"
+
+    @property
+    def ca(self) -> Path:
+        """Certificate of the federation's authority, PEM."""
+        return self.trust / "ca.crt"
+
+    @property
+    def registry_file(self) -> Path:
+        return self.trust / "registry.json"
+
+    @property
+    def authority(self) -> str:
+        """Pinned public key of the federation's authority."""
+        path = self._need(self.trust / "authority.pub", "the authority's public key")
+        with storing(path.name):
+            return path.read_text().strip()
+
+    @property
+    def registry(self) -> Registry:
+        """The registry, checked at every call.
+
+        Raises:
+            ConfigError: It is missing or does not hold.
+        """
+        return read_registry(self._need(self.registry_file, "the registry"), self.authority)
+
+    @property
+    def run(self) -> Path:
+        """State of running processes: status, logs of the children, locks."""
+        return self.path / "run"
+
+    @property
+    def status_file(self) -> Path:
+        return self.run / "status.json"
+
+
+class SiteHome(_Home):
+    """A hospital's folder: what its kit becomes."""
+
+    _advice = "unpack the site's kit again, or run `fedicom site init`"
+
+    @property
+    def config(self) -> SiteConfig:
+        return read_yaml(self._need(self.path / "site.yaml", "the site's configuration"), SiteConfig)
+
+    @property
+    def node_key(self) -> Path:
+        """EC key of the Flower node, OpenSSH format."""
+        return self.keys / "node.key"
+
+    @property
+    def cohort_key(self) -> Path:
+        """Secret of the site's pseudonyms and splits: 32 bytes that never change."""
+        return self.keys / "cohort.key"
+
+    @property
+    def supernode(self) -> Path:
+        """Flower's own folder."""
+        return self.run / "supernode"
+
+    @property
+    def runner_file(self) -> Path:
+        """What our runner does, for the supervisor, which makes `status_file` of it."""
+        return self.run / "runner.json"
+
+    @property
+    def approved(self) -> Path:
+        """Approved recipes."""
+        return self.path / "approved"
+
+    @property
+    def state(self) -> Path:
+        """Ledger, outbox and cache."""
+        return self.path / "state"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.state / "ledger.jsonl"
+
+    @property
+    def cache(self) -> Path:
+        return self.state / "cache"
+
+    @property
+    def audit_file(self) -> Path:
+        return self.path / "audit" / f"{self.config.site}.jsonl"
+
+
+class ServerHome(_Home):
+    """The coordinator's folder."""
+
+    _advice = "unpack the coordinator's kit again"
+
+    @property
+    def config(self) -> ServerConfig:
+        return read_yaml(self._need(self.path / "server.yaml", "the coordinator's configuration"), ServerConfig)
+
+    @property
+    def gateway_certificate(self) -> Path:
+        return self.keys / "gateway.crt"
+
+    @property
+    def gateway_key(self) -> Path:
+        return self.keys / "gateway.key"
+
+    @property
+    def superlink_certificate(self) -> Path:
+        """For localhost and 127.0.0.1, by the same authority."""
+        return self.keys / "superlink.crt"
+
+    @property
+    def superlink_key(self) -> Path:
+        return self.keys / "superlink.key"
+
+    @property
+    def tokens_file(self) -> Path:
+        """SHA-256 of the operators' and auditors' tokens."""
+        return self.keys / "tokens.json"
+
+    @property
+    def superlink(self) -> Path:
+        """Flower's database and home."""
+        return self.path / "superlink"
+
+    @property
+    def runs(self) -> Path:
+        """One folder a run."""
+        return self.path / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Prepared images of the coordinator's own test set."""
+        return self.path / "cache"
+
+    @property
+    def operator_token(self) -> Path:
+        """The token that `fedicom server` takes when it is told no other."""
+        return self.keys / "operator.token"
+
+    @property
+    def control_file(self) -> Path:
+        """Ports and process id of the coordinator that is running."""
+        return self.run / "control.json"
+
+    @property
+    def gateway_config(self) -> Path:
+        return self.run / "gateway.json"
+
+    @property
+    def gateway_stats(self) -> Path:
+        """Counters of the gateway, written every few seconds."""
+        return self.run / "gateway-stats.json"
+
+    @property
+    def audit_file(self) -> Path:
+        return self.path / "audit" / "server.jsonl"
+
+
+def home_folder(given: Path | None, *files: str) -> Path:
+    """The folder that a command works in: `--home`, or FEDICOM_HOME, or the current one when it holds one of `files`.
+
+    Raises:
+        ConfigError: None of the three, or the folder holds none of the files.
+    """
+    import os
+
+    named = given or (Path(os.environ["FEDICOM_HOME"]) if os.environ.get("FEDICOM_HOME") else None)
+    folder = named or Path()
+    if any((folder / file).is_file() for file in files):
+        return folder
+    wanted = " or ".join(files)
+    if named is not None:
+        raise ConfigError(f"{named} holds no {wanted}; give the folder that a kit was unpacked to")
+    raise ConfigError(f"no {wanted} here; go to the folder of the kit, or give --home DIR, or set FEDICOM_HOME")
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """A status file, or None when there is none; half a file is impossible, for they are written whole.
+
+    Raises:
+        FedicomError: It is no JSON object.
+    """
+    if not path.exists():
+        return None
+    with storing(path.name):
+        text = path.read_text()
+    try:
+        plain = json.loads(text)
+    except ValueError:
+        plain = None
+    if not isinstance(plain, dict):
+        raise FedicomError(f"{path.name} is no status file; remove it and start again")
+    return plain
