@@ -1,0 +1,585 @@
+"""The coordinator's only open port: TLS 1.3, known nodes, Flower's fleet routes, and nothing else.
+
+Flower's SuperLink serves its Control and Runtime APIs on the same port as the Fleet API, without authentication, and
+reads bodies without a limit. So it listens on loopback alone and this stands in front of it. A request is parsed,
+judged before its body is read, and written anew for the SuperLink: only listed headers pass, on a connection of
+its own, so nothing that a peer sends can be taken for a second request.
+
+What Flower's nodes do with a refusal decides the status (flwr 1.41, `supercore/retry/http_retry.py`): after 502, 503,
+504 or a broken connection they come back; 401 ends the node, 403 its run, and any other status the task at hand. A
+node over its limits therefore gets 503, and one that is too slow a broken connection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import logging.handlers
+import resource
+import signal
+import socket
+import ssl
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+
+from common.config import validate_json
+from common.errors import ConfigError, FedicomError
+from common.storage import storing, write_whole
+from server.gateway_rules import (
+    FLEET_ROUTES,
+    KEY,
+    REQUEST_HEADERS,
+    RESPONSE_HEADERS,
+    SIGNATURE,
+    TIMESTAMP,
+    Buckets,
+    GatewayConfig,
+    GatewayLimits,
+    GatewayStats,
+    RegistryKeys,
+    flower_header,
+    holds_key,
+    network,
+    server_tls,
+    stamp,
+    upstream_tls,
+)
+
+__all__ = ["Gateway", "GatewayConfig", "GatewayLimits", "GatewayStats", "RegistryKeys", "flower_header", "serve"]
+
+log = logging.getLogger("fedicom.gateway")
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
+_CHUNK_BYTES = 1 << 16
+_LINGER_S, _LINGER_BYTES = 1.0, 1 << 18
+_STATS_EVERY_S = 5.0
+_REPEAT_S = 60.0
+
+
+class _Refused(Exception):  # noqa: N818 - the outcome of a request, not an error of ours
+    """Ends a connection; with `answer=False` it breaks off without a response."""
+
+    def __init__(self, status: int, why: str, *, answer: bool = True) -> None:
+        super().__init__(why)
+        self.status, self.why, self.answer = status, why, answer
+
+
+@dataclass
+class _Entry:
+    """A request as it will stand in the log."""
+
+    address: str
+    method: str = "-"
+    route: str = "-"
+    site: str = "-"
+    status: int = 0
+    """0: no request came."""
+    received: int = 0
+    sent: int = 0
+    refused: str | None = None
+    began: float = 0.0
+
+
+class Gateway:
+    """A gateway; it runs in a thread of its own between `start` and `stop`, or in this one with `run`."""
+
+    def __init__(self, config: GatewayConfig, allowed: Callable[[], Mapping[str, str]] | None = None) -> None:
+        """`allowed` gives `flwr-public-key` -> site at every request; without it the registry file is asked.
+
+        Raises:
+            ConfigError: A certificate or key cannot be used.
+        """
+        limits = config.limits
+        self.config, self.limits, self.stats = config, limits, GatewayStats()
+        self.port = config.listen_port
+        self.stopping = False
+        self.idle: set[asyncio.Task[Any]] = set()
+        """Connections in the handshake or between requests: a stop ends them at once."""
+        self.nodes: Counter[str] = Counter()
+        """Connections by key."""
+        self.node_requests = Buckets(limits.requests_per_s_per_node, limits.request_burst_per_node)
+        self.refusals = Buckets(limits.refusals_per_s_per_address, limits.refusal_burst_per_address)
+        self._allowed = allowed or RegistryKeys(config.registry, config.authority)
+        self._said: dict[str, float] = {}
+        self._tls_stamp = (stamp(config.certificate), stamp(config.key))
+        self._tls = server_tls(config)
+        self._upstream_tls = upstream_tls(config)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._addresses: Counter[str] = Counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self._saving = threading.Lock()
+
+    def start(self) -> Gateway:
+        """Listens when it returns; `port` is the real one.
+
+        Raises:
+            OSError: The address is taken.
+        """
+        ready: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                asyncio.run(self.run(ready))
+            except BaseException as error:
+                if ready.done():
+                    raise
+                ready.set_exception(error)
+
+        self._thread = threading.Thread(target=work, name="gateway", daemon=True)
+        self._thread.start()
+        ready.result()
+        return self
+
+    def stop(self) -> None:
+        """Refuses new connections, gives requests under way `stop_s`, and returns when all is closed."""
+        if self._thread is not None and self._loop is not None:
+            with suppress(RuntimeError):  # its loop has ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+
+    async def run(self, ready: Future[None] | None = None) -> None:
+        """Serves until `stop`, SIGTERM or SIGINT; the signals are taken in the main thread only."""
+        host, port = self.config.listen_host, self.config.listen_port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=128)
+        listener.setblocking(False)
+        self._loop, self.port = asyncio.get_running_loop(), listener.getsockname()[1]
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self._stop.set)
+        stop = asyncio.create_task(self._stop.wait())
+        helpers = [asyncio.create_task(self._accept(listener)), asyncio.create_task(self._write_stats())]
+        if ready is not None:
+            ready.set_result(None)
+        self.say(f"listening on port {self.port}", logging.INFO)
+        try:
+            await asyncio.wait([stop, *helpers], return_when=asyncio.FIRST_COMPLETED)
+            for helper in helpers:
+                if helper.done():
+                    helper.result()  # neither ends but by a defect, which must not stay silent
+        finally:
+            self.stopping = True
+            listener.close()
+            for task in (stop, *helpers, *self.idle):
+                task.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=self.limits.stop_s)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(stop, *helpers, *self._tasks, return_exceptions=True)
+            self._save_stats()
+
+    def keys(self) -> Mapping[str, str]:
+        """Who is allowed now.
+
+        Raises:
+            _Refused: 503: nobody, for it cannot be known.
+        """
+        try:
+            return self._allowed()
+        except Exception as error:  # whatever is wrong: fail closed, and nodes come back when it is repaired
+            self.say(f"nobody is let in: {error}")
+            raise _Refused(503, "registry unreadable") from None
+
+    def say(self, message: str, level: int = logging.ERROR) -> None:
+        """Logs what is no request; the same message once a minute."""
+        now = time.monotonic()
+        if now - self._said.get(message, -_REPEAT_S) >= _REPEAT_S:
+            self._said = {text: at for text, at in self._said.items() if now - at < _REPEAT_S} | {message: now}
+            log.log(level, json.dumps({"time": _now(), "message": message}))
+
+    async def upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A new connection to the SuperLink; none is ever shared by two requests.
+
+        Raises:
+            _Refused: 502: it does not answer, or is not the one that the authority certified.
+        """
+        config = self.config
+        try:
+            async with asyncio.timeout(self.limits.connect_s):
+                return await asyncio.open_connection(
+                    config.upstream_host, config.upstream_port, ssl=self._upstream_tls,
+                    server_hostname=config.upstream_name, limit=_CHUNK_BYTES,
+                )  # fmt: skip
+        except ssl.SSLError as error:
+            self.say(f"the SuperLink's TLS was refused: {error.reason}; check its certificate and `upstream_ca`")
+            raise _Refused(502, "upstream certificate") from None
+        except OSError:  # TimeoutError as well
+            raise _Refused(502, "upstream down") from None
+
+    def note(self, entry: _Entry) -> None:
+        """Counts and logs a request."""
+        self.stats.request(entry.site, entry.status, entry.received, entry.sent)
+        line = {
+            "time": _now(), "site": entry.site, "address": entry.address, "method": entry.method, "route": entry.route,
+            "status": entry.status, "bytes_in": entry.received, "bytes_out": entry.sent,
+            "seconds": round(time.monotonic() - entry.began, 4),
+        }  # fmt: skip
+        if entry.refused is not None:
+            self.stats.refused(entry.refused)
+            line["refused"] = entry.refused
+        log.info(json.dumps(line))
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, name = await loop.sock_accept(listener)
+            except OSError as error:  # out of file handles, mostly
+                self.say(f"no connection can be taken: {error.strerror}")
+                await asyncio.sleep(0.1)
+                continue
+            address = network(name[0])
+            full = len(self._tasks) >= self.limits.connections
+            if full or self._addresses[address] >= self.limits.connections_per_address:
+                self.stats.refused("connections" if full else "connections of the address")
+                # Reset, before the costly handshake: Flower's nodes retry that, but give up after a TLS error.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                sock.close()
+                continue
+            # asyncio does this for sockets that it accepts itself; without it an answer may wait 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = loop.create_task(self._connection(sock, address))
+            self._addresses[address] += 1
+            self.stats.connection(+1)
+            self._tasks.add(task)
+            self.idle.add(task)
+            task.add_done_callback(partial(self._closed, address))
+
+    def _closed(self, address: str, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self.idle.discard(task)
+        self.stats.connection(-1)
+        _less(self._addresses, address)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.stats.refused("internal")
+            self.say(f"a connection ended with {type(error).__name__}; please report it")
+
+    async def _connection(self, sock: socket.socket, address: str) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        try:
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol, sock, ssl=self._current_tls(),
+                ssl_handshake_timeout=self.limits.handshake_s, ssl_shutdown_timeout=_LINGER_S,
+            )  # fmt: skip
+        except OSError:  # ssl.SSLError and timeouts are of this family
+            self.stats.refused("handshake")
+            return
+        transport.set_write_buffer_limits(high=4 * _CHUNK_BYTES)
+        writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        conversation = _Conversation(self, address, reader, writer)
+        try:
+            await conversation.run()
+        finally:
+            conversation.release()
+            writer.close()
+            with suppress(OSError):
+                async with asyncio.timeout(2 * _LINGER_S):
+                    await writer.wait_closed()
+            transport.abort()
+
+    def _current_tls(self) -> ssl.SSLContext:
+        now = (stamp(self.config.certificate), stamp(self.config.key))
+        if now != self._tls_stamp:
+            self._tls_stamp = now
+            try:
+                self._tls = server_tls(self.config)
+            except ConfigError as error:  # half of a new pair is there, or none: go on with the old one
+                self.say(str(error))
+        return self._tls
+
+    async def _write_stats(self) -> None:
+        while True:
+            await asyncio.to_thread(self._save_stats)
+            await asyncio.sleep(_STATS_EVERY_S)
+
+    def _save_stats(self) -> None:
+        if self.config.stats is not None:
+            plain = {"time": _now(), "port": self.port, **self.stats.snapshot()}
+            try:
+                with self._saving:
+                    write_whole(self.config.stats, (json.dumps(plain) + "\n").encode())
+            except FedicomError as error:  # a full disk must not close the door
+                self.say(str(error))
+
+
+class _Conversation:
+    """One connection after its handshake: request after request, until one is refused or the peer is silent."""
+
+    def __init__(
+        self, gateway: Gateway, address: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._gateway, self._limits, self._address = gateway, gateway.limits, address
+        self._reader, self._writer = reader, writer
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=gateway.limits.header_bytes)
+        self._node: str | None = None
+        self._served = 0
+
+    async def run(self) -> None:
+        """Returns when the connection is to be closed."""
+        while not self._gateway.stopping and await self._turn():
+            self._served += 1
+            self._http.start_next_cycle()
+
+    def release(self) -> None:
+        """Gives the connection back to its node's share."""
+        if self._node is not None:
+            _less(self._gateway.nodes, self._node)
+            self._node = None
+
+    async def _turn(self) -> bool:
+        """Answers one request; whether another may follow."""
+        entry = _Entry(self._address, began=time.monotonic())
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            self._gateway.idle.add(task)
+            request = await self._head()
+            self._gateway.idle.discard(task)
+            if request is None:
+                return False
+            entry.began = time.monotonic()
+            await self._relay(request, self._admit(request, entry), entry)
+        except _Refused as refused:
+            await self._refuse(refused, entry)
+        finally:
+            if entry.status:
+                self._gateway.note(entry)
+        return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
+
+    async def _head(self) -> h11.Request | None:
+        """The next request's line and headers, or None if the peer left."""
+        begun = not self._served
+        try:
+            async with asyncio.timeout(self._limits.header_s if begun else self._limits.idle_s) as deadline:
+                while (event := self._next_event()) is h11.NEED_DATA:
+                    data = await self._reader.read(_CHUNK_BYTES)
+                    if data and not begun:
+                        begun = True
+                        deadline.reschedule(asyncio.get_running_loop().time() + self._limits.header_s)
+                    self._http.receive_data(data)
+        except TimeoutError:
+            if begun:
+                raise _Refused(408, "slow headers", answer=False) from None
+            return None
+        except OSError:
+            return None
+        return event if isinstance(event, h11.Request) else None
+
+    def _next_event(self) -> Any:
+        try:
+            return self._http.next_event()
+        except h11.RemoteProtocolError as error:
+            raise _Refused(error.error_status_hint, "malformed") from None
+
+    def _admit(self, request: h11.Request, entry: _Entry) -> dict[bytes, bytes]:
+        """Judges a request by its head alone.
+
+        Returns:
+            Its headers; those that pass on stood there once.
+
+        Raises:
+            _Refused: It goes no further.
+        """
+        method, target = request.method.decode("ascii"), request.target.decode("ascii")
+        entry.method = method if method in _METHODS else "-"
+        if (method, target) not in FLEET_ROUTES:  # the raw target: no decoding, no query, no dot segments
+            raise _Refused(404, "route")
+        entry.route = target
+        if sum(len(name) + len(value) + 4 for name, value in request.headers) > self._limits.header_bytes:
+            raise _Refused(431, "header size")
+        fields: dict[bytes, bytes] = {}
+        for name, value in request.headers:
+            if name in fields and name in REQUEST_HEADERS:
+                raise _Refused(400, "header twice")
+            fields[name] = value
+        if b"upgrade" in fields or {b"transfer-encoding", b"content-length"} <= fields.keys():
+            raise _Refused(400, "framing")
+        key = fields.get(KEY, b"").decode("latin-1")
+        site = self._gateway.keys().get(key)
+        if site is None:
+            raise _Refused(401, "unknown key" if key else "no key")
+        if not holds_key(key, fields.get(TIMESTAMP, b""), fields.get(SIGNATURE, b"")):
+            raise _Refused(401, "signature")
+        entry.site = site
+        if not self._gateway.node_requests.take(key):
+            raise _Refused(503, "requests of the node")
+        if self._node != key:
+            self.release()
+            if self._gateway.nodes[key] >= self._limits.connections_per_node:
+                raise _Refused(503, "connections of the node")
+            self._gateway.nodes[key] += 1
+            self._node = key
+        if int(fields.get(b"content-length", b"0")) > self._limits.body_bytes:
+            raise _Refused(413, "body size")
+        return fields
+
+    async def _relay(self, request: h11.Request, fields: Mapping[bytes, bytes], entry: _Entry) -> None:
+        """Passes the request to the SuperLink and its answer back, piece by piece."""
+        names = (*REQUEST_HEADERS, b"content-length", b"transfer-encoding")
+        headers = [(name, fields[name]) for name in names if name in fields]
+        headers += [(b"host", self._gateway.config.upstream_name.encode()), (b"connection", b"close")]
+        head = h11.Request(method=request.method, target=request.target, headers=headers)
+        reader, writer = await self._gateway.upstream()
+        try:
+            upstream = h11.Connection(h11.CLIENT)
+            await self._ask(upstream, writer, head)
+            if self._http.they_are_waiting_for_100_continue:
+                self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+            async for data in self._body(entry):
+                await self._ask(upstream, writer, h11.Data(data=data))
+            await self._ask(upstream, writer, h11.EndOfMessage())
+            async with asyncio.timeout(self._limits.response_s):
+                await self._response(upstream, reader, entry)
+        except TimeoutError:
+            raise _Refused(504, "slow response", answer=not entry.status) from None
+        except (OSError, h11.RemoteProtocolError):
+            raise _Refused(502, "upstream broke", answer=not entry.status) from None
+        finally:
+            writer.transport.abort()
+
+    async def _body(self, entry: _Entry) -> AsyncIterator[bytes]:
+        """The request's body; its bytes, and the time that the peer takes for them, are limited."""
+        limits, waited_s, loop = self._limits, 0.0, asyncio.get_running_loop()
+        while True:
+            while (event := self._next_event()) is h11.NEED_DATA:
+                allowed_s = min(limits.body_s, limits.body_grace_s + entry.received / limits.body_bytes_per_s)
+                began = loop.time()
+                try:
+                    async with asyncio.timeout(allowed_s - waited_s):
+                        data = await self._reader.read(_CHUNK_BYTES)
+                except TimeoutError:
+                    raise _Refused(408, "slow body", answer=False) from None
+                except OSError:
+                    data = b""
+                if not data:
+                    raise _Refused(499, "gone", answer=False)
+                waited_s += loop.time() - began
+                self._http.receive_data(data)
+            if not isinstance(event, h11.Data):
+                return
+            entry.received += len(event.data)
+            if entry.received > limits.body_bytes:
+                raise _Refused(413, "body size")
+            yield bytes(event.data)
+
+    async def _ask(self, upstream: h11.Connection, writer: asyncio.StreamWriter, event: h11.Event) -> None:
+        writer.write(upstream.send(event) or b"")
+        async with asyncio.timeout(self._limits.response_s):
+            await writer.drain()
+
+    async def _response(self, upstream: h11.Connection, reader: asyncio.StreamReader, entry: _Entry) -> None:
+        """Never holds more of the answer than a few pieces."""
+        while True:
+            while (event := upstream.next_event()) is h11.NEED_DATA:
+                upstream.receive_data(await reader.read(_CHUNK_BYTES))
+            if isinstance(event, h11.Response):
+                entry.status = event.status_code
+                headers = [(name, value) for name, value in event.headers if name in RESPONSE_HEADERS]
+                if self._gateway.stopping:
+                    headers.append((b"connection", b"close"))
+                self._send(h11.Response(status_code=event.status_code, headers=headers, reason=b""))
+            elif isinstance(event, h11.Data):
+                self._send(h11.Data(data=event.data))
+                entry.sent += len(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                self._send(h11.EndOfMessage())
+            try:
+                await self._writer.drain()
+            except OSError:
+                raise _Refused(499, "gone", answer=False) from None
+            if isinstance(event, h11.EndOfMessage):
+                return
+
+    def _send(self, event: h11.Event) -> None:
+        self._writer.write(self._http.send(event) or b"")
+
+    async def _refuse(self, refused: _Refused, entry: _Entry) -> None:
+        stranger = entry.site == "-" and refused.answer and refused.status < 500
+        status = 429 if stranger and not self._gateway.refusals.take(self._address) else refused.status
+        entry.status, entry.refused = entry.status or status, refused.why
+        if not refused.answer or self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self._writer.transport.abort()
+            return
+        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        left = 0 if self._http.they_are_waiting_for_100_continue else _LINGER_BYTES
+        self._send(h11.Response(status_code=status, headers=headers, reason=b""))
+        self._send(h11.EndOfMessage())
+        # A close with unread bytes resets the line and may take the answer with it: discard a little, briefly.
+        with suppress(OSError, h11.RemoteProtocolError):
+            async with asyncio.timeout(_LINGER_S):
+                while left > 0 and self._http.their_state is h11.SEND_BODY:
+                    if self._http.next_event() is h11.NEED_DATA:
+                        data = await self._reader.read(_CHUNK_BYTES)
+                        left -= len(data)
+                        self._http.receive_data(data)
+
+
+def _less(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if counts[key] <= 0:
+        del counts[key]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def serve(config: GatewayConfig) -> None:
+    """Runs a gateway until SIGTERM or SIGINT; requests under way are given `stop_s`.
+
+    Raises:
+        ConfigError: A certificate cannot be used, the address is taken, or too few files may be open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = 2 * config.limits.connections + 64  # each connection may have one to the SuperLink
+    if hard != resource.RLIM_INFINITY and hard < need:
+        raise ConfigError(f"{hard} files may be open, {need} are needed; raise `ulimit -n` or lower `connections`")
+    if soft != resource.RLIM_INFINITY and soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
+    handler: logging.Handler = logging.StreamHandler()
+    if config.access_log is not None:
+        with storing(config.access_log.name):
+            handler = logging.handlers.WatchedFileHandler(config.access_log)  # logrotate may move the file away
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        asyncio.run(Gateway(config).run())
+    except OSError as error:
+        where = f"{config.listen_host} port {config.listen_port}"
+        raise ConfigError(f"the gateway cannot listen on {where}: {error.strerror}; stop what is there") from None
+
+
+def main() -> None:
+    """`python -m server.gateway --config FILE`."""
+    parser = argparse.ArgumentParser(prog="python -m server.gateway", description="The coordinator's gateway.")
+    parser.add_argument("--config", type=Path, required=True, help="JSON file with the fields of GatewayConfig")
+    path = parser.parse_args().config
+    try:
+        with storing(path.name):
+            text = path.read_bytes()
+        serve(validate_json(GatewayConfig, text))
+    except FedicomError as error:
+        raise SystemExit(f"fedicom: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""What the gateway lets through: routes, headers, limits, keys. No connection is opened here."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+    load_ssh_public_key,
+)
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from common.deployment import Host, Port
+from common.errors import ConfigError, FedicomError
+from common.registry import PublicKey, read_registry
+
+FLEET_ROUTES = frozenset(
+    ("POST", f"/v1/fleet/{call}")
+    for call in (
+        *("register-node", "activate-node", "deactivate-node", "unregister-node", "send-node-heartbeat"),
+        *("pull-messages", "push-messages", "get-run", "get-fab"),
+        *("push-object", "pull-object", "confirm-message-received"),
+    )
+)
+"""Method and path of all that passes; a test holds it equal to the routes of the installed Flower."""
+KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
+"""Flower's node authentication: base64 of the PEM public key, ISO 8601, base64 of ECDSA-SHA256 over the timestamp."""
+REQUEST_HEADERS = (
+    *(b"content-type", b"accept", KEY, TIMESTAMP, SIGNATURE),
+    *(b"flwr-package-name", b"flwr-package-version", b"flwr-component-name"),
+)
+"""All that reaches the SuperLink of a request's headers, beside its length."""
+RESPONSE_HEADERS = (
+    *(b"content-type", b"content-length", b"retry-after", b"www-authenticate"),
+    b"flwr-version-incompatibility-message",
+)
+"""All that reaches a node of a response's headers."""
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+_CLOCK_S = 600.0  # coarser than the SuperLink's own check: bounds how long a signature that was overheard is good
+_BUCKETS = 10_000
+
+Seconds = Annotated[float, Gt(0)]
+Rate = Annotated[float, Gt(0)]
+Count = Annotated[int, Ge(1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GatewayLimits:
+    """What one peer, one node and all together may take."""
+
+    body_bytes: Count = 16 << 20
+    """Largest body of a request; Flower sends arrays in pieces of 5 MiB."""
+    header_bytes: Annotated[int, Ge(1024)] = 16 << 10
+    """Largest request line and headers together."""
+    handshake_s: Seconds = 10.0
+    header_s: Seconds = 10.0
+    """From the handshake, or the first byte of a later request, to the end of the headers."""
+    body_s: Seconds = 300.0
+    """Longest that a whole body is waited for."""
+    body_grace_s: Seconds = 15.0
+    """So long a body may lag behind `body_bytes_per_s`."""
+    body_bytes_per_s: Rate = 8192.0
+    """Slowest body."""
+    idle_s: Seconds = 75.0
+    """Between two requests of a connection."""
+    connect_s: Seconds = 5.0
+    """To reach the SuperLink."""
+    response_s: Seconds = 300.0
+    """From the end of a request to the last byte of its response at the node."""
+    stop_s: Seconds = 5.0
+    """That requests under way are given at a stop."""
+    connections: Count = 512
+    connections_per_address: Count = 64
+    """An IPv6 network of 64 bits counts as one address."""
+    connections_per_node: Count = 32
+    requests_per_s_per_node: Rate = 50.0
+    request_burst_per_node: Count = 200
+    refusals_per_s_per_address: Rate = 1.0
+    """Requests without a known node's credentials; more are answered 429 whatever they ask."""
+    refusal_burst_per_address: Count = 20
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GatewayConfig:
+    """Addresses and files of a gateway; as JSON the argument of `python -m server.gateway --config`."""
+
+    listen_host: Host
+    listen_port: Annotated[int, Ge(0), Le(65535)]
+    """0 takes a free one."""
+    certificate: Path
+    """PEM, with its chain; read again when it changes, as `key` is."""
+    key: Path
+    upstream_host: Host = "127.0.0.1"
+    """The SuperLink."""
+    upstream_port: Port
+    upstream_name: Host = "localhost"
+    """Name in the SuperLink's certificate."""
+    upstream_ca: Path
+    registry: Path
+    """Signed registry: whose nodes may connect; read again when it changes."""
+    authority: PublicKey
+    """Whose signature the registry must carry."""
+    limits: GatewayLimits = GatewayLimits()
+    access_log: Path | None = None
+    """JSON Lines, one a request; null writes them to standard error."""
+    stats: Path | None = None
+    """JSON of the counters, written every five seconds."""
+
+
+def flower_header(openssh: str) -> str:
+    """What Flower's node sends in `flwr-public-key` for this OpenSSH public key: base64 of its PEM.
+
+    Raises:
+        ConfigError: It is no NIST elliptic-curve key.
+    """
+    try:
+        key = load_ssh_public_key(openssh.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{openssh[:24]!r}... is no node key; expected a line `ecdsa-sha2-nistp256 AAAA...`")
+    return b64encode(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)).decode()
+
+
+class RegistryKeys:
+    """The allowed keys out of a signed registry file: header value -> site. Read again when the file changes."""
+
+    def __init__(self, path: Path, authority: str) -> None:
+        self._path, self._authority = path, authority
+        self._stamp: object = ()
+        self._version = 0
+        self._keys: Mapping[str, str] | FedicomError = {}
+
+    def __call__(self) -> Mapping[str, str]:
+        """Members that are not revoked.
+
+        Raises:
+            FedicomError: The file is missing, not signed by the authority, or older than one read before.
+        """
+        if (now := stamp(self._path)) != self._stamp:
+            self._stamp = now  # taken before the file is read: a change in between is seen next time
+            try:
+                self._keys = self._read()
+            except FedicomError as error:
+                self._keys = error
+        if isinstance(self._keys, FedicomError):
+            raise self._keys
+        return self._keys
+
+    def _read(self) -> Mapping[str, str]:
+        registry = read_registry(self._path, self._authority)
+        if registry.version < self._version:
+            raise ConfigError(
+                f"{self._path.name} has version {registry.version}, version {self._version} was in force before; "
+                f"install the newest, or revoked nodes would come back"
+            )
+        self._version = registry.version
+        return {flower_header(member.node): name for name, member in registry.members.items()}
+
+
+def holds_key(header: str, timestamp: bytes, signature: bytes) -> bool:
+    """Whether the peer has signed with this key lately: the public key alone is known to every site."""
+    try:
+        age_s = (datetime.now(UTC) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
+        if abs(age_s) > _CLOCK_S:
+            return False
+        _public_key(header).verify(b64decode(signature, validate=True), timestamp, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _public_key(header: str) -> ec.EllipticCurvePublicKey:
+    key = load_pem_public_key(b64decode(header, validate=True))
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise TypeError("no elliptic-curve key")
+    return key
+
+
+class GatewayStats:
+    """Counters since the start; safe to read from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._received: Counter[str] = Counter()
+        self._sent: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._open = 0
+
+    def request(self, site: str, status: int, received: int, sent: int) -> None:
+        """Counts an answered request; `site` is "-" for peers without credentials, bytes are those of bodies."""
+        with self._lock:
+            self._requests[site, status] += 1
+            self._received[site] += received
+            self._sent[site] += sent
+
+    def refused(self, why: str) -> None:
+        """Counts a refused request or connection."""
+        with self._lock:
+            self._refused[why] += 1
+
+    def connection(self, change: int) -> None:
+        """+1 for one opened, -1 for one closed."""
+        with self._lock:
+            self._open += change
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it, as JSON takes it.
+
+        Returns:
+            `requests` {site: {status: n}}, `bytes_in` and `bytes_out` {site: n}, `refused` {reason: n} and
+            `open_connections`.
+        """
+        with self._lock:
+            requests: dict[str, dict[str, int]] = {}
+            for (site, status), count in sorted(self._requests.items()):
+                requests.setdefault(site, {})[str(status)] = count
+            return {
+                "requests": requests,
+                "bytes_in": dict(self._received),
+                "bytes_out": dict(self._sent),
+                "refused": dict(self._refused),
+                "open_connections": self._open,
+            }
+
+
+class Buckets:
+    """Token buckets by key: `rate` a second, `burst` at once."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._burst = rate, float(burst)
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def take(self, key: str) -> bool:
+        """Whether one more is allowed now; if so it is counted."""
+        now = time.monotonic()
+        if key not in self._levels and len(self._levels) >= _BUCKETS:
+            self._levels = {name: at for name, at in self._levels.items() if self._level(at, now) < self._burst}
+            if len(self._levels) >= _BUCKETS:
+                return False  # no memory for newcomers while so many are busy
+        level = self._level(self._levels.get(key, (self._burst, now)), now)
+        allowed = level >= 1
+        self._levels[key] = (level - allowed, now)
+        return allowed
+
+    def _level(self, at: tuple[float, float], now: float) -> float:
+        return min(self._burst, at[0] + (now - at[1]) * self._rate)
+
+
+def network(address: str) -> str:
+    """The address that limits count by: of IPv6 the network, for a peer has all of it."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip)
+
+
+def server_tls(config: GatewayConfig) -> ssl.SSLContext:
+    """TLS 1.3 and nothing older, towards the nodes.
+
+    Raises:
+        ConfigError: Certificate and key cannot be read or do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # no resumption: a rotated certificate holds for every new connection
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(config.certificate, config.key, password="")  # never asks the terminal
+    except OSError as error:  # ssl.SSLError as well
+        raise ConfigError(
+            f"gateway certificate {config.certificate.name} and key {config.key.name} cannot be used "
+            f"({getattr(error, 'reason', None) or error.strerror}); expected PEM files that belong together"
+        ) from None
+    return context
+
+
+def upstream_tls(config: GatewayConfig) -> ssl.SSLContext:
+    """TLS 1.3 towards the SuperLink, whose certificate the federation's authority must have signed.
+
+    Raises:
+        ConfigError: The authority's certificate cannot be read.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(config.upstream_ca)
+    except OSError:
+        raise ConfigError(f"{config.upstream_ca.name} is no certificate; expected the authority's, PEM") from None
+    return context
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Changes when the file does; None when there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_size)
