@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test lint lock clean
+.PHONY: help venv demo federation test test-rooms test-deployment lint lock clean
 help:
 	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
-	@echo "make test   lint, types, contracts between the rooms, tests"
-	@echo "make lint   the first three of these"
+	@echo "make federation  a deployed federation of real processes on this machine: TLS, approvals, a site killed and back"
+	@echo "make test   lint, types, contracts between the rooms, tests; these are its parts:"
+	@echo "  make lint             ruff, mypy, import-linter"
+	@echo "  make test-rooms       every room by itself, and the simulation end to end"
+	@echo "  make test-deployment  real processes on loopback, killed and cut off"
 	@echo "make lock   write requirements.lock anew from pyproject.toml"
-	@echo "make clean  remove the environment and the demo"
+	@echo "make clean  remove the environment and what demo and federation made"
 
 venv: $(READY)
 
@@ -24,15 +27,24 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/fedicom simulate recipe=phantom_2d out=runs/demo overwrite=true
 
+federation: $(READY)
+	$(BIN)/fedicom rehearse --out runs/federation
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+test: lint test-rooms test-deployment
+
 # One thread a process: two processes with two threads each would fight over two cores.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test-rooms: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment
+
+# A file has one federation for all its tests, so it stays in one process. Most of the time here is waiting.
+test-deployment: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/deployment
 
 lock:
 	rm -rf $(VENV)-lock
@@ -44,4 +56,4 @@ lock:
 	rm -rf $(VENV)-lock
 
 clean:
-	rm -rf $(VENV) runs/demo
+	rm -rf $(VENV) runs/demo runs/federation

@@ -10,10 +10,19 @@ from importlib import import_module
 
 _VERBS = {
     "simulate": ("simulations.cli", "simulate_verb", "a whole federation on this machine"),
+    "rehearse": (
+        "simulations.rehearsal_cli",
+        "rehearse_verb",
+        "a deployed federation of real processes on this machine",
+    ),
     "hospitals": ("simulations.cli", "hospitals_verb", "make virtual hospitals: phantoms, or public data as DICOM"),
-    "recipe": ("common.cli", "recipe_verb", "look at a recipe before it runs"),
+    "recipe": ("common.recipe_cli", "recipe_verb", "look at a recipe before it runs, sign it, verify it"),
     "predict": ("common.cli", "predict_verb", "run an exported model over a DICOM folder"),
-    "audit": ("common.cli", "audit_verb", "check the signed logs of a run"),
+    "data": ("client.data_cli", "data_verb", "index, inspect and check a hospital's images"),
+    "audit": ("common.audit_cli", "audit_verb", "check the signed logs of a run, report on them, trace a model"),
+    "provision": ("server.provision_cli", "provision_verb", "make keys, certificates and kits for a federation"),
+    "server": ("server.cli", "server_verb", "coordinate a federation: start, run, status, stop, resume"),
+    "site": ("client.cli", "site_verb", "a hospital's node: review, approve, start, status"),
     "version": ("common.cli", "version_verb", "print the version"),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,14 +17,16 @@ from torch import nn
 from client.cohort import SPLITS, Cohort, Split
 from client.dp import Noise, check_delta, keystream_noise, os_noise, sampling, seeded_noise
 from client.ledger import Ledger, Reservation
+from client.policy import objections
 from client.train import Private, seed_of, train
 from common import wire
-from common.accounting import Event, solve_noise
-from common.audit import AuditLog
+from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
-from common.errors import ConfigError, DataError, FedicomError, PrivacyError, StorageError
-from common.exchange import Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.deployment import Policy
+from common.errors import ConfigError, DataError, ExchangeError, FedicomError, PrivacyError
+from common.exchange import Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
 from common.inference import logits
+from common.journal import Log
 from common.metrics import probabilities, score
 from common.models import set_weights
 from common.storage import private_folder, write_whole
@@ -35,17 +38,12 @@ _PACKAGES = ("fedicom", "flwr", "torch", "monai", "timm", "numpy", "pydicom")
 _ROUND_BOOTSTRAPS = 100
 """Resamples behind the intervals of every round's scores; the closing evaluation takes the recipe's own number."""
 
+
+class _ClosedError(PrivacyError):
+    """Work was asked for outside the policy's hours."""
+
+
 Code = Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What this site lets a recipe do; the site's own, whatever a recipe says."""
-
-    seeded_noise: bool = False
-    """Allows `privacy.unsafe_seeded_noise`: simulation only."""
-    metrics: Literal["bounded", "none"] = "bounded"
-    """Whether scores leave: `bounded` gives those of cells of at least `evaluation.min_cell` patients."""
 
 
 class Site:
@@ -59,10 +57,12 @@ class Site:
         model: Callable[[], nn.Module],
         *,
         folder: Path,
-        audit: AuditLog,
+        audit: Log,
         ledger: Ledger | None,
         device: torch.device,
-        limits: Limits | None = None,
+        policy: Policy,
+        keep: bool = False,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Wires a site.
 
@@ -71,10 +71,14 @@ class Site:
             model: Gives the recipe's network; its weights are overwritten at every visit.
             folder: The site's own state; replies wait here until the coordinator has them.
             ledger: The cohort's privacy ledger; None only for a recipe without privacy.
+            policy: What this site allows, whatever the recipe says.
+            keep: Keep every reply until the next one, so that a question asked again after a crash costs no second
+                training. Under privacy this is always so.
+            now: The local time, for the opening hours.
         """
-        self.name, self.recipe, self.cohort = name, recipe, cohort
-        self.audit, self._ledger, self._device = audit, ledger, device
-        self._model, self._limits = model, limits or Limits()
+        self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
+        self.audit, self.ledger, self.device = audit, ledger, device
+        self._model, self._keep, self._now = model, keep or recipe.privacy.active, now
         self._outbox = private_folder(folder / "outbox")
         audit.append(
             "site started",
@@ -84,26 +88,41 @@ class Site:
             versions=dict(package_versions()),
         )
 
-    def hello(self) -> Hello:
-        """Who this is, for the coordinator's list."""
+    def hello(self, question: Question) -> Hello | Refusal:
+        """Who this is, for the coordinator's list, or why it would not work on the recipe."""
+        try:
+            self._agree(question.recipe_id)
+        except FedicomError as error:
+            return self._refuse(question.recipe_id, 1, _side(error), str(error))
+        if question.audit_head:
+            self.audit.append("question received", recipe_id=question.recipe_id, server_head=question.audit_head)
         return Hello(
             site=self.name,
+            recipe_id=self.recipe.id,
             versions=package_versions(),
             patients={split: self._cell(self.cohort.patients(split)) for split in SPLITS},
             manifest=self.cohort.manifest,
             audit_head=self.audit.head,
         )
 
+    def misunderstood(self, why: str) -> Refusal:
+        """The answer to a message that is none of ours; nothing is run for it."""
+        head = self.audit.append("message refused", why=why[:500])
+        return Refusal(
+            site=self.name, recipe_id=self.recipe.id, round=1, code="message", why=why[:500], audit_head=head
+        )  # fmt: skip
+
     def visit(self, plan: RoundPlan) -> Update | Refusal:
         """Does what the plan asks, or says why not. Never raises, for an error's text may quote data."""
         try:
             self._permit(plan)
         except FedicomError as error:
-            return self._refuse(plan, "recipe" if isinstance(error, ConfigError) else "policy", str(error))
+            return self._refuse(plan.recipe_id, plan.round, _side(error), str(error))
         try:
             stored = self._stored(plan)
             if stored is not None:
                 return stored
+            self._open()
             self.audit.append(
                 "plan received",
                 recipe_id=plan.recipe_id,
@@ -113,27 +132,37 @@ class Site:
                 server_head=plan.audit_head,
             )
             return self._train(plan) if plan.work == "train" else self._evaluate(plan)
+        except _ClosedError as error:
+            return self._refuse(plan.recipe_id, plan.round, "policy", str(error))
         except FedicomError as error:
-            return self._refuse(plan, _code(error), str(error))
+            return self._refuse(plan.recipe_id, plan.round, _code(error), str(error))
         except Exception as error:
             # Its text may quote data or paths: only the kind leaves, the rest stays in the local log.
             log.exception("round %d failed at site %s", plan.round, self.name)
-            return self._refuse(plan, "training", f"{type(error).__name__} at the site; see its own log")
+            return self._refuse(
+                plan.recipe_id, plan.round, "training", f"{type(error).__name__} at the site; see its own log"
+            )
 
     def _permit(self, plan: RoundPlan) -> None:
-        recipe = self.recipe
-        if plan.recipe_id != recipe.id:
-            raise ConfigError(f"recipe {plan.recipe_id[:12]} is not approved here; approved is {recipe.id[:12]}")
-        last = recipe.rounds if plan.work == "train" else recipe.rounds + 1
+        self._agree(plan.recipe_id)
+        last = self.recipe.rounds if plan.work == "train" else self.recipe.rounds + 1
         if plan.round > last:
             raise ConfigError(f"round {plan.round} is past the last of the recipe, {last}")
-        privacy = recipe.privacy
-        if not privacy.active or plan.work != "train":
-            return
-        if privacy.unsafe_seeded_noise and not self._limits.seeded_noise:
-            raise PrivacyError("privacy.unsafe_seeded_noise is for simulations; this site does not train with it")
-        assert privacy.delta is not None
-        check_delta(privacy.delta, self.cohort.patients("train"))
+
+    def _agree(self, recipe_id: str) -> None:
+        recipe = self.recipe
+        if recipe_id != recipe.id:
+            raise ConfigError(f"recipe {recipe_id[:12]} is not approved here; approved is {recipe.id[:12]}")
+        patients = self.cohort.patients("train")
+        if found := objections(recipe, self.policy, patients):
+            raise PrivacyError("; ".join(found))
+        if recipe.privacy.delta is not None:
+            check_delta(recipe.privacy.delta, patients)
+
+    def _open(self) -> None:
+        """Asked before work begins; a kept reply may leave at any hour."""
+        if not self.policy.open_at(self._now().time()):
+            raise _ClosedError(f"this site works at {', '.join(self.policy.hours)} only (hours); ask again then")
 
     def _train(self, plan: RoundPlan) -> Update:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
@@ -145,10 +174,10 @@ class Site:
             self.recipe,
             round_=plan.round,
             site=self.name,
-            device=self._device,
+            device=self.device,
             private=private,
         )
-        spent = self._spent(reserved) if reserved is not None else None
+        spent = self._spent() if reserved is not None else None
         update = Update(
             site=self.name,
             recipe_id=plan.recipe_id,
@@ -160,22 +189,31 @@ class Site:
             train_loss=trained.loss,
             validation=validation,
             spent=spent,
-            audit_head=self.audit.append(
-                "update sent",
-                round=plan.round,
-                digest=trained.delta.digest,
-                bytes=trained.delta.nbytes,
-                norm=trained.delta.norm,
-                clip_norm=spent.clip_norm if spent else None,
-                noise_multiplier=spent.noise_multiplier if spent else None,
-                epsilon=spent.epsilon if spent else None,
-            ),
         )
-        if reserved is not None:
-            # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
+        # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
+        if self._keep:
             self._store(plan, update)
+        if reserved is not None:
             self._settle(plan, reserved, trained.steps)
-        return update
+        return self._sent("update sent", update)
+
+    def _sent(self, kind: str, update: Update, **facts: Any) -> Update:
+        """Writes down that the update leaves; it carries the log's head from then on."""
+        spent = update.spent
+        head = self.audit.append(
+            kind,
+            recipe_id=update.recipe_id,
+            round=update.round,
+            digest=update.delta.digest,
+            bytes=update.delta.nbytes,
+            norm=update.delta.norm,
+            clip_norm=spent.clip_norm if spent else None,
+            noise_multiplier=spent.noise_multiplier if spent else None,
+            epsilon=spent.epsilon if spent else None,
+            scores=_told(update.validation),
+            **facts,
+        )
+        return replace(update, audit_head=head)
 
     def _evaluate(self, plan: RoundPlan) -> Update:
         bootstraps = self.recipe.evaluation.bootstraps
@@ -192,18 +230,20 @@ class Site:
             validation=validation,
             test=test,
             spent=self._spent(),
-            audit_head=self.audit.append("evaluation sent", round=plan.round, weights=plan.weights.digest),
+            audit_head=self.audit.append(
+                "evaluation sent", round=plan.round, weights=plan.weights.digest, scores=_told(validation, test)
+            ),
         )
 
     # Privacy
 
     @property
     def _budget(self) -> Ledger:
-        if self._ledger is None:
+        if self.ledger is None:
             raise PrivacyError(
                 "the recipe demands differential privacy, but this site has no ledger; nothing is trained"
             )
-        return self._ledger
+        return self.ledger
 
     def _reserve(self, plan: RoundPlan) -> tuple[Private, Reservation]:
         recipe, patients = self.recipe, self.cohort.patients("train")
@@ -245,7 +285,7 @@ class Site:
             return seeded_noise(seed_of("noise", self.recipe, round_, self.name))
         return keystream_noise() if self.recipe.privacy.secure_rng else os_noise()
 
-    def _spent(self, reserved: Reservation | None = None) -> Spent | None:
+    def _spent(self) -> Spent | None:
         privacy = self.recipe.privacy
         if not privacy.active:
             return None
@@ -253,18 +293,16 @@ class Site:
         if not events:  # every round was refused here
             return None
         assert privacy.delta is not None
-        last = reserved.event if reserved is not None else events[-1]
         return Spent(
-            epsilon=reserved.epsilon if reserved is not None else self._budget.spent(),
+            epsilon=epsilon_pld(events, privacy.delta),
             delta=privacy.delta,
-            noise_multiplier=last.noise_multiplier,
+            noise_multiplier=events[-1].noise_multiplier,
             clip_norm=privacy.clip_norm,
-            sampling_rate=last.sampling_rate,
+            sampling_rate=events[-1].sampling_rate,
             steps=sum(event.steps for event in events),
         )
 
-    # Private replies, kept until the next one: asked again, the same update goes out.
-    # Without privacy nothing is kept, for the same training gives the same update again.
+    # Replies are kept until the next one: asked again, the same update goes out.
 
     def _path(self, plan: RoundPlan) -> Path:
         return self._outbox / f"{plan.recipe_id[:16]}-{plan.round:06d}-{plan.weights.digest[:16]}.bin"
@@ -273,64 +311,82 @@ class Site:
         path = self._path(plan)
         if plan.work != "train" or not path.exists():
             return None
-        update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
+        try:
+            update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
+        except ExchangeError:  # of another version: what is trained anew is paid anew
+            log.warning("the kept reply of round %d cannot be read any more", plan.round)
+            return None
         if (update.recipe_id, update.round, update.base) != (plan.recipe_id, plan.round, plan.weights.digest):
             return None
         # A crash came between keeping and settling: left open, a later training could take the reservation over.
-        if (reserved := self._budget.pending(plan.recipe_id, round=plan.round, base=update.base)) is not None:
-            self._settle(plan, reserved, update.steps)
-        head = self.audit.append(
-            "update sent again", round=plan.round, digest=update.delta.digest, server_head=plan.audit_head
-        )
-        # The coordinator has seen later heads by now: an older one would look like a log that was rewritten.
-        return replace(update, audit_head=head)
+        if self.recipe.privacy.active:
+            reserved = self._budget.pending(plan.recipe_id, round=plan.round, base=update.base)
+            if reserved is not None:
+                self._settle(plan, reserved, update.steps)
+        # With a head of now: the coordinator has seen later ones than the kept one, as if the log had been rewritten.
+        return self._sent("update sent again", update, server_head=plan.audit_head)
 
     def _store(self, plan: RoundPlan, update: Update) -> None:
         path = self._path(plan)
         write_whole(path, wire.to_bytes(wire.encode(update)))
-        for old in self._outbox.glob("*.bin"):
+        for old in self._outbox.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
             if old != path:
                 old.unlink()
 
     # Scores and refusals
 
     def _scores(self, weights: Weights, split: Split, bootstraps: int) -> Scores | None:
-        if self._limits.metrics == "none":
+        if self.policy.metrics == "none":
             return None
         indices = self.cohort.indices(split)
         evaluation = self.recipe.evaluation
         patients = self.cohort.patients(split)
-        if patients < evaluation.min_cell:
+        if patients < self._min_cell:
             return Scores(patients=0, values={})
         model = self._model()
         set_weights(model, weights)
         samples, task = self.cohort.samples, self.recipe.task
-        probability_NC = probabilities(logits(model, samples.x_N, indices, device=self._device), task.kind)
+        probability_NC = probabilities(logits(model, samples.x_N, indices, device=self.device), task.kind)
         result = score(
             samples.targets_N[indices],
             probability_NC,
             samples.patient_N[indices],
             task,
-            replace(evaluation, bootstraps=bootstraps),
+            replace(evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
             seed=self.recipe.seed,
         )
         return Scores(patients=patients, values=dict(result.values))
 
-    def _cell(self, patients: int) -> int:
-        return patients if patients >= self.recipe.evaluation.min_cell else 0
+    @property
+    def _min_cell(self) -> int:
+        return max(self.policy.min_cell, self.recipe.evaluation.min_cell)
 
-    def _refuse(self, plan: RoundPlan, code: Code, why: str) -> Refusal:
+    def _cell(self, patients: int) -> int:
+        return patients if patients >= self._min_cell else 0
+
+    def _refuse(self, recipe_id: str, round_: int, code: Code, why: str) -> Refusal:
         why = why[:500]
         try:
-            head = self.audit.append("plan refused", round=plan.round, recipe_id=plan.recipe_id, code=code, why=why)
-        except StorageError:  # a full disk: the coordinator shall still hear why
-            head = self.audit.head
-        return Refusal(site=self.name, recipe_id=plan.recipe_id, round=plan.round, code=code, why=why, audit_head=head)
+            head = self.audit.append("plan refused", round=round_, recipe_id=recipe_id, code=code, why=why)
+        except FedicomError:  # a full disk, or a log that does not hold: the coordinator shall still hear why
+            log.exception("the refusal could not be logged")
+            head = ""
+        return Refusal(site=self.name, recipe_id=recipe_id, round=round_, code=code, why=why, audit_head=head)
+
+
+def _told(*scores: Scores | None) -> bool:
+    """Whether a score leaves with this reply."""
+    return any(found is not None and found.values for found in scores)
 
 
 def package_versions() -> Mapping[str, str]:
     """Versions of Python and of the packages that change numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _side(error: FedicomError) -> Code:
+    """Whether the recipe or this site's policy forbids what was asked."""
+    return "recipe" if isinstance(error, ConfigError) else "policy"
 
 
 def _code(error: FedicomError) -> Code:

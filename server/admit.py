@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from common.config import Recipe
-from common.exchange import Failure, Refusal, Reply, RoundPlan, Update
+from common.exchange import Failure, Hello, Refusal, Reply, RoundPlan, Update
 
 
-def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe) -> str | None:
+def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str | None:
     """Why `reply` is not admitted to the round of `plan`, or None when it is.
 
     Checked: recipe, round, base weights, names, shapes, finiteness, norm, declared weight
     and the privacy account that the recipe demands.
+
+    Args:
+        hello: What the site said of itself when it came: no update weighs more than the patients that it then had.
     """
     if isinstance(reply, Failure):
         return reply.why
     if isinstance(reply, Refusal):
         return f"site refused ({reply.code}): {reply.why}"
-    return _identity(reply, plan) or _content(reply, plan, recipe) or _account(reply, plan, recipe)
+    return _identity(reply, plan) or _content(reply, plan, recipe, hello) or _account(reply, plan, recipe)
 
 
 def _identity(update: Update, plan: RoundPlan) -> str | None:
@@ -29,7 +32,7 @@ def _identity(update: Update, plan: RoundPlan) -> str | None:
     return None
 
 
-def _content(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
+def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str | None:
     if plan.work == "evaluate":
         return f"evaluation came with {len(update.delta)} arrays, expected none" if len(update.delta) else None
     got, expected = update.delta.shapes, plan.weights.shapes
@@ -43,6 +46,8 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
         return f"update norm {norm:.4g} exceeds federation.max_update_norm {limit:.4g}"
     if recipe.federation.site_weights == "equal" and update.weight != 1.0:
         return f"declared weight {update.weight:g}, expected 1 (federation.site_weights is equal)"
+    if recipe.federation.site_weights == "patients" and update.weight != (patients := hello.patients.get("train", 0)):
+        return f"declared weight {update.weight:g}, but the site came with {patients} training patients"
     if update.steps < 1:
         return "no training step was made"
     return None

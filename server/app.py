@@ -2,112 +2,444 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Literal
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common import wire
-from common.config import Recipe
+from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
-from common.exchange import Failure, Hello, Reply, RoundPlan
+from common.exchange import Failure, Hello, Question, Refusal, Reply, RoundPlan, Update
+from common.identity import Signer
 from server.rounds import Transport
 
-_POLL_S = 0.5
+_POLL_S = (0.05, 0.3)
+_LOOK_S = 1.0
+"""Between two looks at who is connected."""
+_JOIN_S = 10.0
+"""Longest that a round waits for the answers of nodes that came."""
+_REFUSED_S = 30.0
+"""After this a site that would not work on the recipe is asked once more: somebody may have approved it meanwhile."""
+_PAUSE_S = (1.0, 30.0)
+"""Before a site that answered with an error is asked again: the first pause, and the longest."""
+_NODE_UNAVAILABLE = 5
+"""Flower's own error code for a node that is not connected."""
+
+Keys = Callable[[], Mapping[str, str]]
+"""Signing keys of the sites that may take part, by name; called at every reply."""
+State = Literal["online", "offline", "asked", "answered", "refused", "failed", "late"]
+Watch = Callable[[str, State, str], None]
+"""Told (site, state, why)."""
+Heard = Callable[[Message], None]
 
 
-def server_app(coordinate: Callable[[Transport], None]) -> ServerApp:
+def server_app(
+    coordinate: Callable[[Transport], None],
+    *,
+    signer: Signer | None = None,
+    keys: Keys | None = None,
+    watch: Watch | None = None,
+) -> ServerApp:
     """The app that a coordinator runs, deployed or simulated.
 
     Args:
         coordinate: Runs the whole federation over the transport that it is given.
+        signer: As for `FlowerTransport`; so are `keys` and `watch`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        coordinate(FlowerTransport(grid))
+        coordinate(FlowerTransport(grid, signer=signer, keys=keys, watch=watch))
 
     return app
 
 
 class FlowerTransport:
-    """Asks sites through a Flower Grid, one `send_and_receive` a round."""
+    """Asks sites through a Flower Grid, and asks again where a node failed, vanished or came back.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
-        self._nodes: dict[str, int] = {}
+    A site answers a question that it knows from its stored reply, so asking again costs no second training.
+    """
 
-    def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
-        """Waits for `federation.sites` nodes, then asks each who it is.
+    def __init__(
+        self, grid: Grid, *, signer: Signer | None = None, keys: Keys | None = None, watch: Watch | None = None
+    ) -> None:
+        """Wires the transport.
 
-        A node whose answer is no hello counts as absent: one site alone cannot stop a run.
+        Args:
+            signer: The coordinator's, under every message; None where both sides are one process.
+            keys: What replies must be signed with. None where both sides are one process: there a node that failed
+                has failed for good, and nobody is asked twice.
+            watch: Told what becomes of every site, for a status display.
+        """
+        self._net, self._signer, self._keys = _Net(grid), signer, keys
+        self._patient = keys is not None
+        self._watch: Watch = watch or (lambda site, state, why: None)
+        self._federation, self._recipe_id, self._question = Federation(), "", RecordDict()
+        self._nodes: dict[int, _Node] = {}
+        self._sites: dict[str, int] = {}
+        """The node that each site was last heard from."""
+        self._new: dict[str, Hello] = {}
+        """Hellos that the caller has not been told."""
+        self._excuses: dict[str, tuple[State, str]] = {}
+        """Why a site that was asked is not among the sites."""
+        self._away: dict[str, _Away] = {}
+
+    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+        """Waits for `federation.sites` sites, and asks each who it is.
+
+        Once the quorum is there, the others get `federation.offline_s` more. A node whose answer is no hello counts
+        as absent: one site alone cannot stop a run.
 
         Raises:
             QuorumError: Fewer sites than the quorum answered within `federation.timeout_s`.
             ExchangeError: Two nodes claim the same site name.
         """
-        federation = recipe.federation
-        end = time.monotonic() + federation.timeout_s
-        nodes = sorted(self._grid.get_node_ids())
-        while len(nodes) < federation.sites and time.monotonic() < end:
-            time.sleep(_POLL_S)
-            nodes = sorted(self._grid.get_node_ids())
-        record = wire.encode_question()
-        messages = [Message(record, node, MessageType.QUERY) for node in nodes]
-        hellos: dict[str, Hello] = {}
-        for node, message in self._answers(messages, max(1.0, end - time.monotonic())):
-            try:
-                answer = wire.decode(message.content, Hello) if not message.has_error() else None
-            except ExchangeError:
-                answer = None
-            if answer is None:
-                continue
-            if answer.site in hellos:
-                raise ExchangeError(f"two nodes say that they are site {answer.site}; give every site its own name")
-            hellos[answer.site] = answer
-            self._nodes[answer.site] = node
-        if len(hellos) < federation.quorum:
+        self._about(recipe, audit_head)
+        federation, began = recipe.federation, time.monotonic()
+        end = deadline = began + federation.timeout_s
+        while True:
+            self._greet(deadline - time.monotonic())
+            self._net.collect()
+            now = time.monotonic()
+            if len(self._sites) >= federation.quorum:
+                end = min(end, now + federation.offline_s)
+            if now >= end or self._complete():
+                break
+            _pause(began, end)
+        found = self._told()
+        if len(found) < federation.quorum:
+            excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
             raise QuorumError(
-                f"{len(hellos)} sites answered within {federation.timeout_s:g} s, quorum is {federation.quorum}; "
-                "start the missing nodes and run again"
+                f"{len(found)} sites answered within {federation.timeout_s:g} s, quorum is {federation.quorum}; "
+                f"start the missing nodes and run again{excuses}"
             )
-        return dict(sorted(hellos.items()))
+        return found
+
+    def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+        """Sites that came, or came back, since the last call; a slow answer is taken at a later call."""
+        if not self._patient:
+            return {}
+        self._about(recipe, audit_head)
+        began = time.monotonic()
+        asked = self._greet(recipe.federation.timeout_s)
+        while True:
+            self._net.collect()
+            if not any(node.asked for node in asked) or time.monotonic() >= began + _JOIN_S:
+                return self._told()
+            _pause(began, began + _JOIN_S)
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
-        """Sends the plan to every site and gives one reply for each, in the order of `sites`."""
+        """Sends the plan to every site and gives one reply for each, in the order of `sites`.
+
+        A site that is connected has the whole `timeout_s`. One that is not, or that answers with errors, is asked
+        again until then or, once the quorum has answered, until it has been so for `federation.offline_s`.
+        """
         kind = MessageType.TRAIN if plan.work == "train" else MessageType.EVALUATE
-        record = wire.encode(plan)
-        node_site = {self._nodes[site]: site for site in sites if site in self._nodes}
-        messages = [Message(record, node, kind, group_id=str(plan.round)) for node in node_site]
-        replies = {
-            node_site[node]: _read(message, node_site[node], plan.round)
-            for node, message in self._answers(messages, timeout_s)
-        }
-        return [replies.get(site) or _silence(site, plan.round, timeout_s) for site in sites]
+        record, began = wire.encode(plan, self._signer), time.monotonic()
+        visits = [_Visit(site, plan.round, f"no reply within {timeout_s:g} s") for site in sites]
+        while True:
+            now = time.monotonic()
+            if self._patient:  # a site may be back under another node
+                self._greet(self._federation.timeout_s, only_new=True)
+            due = [visit for visit in visits if self._due(visit)]
+            letters = [(visit.node, partial(self._heard, visit)) for visit in due]
+            sent = self._net.send(record, kind, letters, began + timeout_s - now, group=str(plan.round))
+            for visit, message_id in zip(due, sent, strict=True):
+                visit.asked, visit.again_at = message_id, now + _PAUSE_S[0]
+                visit.letters.append(message_id)
+                self._watch(visit.site, "asked", f"round {plan.round}")
+            self._net.collect()
+            self._give_up(visits)
+            if all(visit.reply for visit in visits) or time.monotonic() >= began + timeout_s:
+                break
+            _pause(began, began + timeout_s)
+        self._net.forget(name for visit in visits for name in visit.letters)
+        return [visit.reply or self._late(visit) for visit in visits]
 
-    def _answers(self, messages: Sequence[Message], timeout_s: float) -> Iterator[tuple[int, Message]]:
-        """Each answer with the node that was asked."""
-        for answer in self._grid.send_and_receive(messages, timeout=timeout_s):
+    # Who is there
+
+    def _about(self, recipe: Recipe, audit_head: str) -> None:
+        self._federation, self._recipe_id = recipe.federation, recipe.id
+        self._question = wire.encode(Question(recipe_id=recipe.id, audit_head=audit_head), self._signer)
+
+    def _greet(self, ttl_s: float, *, only_new: bool = False) -> list[_Node]:
+        """Asks who they are: nodes that came or came back, and from time to time those that gave no good answer."""
+        online, now = self._look(), time.monotonic()
+        asked = []
+        for number, mark in sorted(online.items()):
+            node = self._nodes.get(number)
+            if node is None:
+                self._nodes[number] = node = _Node(number, mark)
+            elif only_new or (node.mark == mark and (node.asked or now < node.again_at)):
+                continue
+            node.mark = mark
+            asked.append(node)
+        letters = [(node.number, partial(self._met, node)) for node in asked]
+        for node, message_id in zip(asked, self._net.send(self._question, "query", letters, ttl_s), strict=True):
+            node.asked, node.again_at = message_id, now + _PAUSE_S[0]
+        return asked
+
+    def _met(self, node: _Node, message: Message) -> None:
+        if message.metadata.reply_to_message_id != node.asked:
+            return  # of the time before it came back
+        node.asked, node.again_at = "", time.monotonic() + _REFUSED_S if self._patient else float("inf")
+        try:
+            answer = self._introduction(message)
+        except ExchangeError as error:
+            self._excuse(self._net.name(node.number), "failed", str(error))
+            return
+        site = answer.site
+        if isinstance(answer, Refusal):
+            self._excuse(site, "refused", answer.why)
+            return
+        other = self._sites.get(site, node.number)
+        if other != node.number and other in self._look():
+            why = f"two nodes say that they are site {site}; give every site its own name"
+            if not self._patient:
+                raise ExchangeError(why)
+            self._excuse(site, "failed", why)  # both hold the site's key: its own affair, and nobody else's
+            return
+        node.again_at = float("inf")
+        self._sites[site], self._new[site] = node.number, answer
+        self._excuses.pop(site, None)
+        self._excuses.pop(self._net.name(node.number), None)
+        self._watch(site, "online", "")
+
+    def _introduction(self, message: Message) -> Hello | Refusal:
+        if message.has_error():
+            raise ExchangeError(_error(message))
+        answer = wire.decode_reply(message.content)
+        self._check(message, answer.site)
+        if isinstance(answer, Update) or (isinstance(answer, Hello) and answer.recipe_id != self._recipe_id):
+            raise ExchangeError("the answer is none to the question who is there")
+        return answer
+
+    def _excuse(self, site: str, state: State, why: str) -> None:
+        self._excuses[site] = (state, why)
+        self._watch(site, state, why)
+
+    def _told(self) -> dict[str, Hello]:
+        new, self._new = self._new, {}
+        return dict(sorted(new.items()))
+
+    def _complete(self) -> bool:
+        federation, open_ = self._federation, any(node.asked for node in self._nodes.values())
+        if not self._patient:
+            return not open_ and len(self._nodes) >= federation.sites
+        refused = {site for site, (state, _) in self._excuses.items() if state == "refused"}
+        answered = len(self._sites.keys() | refused)
+        return not open_ and answered >= federation.sites and len(self._sites) >= federation.quorum
+
+    def _look(self) -> Mapping[int, str]:
+        """Connected nodes, and a mark that changes when one connects anew; tells who came and who went."""
+        online = self._net.online(_LOOK_S if self._patient else 0.0)
+        for site, number in self._sites.items():
+            if number not in online and site not in self._away:
+                self._away[site] = _Away(time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds"))
+                self._watch(site, "offline", "")
+            elif number in online and site in self._away:
+                del self._away[site]
+                self._watch(site, "online", "")
+        return online
+
+    # One visit
+
+    def _due(self, visit: _Visit) -> bool:
+        """Whether the site is to be asked now."""
+        if visit.reply:
+            return False
+        number = self._sites.get(visit.site)
+        mark = self._look().get(number) if number is not None else None
+        if number is None or (mark is None and not self._patient):
+            visit.why = "it said no hello" if number is None else "it is not connected"
+            self._fail(visit, visit.why)
+        if number is None or mark is None:
+            visit.asked = ""  # what it was asked is lost with the connection
+            return False
+        if (visit.node, visit.mark) != (number, mark):
+            visit.node, visit.mark, visit.asked = number, mark, ""
+        return not visit.asked and time.monotonic() >= visit.again_at
+
+    def _heard(self, visit: _Visit, message: Message) -> None:
+        if visit.reply:
+            return
+        if not message.has_error():
+            visit.reply = self._read(message, visit)
+            if isinstance(visit.reply, Update):
+                self._watch(visit.site, "answered", f"round {visit.round}")
+            else:
+                self._watch(visit.site, "refused" if isinstance(visit.reply, Refusal) else "failed", visit.reply.why)
+            return
+        if message.metadata.reply_to_message_id != visit.asked:
+            return  # of the time before it came back
+        visit.asked, visit.why = "", _error(message)
+        if not self._patient:
+            self._fail(visit, visit.why)
+        elif message.error.code == _NODE_UNAVAILABLE:
+            self._net.look_again()
+        else:
+            now = time.monotonic()
+            visit.again_at, visit.pause_s = now + visit.pause_s, min(2 * visit.pause_s, _PAUSE_S[1])
+            visit.failing_since = visit.failing_since or now
+            self._watch(visit.site, "failed", visit.why)
+
+    def _give_up(self, visits: Iterable[_Visit]) -> None:
+        """Once the quorum has answered, nobody waits longer than `offline_s` for who is away or only fails."""
+        usable = sum(isinstance(visit.reply, Update) for visit in visits)
+        if not self._patient or usable < self._federation.quorum:
+            return
+        latest = time.monotonic() - self._federation.offline_s
+        for visit in visits:
+            away = self._away.get(visit.site)
+            since = (away.since if away else None, visit.failing_since)
+            if not visit.reply and not visit.asked and any(begin is not None and begin <= latest for begin in since):
+                self._late(visit)
+
+    def _late(self, visit: _Visit) -> Reply:
+        away = self._away.get(visit.site)
+        return self._fail(visit, f"offline since {away.at}" if away else visit.why, "late")
+
+    def _fail(self, visit: _Visit, why: str, state: State = "failed") -> Failure:
+        visit.reply = Failure(site=visit.site, round=visit.round, why=why)
+        self._watch(visit.site, state, why)
+        return visit.reply
+
+    def _read(self, message: Message, visit: _Visit) -> Reply:
+        why = "the reply is no answer to a plan"
+        try:
+            self._check(message, visit.site)
+            reply = wire.decode_reply(message.content)
+            if not isinstance(reply, Hello):
+                if reply.site == visit.site:
+                    return reply
+                why = "the reply is in another site's name"
+        except ExchangeError as error:
+            why = f"unreadable reply: {error}"
+        return Failure(site=visit.site, round=visit.round, why=why)
+
+    def _check(self, message: Message, site: str) -> None:
+        if self._keys is not None:
+            key = self._keys().get(site)
+            if key is None:
+                raise ExchangeError("the site is not, or no more, in the registry")
+            wire.check_signature(message.content, key)
+
+
+@dataclass
+class _Node:
+    """A node that was asked who it is."""
+
+    number: int
+    mark: str
+    asked: str = ""
+    """Id of the question that is under way."""
+    again_at: float = 0.0
+
+
+@dataclass
+class _Away:
+    since: float
+    at: str
+
+
+@dataclass
+class _Visit:
+    """What is known of one site in one round."""
+
+    site: str
+    round: int
+    why: str
+    """Why there is no reply yet."""
+    reply: Reply | None = None
+    asked: str = ""
+    """Id of the question that is under way at a connected node."""
+    letters: list[str] = field(default_factory=list)
+    """Ids of all questions, for an answer to an earlier one is as good."""
+    node: int = 0
+    mark: str = ""
+    again_at: float = 0.0
+    pause_s: float = _PAUSE_S[0]
+    failing_since: float | None = None
+
+
+class _Net:
+    """A Grid, and who waits for the answers to what was sent through it."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._waiting: dict[str, Heard] = {}
+        self._online: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self._looked_at: float | None = None
+
+    def online(self, not_older_s: float) -> Mapping[int, str]:
+        """Connected nodes, and a mark that changes when one connects anew, where the Grid tells (`server.link`)."""
+        now = time.monotonic()
+        if self._looked_at is None or now - self._looked_at >= not_older_s:
+            presence: Callable[[], Mapping[int, tuple[str, str]]] | None = getattr(self._grid, "presence", None)
+            if presence is not None:
+                found = presence()
+                self._online = {node: mark for node, (_, mark) in found.items()}
+                self._names |= {node: name for node, (name, _) in found.items() if name}
+            else:
+                self._online = dict.fromkeys(self._grid.get_node_ids(), "")
+            self._looked_at = now
+        return self._online
+
+    def look_again(self) -> None:
+        """Has `online` ask anew."""
+        self._looked_at = None
+
+    def name(self, node: int) -> str:
+        """The site whose node key this node has, where the Grid tells; not what it says of itself."""
+        return self._names.get(node, f"node {node}")
+
+    def send(
+        self, record: RecordDict, kind: str, letters: Sequence[tuple[int, Heard]], ttl_s: float, *, group: str = ""
+    ) -> list[str]:
+        """Sends one content to many nodes: the messages' ids, empty for what Flower did not take."""
+        if not letters:
+            return []
+        ttl_s = max(1.0, ttl_s)  # Flower keeps a message for 12 h when it is not told otherwise
+        messages = [Message(record, node, kind, ttl=ttl_s, group_id=group) for node, _ in letters]
+        ids = [message_id or "" for message_id in self._grid.push_messages(messages)]
+        self._waiting |= {name: heard for name, (_, heard) in zip(ids, letters, strict=True) if name}
+        return ids
+
+    def collect(self) -> None:
+        """Takes what has come and hands it to who waits for it."""
+        if not self._waiting:
+            return
+        for message in self._grid.pull_messages(list(self._waiting)):
             # By the message it answers, never by its source: an error may come from node 1, and a node may lie.
-            asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-            node = asked.get(answer.metadata.reply_to_message_id)
-            if node is not None:
-                yield node, answer
+            heard = self._waiting.pop(message.metadata.reply_to_message_id, None)
+            if heard is not None:
+                heard(message)
+            if message.has_content():  # records sit in reference cycles, which would keep a model's weights for long
+                for record in message.content.array_records.values():
+                    record.clear()
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Waits no more for the answers to these."""
+        for name in ids:
+            self._waiting.pop(name, None)
 
 
-def _read(message: Message, site: str, round_: int) -> Reply:
-    if message.has_error():
-        return Failure(site=site, round=round_, why=f"node error {message.error.code}")
-    try:
-        reply = wire.decode_reply(message.content)
-    except ExchangeError as error:
-        return Failure(site=site, round=round_, why=f"unreadable reply: {error}")
-    if reply.site != site:
-        return Failure(site=site, round=round_, why="the reply is in another site's name")
-    return reply
+def _pause(began: float, end: float) -> None:
+    """Sleeps a little, and longer the longer it takes."""
+    now = time.monotonic()
+    time.sleep(max(0.0, min(max(_POLL_S[0], (now - began) / 50), _POLL_S[1], end - now)))
 
 
-def _silence(site: str, round_: int, timeout_s: float) -> Failure:
-    return Failure(site=site, round=round_, why=f"no reply within {timeout_s:g} s")
+def _error(message: Message) -> str:
+    # Printable and short: a node chose these words.
+    reason = re.sub(r"[^ -~]", "?", str(message.error.reason or ""))[:120]
+    return f"node error {message.error.code}" + (f": {reason}" if reason else "")

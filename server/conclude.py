@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.audit import AuditLog
 from common.config import Recipe
 from common.errors import ExportError
 from common.exchange import Scores, Spent
+from common.journal import Log
 from common.metrics import Metrics
 from common.models import build, set_weights
 from common.samples import Samples
@@ -62,7 +62,7 @@ def conclude(
     test: Samples | None,
     device: torch.device,
     circumstances: Circumstances,
-    audit: AuditLog,
+    audit: Log,
     torchscript: bool = False,
 ) -> Conclusion:
     """Evaluates and exports the final model, and writes report.html, model_card.md and summary.json into `out`.

@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.audit import AuditLog
+from pydantic import TypeAdapter, ValidationError
+
 from common.config import Recipe
 from common.errors import QuorumError, StorageError
 from common.exchange import Hello
+from common.journal import Log
 from common.models import buffers, build, get_weights
+from common.storage import private_folder, write_whole
+from common.vault import Secret
 from server import checkpoint, rounds
 from server.report import RoundLine
 from server.rounds import RoundReport, ServerState, Transport
 from server.scalars import Scalars
 
 OnRound = Callable[[ServerState, RoundReport], None]
+
+_KNOWN = TypeAdapter(dict[str, Hello])
+_KNOWN_FILE = "sites.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +33,7 @@ class Federated:
 
     state: ServerState
     hellos: Mapping[str, Hello]
+    """Of every site that ever came, as it introduced itself last; sorted by name."""
 
 
 def coordinate(
@@ -32,8 +41,9 @@ def coordinate(
     transport: Transport,
     out: Path,
     *,
-    audit: AuditLog,
+    audit: Log,
     resume: bool = False,
+    key: Secret | None = None,
     on_round: OnRound = lambda state, report: None,
 ) -> Federated:
     """Runs, or finishes, the recipe's rounds with the sites behind `transport`.
@@ -43,7 +53,8 @@ def coordinate(
 
     Args:
         out: Gets `checkpoints/` and `tensorboard/`.
-        resume: Go on from the newest checkpoint, if there is one.
+        resume: Go on from the newest checkpoint, if there is one. When all rounds are behind it, no site is asked.
+        key: Encrypts the checkpoints.
         on_round: Called after every round that is safely on disk.
 
     Raises:
@@ -55,29 +66,39 @@ def coordinate(
     if not resume and checkpoint.exists(checkpoints):
         raise StorageError("the folder of the run holds checkpoints already; say resume=true, or choose another out")
     model = build(recipe)
-    state = checkpoint.load(checkpoints, recipe.id) if resume else None
+    state = checkpoint.load(checkpoints, recipe.id, key) if resume else None
     audit.append("run resumed" if state else "run started", recipe_id=recipe.id, round=state.round if state else 0)
     state = state or rounds.start(recipe, get_weights(model))
-    hellos = transport.hello(recipe)
-    audit.append(
-        "sites present",
-        sites={name: {"manifest": hello.manifest, "versions": dict(hello.versions)} for name, hello in hellos.items()},
-        heads={name: hello.audit_head for name, hello in hellos.items()},
-    )
+    file = checkpoints / _KNOWN_FILE
+    known = _read_known(file) if state.round else {}
+    hellos: dict[str, Hello] = {}
+
+    def here(kind: str, found: Mapping[str, Hello]) -> None:
+        audit.append(kind, **_presence(found))
+        hellos.update(found)
+        known.update(found)
+        _write_known(file, known)
+
+    if not (state.done and known):
+        here("sites present", transport.hello(recipe, audit.head))
+
+    def sites() -> Mapping[str, Hello]:
+        if new := transport.joined(recipe, audit.head):
+            here("sites joined", new)
+        return hellos
+
     with Scalars(out / "tensorboard") as scalars:
-        running = rounds.run(
-            state, recipe, transport, sorted(hellos), buffers=buffers(model), audit_head=lambda: audit.head
-        )
+        running = rounds.run(state, recipe, transport, sites, buffers=buffers(model), audit_head=lambda: audit.head)
         try:
             for state, report in running:
                 scalars.write(round_line(report))
                 _record(audit, report)
-                checkpoint.write(state, checkpoints)
+                checkpoint.write(state, checkpoints, key)
                 on_round(state, report)
         except QuorumError as error:
             audit.append("round failed", round=state.round + 1, why=str(error))
             raise
-    return Federated(state=state, hellos=hellos)
+    return Federated(state=state, hellos=dict(sorted(known.items())))
 
 
 def round_line(report: RoundReport) -> RoundLine:
@@ -96,7 +117,30 @@ def round_line(report: RoundReport) -> RoundLine:
     )
 
 
-def _record(audit: AuditLog, report: RoundReport) -> None:
+def _presence(hellos: Mapping[str, Hello]) -> dict[str, Any]:
+    return {
+        "sites": {
+            name: {"manifest": hello.manifest, "versions": dict(hello.versions), "patients": dict(hello.patients)}
+            for name, hello in sorted(hellos.items())
+        },
+        "heads": {name: hello.audit_head for name, hello in sorted(hellos.items())},
+    }
+
+
+def _write_known(path: Path, hellos: dict[str, Hello]) -> None:
+    private_folder(path.parent)
+    write_whole(path, _KNOWN.dump_json(hellos))
+
+
+def _read_known(path: Path) -> dict[str, Hello]:
+    """Who has taken part so far; empty when it cannot be told, and the sites that are there must do."""
+    try:
+        return _KNOWN.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return {}
+
+
+def _record(audit: Log, report: RoundReport) -> None:
     audit.append(
         "round aggregated" if report.work == "train" else "evaluation received",
         round=report.round,

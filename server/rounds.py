@@ -72,8 +72,11 @@ class ServerState:
 class Transport(Protocol):
     """How plans reach sites: in this process, or over the network."""
 
-    def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
-        """Who is there, by site name."""
+    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+        """Waits for the sites before the first round; who is there, by site name."""
+
+    def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+        """Sites that came since, asked between two rounds without waiting for anybody."""
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
         """One reply for every site asked; silence is a `Failure`, never missing."""
@@ -88,7 +91,7 @@ def run(
     state: ServerState,
     recipe: Recipe,
     transport: Transport,
-    sites: Sequence[str],
+    sites: Callable[[], Mapping[str, Hello]],
     *,
     buffers: frozenset[str],
     audit_head: Callable[[], str] = str,
@@ -96,7 +99,7 @@ def run(
     """Runs what is left of a federation and yields after every round; the caller saves, plots and prints.
 
     Args:
-        sites: Who is asked.
+        sites: Who is asked; called before every round, for sites may join between two of them.
         buffers: Exchanged names that are running statistics, see `aggregate`.
         audit_head: Gives the head of the coordinator's audit chain, which goes out with every plan.
 
@@ -110,7 +113,7 @@ def run(
     while not state.done:
         closing = state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
         work: Literal["train", "evaluate"] = "evaluate" if closing else "train"
-        state, report = _step(state, recipe, transport, sites, work, buffers, audit_head())
+        state, report = _step(state, recipe, transport, sites(), work, buffers, audit_head())
         yield state, report
 
 
@@ -118,7 +121,7 @@ def _step(
     state: ServerState,
     recipe: Recipe,
     transport: Transport,
-    sites: Sequence[str],
+    sites: Mapping[str, Hello],
     work: Literal["train", "evaluate"],
     buffers: frozenset[str],
     audit_head: str,
@@ -131,12 +134,12 @@ def _step(
         weights=state.weights,
         audit_head=audit_head,
     )
-    replies = {reply.site: reply for reply in transport.ask(plan, sites, recipe.federation.timeout_s)}
+    replies = {reply.site: reply for reply in transport.ask(plan, sorted(sites), recipe.federation.timeout_s)}
     accepted: dict[str, Update] = {}
     refused: dict[str, str] = {}
     for site in sorted(sites):
         reply = replies.get(site) or Failure(site=site, round=plan.round, why="no reply")
-        why = refusal(reply, plan, recipe)
+        why = refusal(reply, plan, recipe, sites[site])
         if why is None and isinstance(reply, Update):
             accepted[site] = reply
         else:

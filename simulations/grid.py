@@ -81,29 +81,26 @@ class InProcessGrid(Grid):
         return list(self._sites)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._push(messages, None)
+        """Has all sites answer, and returns when they have.
+
+        A message's `ttl` is the time that its site gets, for sites of one worker wait for each other; a worker that
+        takes longer is ended. Without workers nothing can end a site.
+        """
+        asked = list(messages)
+        for message in asked:
+            message.metadata.__dict__["_message_id"] = uuid4().hex
+        for message, reply in self._answers(asked):
+            self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in asked]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """The answers of all sites.
+        """The answers of all sites; the time for each is its message's `ttl`."""
+        return self.pull_messages(self.push_messages(messages))
 
-        Args:
-            timeout: Seconds for each site, for sites of one worker wait for each other; a worker that takes
-                longer is ended. Without workers nothing can end a site.
-        """
-        return self.pull_messages(self._push(messages, timeout))
-
-    def _push(self, messages: Iterable[Message], timeout_s: float | None) -> list[str]:
-        asked = list(messages)
-        for message in asked:
-            message.metadata.__dict__["_message_id"] = uuid4().hex
-        for message, reply in self._answers(asked, timeout_s):
-            self._replies[message.metadata.message_id] = reply
-        return [message.metadata.message_id for message in asked]
-
-    def _answers(self, messages: Sequence[Message], timeout_s: float | None) -> Iterator[tuple[Message, Message]]:
+    def _answers(self, messages: Sequence[Message]) -> Iterator[tuple[Message, Message]]:
         if not self._workers:
             for message in messages:
                 yield message, self._local(message)
@@ -115,7 +112,7 @@ class InProcessGrid(Grid):
             for message in messages:
                 if self._worker(message) is worker:
                     site = self._sites[message.metadata.dst_node_id]
-                    answers.append((message, worker.ask(message, site, timeout_s)))
+                    answers.append((message, worker.ask(message, site, message.metadata.ttl)))
                     self._tell(message)
             return answers
 

@@ -24,10 +24,12 @@ from torch import nn
 
 from client.app import client_app
 from client.cohort import Cohort, open_cohort
-from client.ledger import Ledger, SitePolicy
-from client.site import Limits, Site, package_versions
+from client.ledger import Ledger
+from client.policy import ledger_policy
+from client.site import Site, package_versions
 from common.audit import AuditLog
 from common.config import Recipe, Settings, as_plain, settings_from_json
+from common.deployment import Policy
 from common.errors import ConfigError, DataError, StorageError
 from common.exchange import NAME_PATTERN, Hello, Reply, RoundPlan
 from common.identity import Signer
@@ -197,10 +199,13 @@ class _Shown:
         self._show, self._rounds = show, rounds
         self._what, self._done, self._total = "Calling the sites", 0, 0
 
-    def hello(self, recipe: Recipe) -> Mapping[str, Hello]:
+    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         self._total = recipe.federation.sites
         self._show.step(self._what, 0, self._total)
-        return self.transport.hello(recipe)
+        return self.transport.hello(recipe, audit_head)
+
+    def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+        return self.transport.joined(recipe, audit_head)
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
         before = self._done if self._what == "Training" else 0
@@ -262,21 +267,32 @@ def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device:
             audit=_audit(out, name),
             ledger=_ledger(recipe, folder, name),
             device=device,
-            limits=Limits(seeded_noise=True),
+            policy=_policy(recipe),
         )
 
     return site
 
 
 def _ledger(recipe: Recipe, folder: Path, name: str) -> Ledger | None:
-    privacy = recipe.privacy
-    if not privacy.active:
+    if not recipe.privacy.active:
         return None
-    assert privacy.delta is not None
-    policy = SitePolicy(epsilon=privacy.epsilon or _NO_CAP, delta=privacy.delta)
-    ledger = Ledger(folder / "ledger.jsonl", name, policy)
+    ledger = Ledger(folder / "ledger.jsonl", name, ledger_policy(_policy(recipe)))
     ledger.repair()
     return ledger
+
+
+def _policy(recipe: Recipe) -> Policy:
+    """A simulated site allows what its recipe asks, and no more."""
+    privacy = recipe.privacy
+    return Policy(
+        require_privacy=False,
+        epsilon=privacy.epsilon or _NO_CAP,
+        delta=privacy.delta or Policy.delta,
+        max_rounds=recipe.rounds,
+        min_patients=1,
+        min_cell=recipe.evaluation.min_cell,
+        seeded_noise=True,
+    )
 
 
 def _audit(out: Path, side: str) -> AuditLog:

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,24 @@ from client import site as module
 from client.app import client_app
 from client.cohort import Cohort
 from client.dp import sampling
-from client.ledger import Ledger, SitePolicy
-from client.site import Limits, Site
+from client.ledger import Ledger
+from client.policy import ledger_policy
+from client.site import Site
 from client.train import Trained, TrainingError
 from common import wire
 from common.accounting import Event, epsilon_pld
 from common.audit import AuditLog, verify, verify_against
 from common.config import Evaluation, ModelConfig, Preprocessing, Privacy, Recipe, Training
+from common.deployment import Policy
 from common.errors import DataError, StorageError
-from common.exchange import Hello, Refusal, RoundPlan, Update
+from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Update
 from common.identity import Signer
 from common.models import build, get_weights
 from common.samples import Samples
 from common.weights import Weights
 
+FULL = Event(noise_multiplier=1.0, sampling_rate=1.0, steps=4)
+"""Epsilon 7.6 at delta 1e-3."""
 PRIVATE = Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-3)
 
 
@@ -64,21 +69,26 @@ class House:
         self.folder, self.recipe, self.cohort = folder, recipe or recipe_of(), cohort or cohort_of()
         self.cap = self.recipe.privacy.epsilon or 100.0
 
-    def open(self, limits: Limits | None = None) -> Site:
+    def open(self, *, keep: bool = False, now: Callable[[], datetime] = datetime.now, **policy: Any) -> Site:
         privacy = self.recipe.privacy
-        self.ledger = Ledger(
-            self.folder / "ledger.jsonl", "n", SitePolicy(epsilon=self.cap, delta=privacy.delta or 1e-3)
-        )
+        delta = privacy.delta or 1e-3
+        given = {"require_privacy": False, "epsilon": self.cap, "delta": delta, "min_patients": 1}
+        rules = Policy(**(given | policy))
+        self.ledger = Ledger(self.folder / "ledger.jsonl", "n", ledger_policy(rules))
         self.ledger.repair()
         return Site(
             "north", self.recipe, self.cohort, functools.cache(lambda: build(self.recipe)), folder=self.folder,
             audit=AuditLog(self.log, Signer.load_or_create(self.folder / "keys" / "north.key")),
-            ledger=self.ledger if privacy.active else None, device=torch.device("cpu"), limits=limits,
+            ledger=self.ledger if privacy.active else None, device=torch.device("cpu"), policy=rules, keep=keep,
+            now=now,
         )  # fmt: skip
 
     @property
     def log(self) -> Path:
         return self.folder / "audit" / "north.jsonl"
+
+    def question(self, **parts: Any) -> Question:
+        return Question(**({"recipe_id": self.recipe.id} | parts))
 
     def plan(self, round_: int = 1, work: str = "train", weights: Weights | None = None, **parts: Any) -> RoundPlan:
         given = {"recipe_id": self.recipe.id, "round": round_, "work": work}
@@ -164,15 +174,17 @@ def test_a_recipe_that_gives_the_noise_is_told_the_epsilon_of_that_noise(tmp_pat
 def test_a_refused_budget_is_refused_before_anything_is_trained_or_scored(
     house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    house.cap = 0.5
+    site = house.open()
+    spent = house.ledger.reserve("f" * 64, round=1, base="e" * 64, event=FULL)  # by another recipe
+    assert 7 < spent.epsilon <= 8
     monkeypatch.setattr(module, "score", lambda *_, **__: pytest.fail("scored"))
-    assert "0.5" in refused(house.open().visit(house.plan()), "budget", house)
+    assert "its cap is 8" in refused(site.visit(house.plan()), "budget", house)
     assert trained == []
 
 
 def test_a_private_recipe_without_a_ledger_is_refused(house: House, trained: list[Any]) -> None:
     site = house.open()
-    site._ledger = None
+    site.ledger = None
     assert "no ledger" in refused(site.visit(house.plan()), "budget", house)
     assert trained == []
 
@@ -201,7 +213,7 @@ def test_seeded_noise_and_a_delta_of_one_over_the_patients_are_against_the_sites
 ) -> None:
     seeded = House(tmp_path / "a", recipe_of(replace(PRIVATE, unsafe_seeded_noise=True)))
     assert "for simulations" in refused(seeded.open().visit(seeded.plan()), "policy", seeded)
-    assert isinstance(seeded.open(Limits(seeded_noise=True)).visit(seeded.plan()), Update)
+    assert isinstance(seeded.open(seeded_noise=True).visit(seeded.plan()), Update)
     many = House(tmp_path / "b", recipe_of(replace(PRIVATE, delta=0.0099)), cohort_of(train=102))
     why = refused(many.open().visit(many.plan()), "policy", many)
     assert "delta" in why
@@ -332,7 +344,8 @@ def test_without_privacy_nothing_is_kept_and_the_loss_is_told(tmp_path: Path, tr
 
 def test_small_cells_leave_as_nothing(house: House, trained: list[Any]) -> None:
     site = house.open()
-    hello = site.hello()
+    hello = site.hello(house.question())
+    assert isinstance(hello, Hello)
     assert dict(hello.patients) == {"train": 20, "validation": 8, "test": 0}  # three test patients are below five
     update = site.visit(house.plan(4, "evaluate"))
     assert isinstance(update, Update)
@@ -346,7 +359,7 @@ def test_small_cells_leave_as_nothing(house: House, trained: list[Any]) -> None:
 
 
 def test_a_site_may_send_no_scores_at_all(house: House, trained: list[Any]) -> None:
-    site = house.open(Limits(metrics="none"))
+    site = house.open(metrics="none")
     for plan in (house.plan(), house.plan(4, "evaluate")):
         update = site.visit(plan)
         assert isinstance(update, Update)
@@ -355,7 +368,7 @@ def test_a_site_may_send_no_scores_at_all(house: House, trained: list[Any]) -> N
 
 def test_nothing_that_is_sent_or_logged_names_a_patient(house: House, trained: list[Any]) -> None:
     site = house.open()
-    sent = [site.hello(), site.visit(house.plan()), site.visit(house.plan(round_=9))]
+    sent = [site.hello(house.question()), site.visit(house.plan()), site.visit(house.plan(round_=9))]
     text = b"".join(wire.to_bytes(wire.encode(value)) for value in sent) + house.log.read_bytes()
     assert b"SECRET" not in text
     assert str(house.folder).encode() not in text
@@ -378,7 +391,7 @@ def ask(house: House, trained: list[Any]) -> Callable[[RecordDict, str], Message
 def test_the_app_answers_who_it_is_and_does_what_a_plan_says(
     house: House, ask: Callable[[RecordDict, str], Message]
 ) -> None:
-    assert wire.decode(ask(wire.encode_question(), "query").content, Hello).site == "north"
+    assert wire.decode(ask(wire.encode(house.question()), "query").content, Hello).site == "north"
     assert isinstance(wire.decode_reply(ask(wire.encode(house.plan()), "train").content), Update)
     assert house.entries("settle") == 1
 
@@ -387,9 +400,9 @@ def test_unexpected_messages_are_refused_logged_and_change_nothing(
     house: House, trained: list[Any], ask: Callable[[RecordDict, str], Message]
 ) -> None:
     newer = wire.encode(house.plan())
-    newer["message"] = ConfigRecord({**newer.config_records["message"], "version": 2})
-    question = RecordDict({"message": ConfigRecord({"kind": "who", "version": 2, "body": "{}"})})
-    hello = wire.decode(ask(wire.encode_question(), "query").content, Hello)
+    newer["message"] = ConfigRecord({**newer.config_records["message"], "version": WIRE_VERSION + 1})
+    question = RecordDict({"message": ConfigRecord({"kind": "who", "version": WIRE_VERSION, "body": "{}"})})
+    hello = wire.decode(ask(wire.encode(house.question()), "query").content, Hello)
     for record, kind in (
         (newer, "train"),
         (wire.encode(house.plan()), "evaluate"),  # a plan to train as a message to evaluate
@@ -413,3 +426,75 @@ def test_the_sites_log_holds_every_head_of_the_coordinator_that_it_was_told(
     for round_ in (1, 1, 2):  # round 1 is asked twice
         site.visit(house.plan(round_, audit_head=server.append("round planned", round=round_)))
     assert verify_against(verify(tmp_path / "server" / "server.jsonl"), verify(house.log)) == 3
+
+
+# Policy and clock
+
+
+def at(hour: int) -> Callable[[], datetime]:
+    return lambda: datetime(2026, 1, 5, hour, 30)
+
+
+def test_work_begins_in_the_opening_hours_alone_and_a_kept_reply_leaves_at_any(
+    house: House, trained: list[Any]
+) -> None:
+    night = ("19:00-06:00",)
+    for plan in (house.plan(), house.plan(4, "evaluate")):
+        why = refused(house.open(now=at(12), hours=night).visit(plan), "policy", house)
+        assert "19:00-06:00" in why
+    assert trained == []
+    assert isinstance(house.open(now=at(5), hours=night).visit(house.plan()), Update)
+    assert isinstance(house.open(now=at(12), hours=night).visit(house.plan()), Update)
+    assert len(trained) == 1
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+
+
+def test_what_the_policy_forbids_is_neither_promised_nor_trained_nor_measured(house: House, trained: list[Any]) -> None:
+    site = house.open(models=("timm/resnet18",))
+    assert "(models)" in refused(site.hello(house.question()), "policy", house)
+    assert "(models)" in refused(site.visit(house.plan()), "policy", house)
+    assert "(models)" in refused(site.visit(house.plan(4, "evaluate")), "policy", house)
+    assert trained == []
+    site.policy = replace(site.policy, models=("monai/resnet10",))  # as the resident sets it at every message
+    assert isinstance(site.hello(house.question()), Hello)
+    assert isinstance(site.visit(house.plan()), Update)
+
+
+def test_without_privacy_a_site_that_keeps_its_replies_trains_a_question_once(
+    tmp_path: Path, trained: list[Any]
+) -> None:
+    house = House(tmp_path, recipe_of(Privacy()))
+    first, again = (house.open(keep=True).visit(house.plan()) for _ in range(2))
+    assert isinstance(first, Update)
+    assert isinstance(again, Update)
+    assert again.delta == first.delta
+    assert len(trained) == 1
+
+
+def test_the_replies_to_two_recipes_are_kept_side_by_side(house: House, trained: list[Any]) -> None:
+    other = House(house.folder, recipe_of(seed=1))
+    house.cap = other.cap = 100.0
+    house.open().visit(house.plan())
+    other.open().visit(other.plan())
+    assert isinstance(house.open().visit(house.plan()), Update)
+    assert len(trained) == 2
+    house.open().visit(house.plan(2))  # takes the place of its own round 1 alone
+    assert len(list((house.folder / "outbox").glob("*.bin"))) == 2
+
+
+def test_a_kept_reply_that_cannot_be_read_is_trained_and_paid_anew(house: House, trained: list[Any]) -> None:
+    house.open().visit(house.plan())
+    (kept,) = (house.folder / "outbox").glob("*.bin")
+    kept.write_bytes(b"of another version")
+    assert isinstance(house.open().visit(house.plan()), Update)
+    assert len(trained) == 2
+    assert house.entries("reserve") == 2
+
+
+@pytest.mark.parametrize(("metrics", "told"), [("bounded", True), ("none", False)])
+def test_the_log_says_whether_scores_left(house: House, trained: list[Any], metrics: str, told: bool) -> None:
+    site = house.open(metrics=metrics)
+    site.visit(house.plan())
+    site.visit(house.plan(4, "evaluate"))
+    sent = [event for event in verify(house.log) if event.kind in ("update sent", "evaluation sent")]
+    assert [event.facts["scores"] for event in sent] == [told, told]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from common.config import Federation, Privacy, Recipe
-from common.exchange import Failure, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import Failure, Hello, Refusal, RoundPlan, Scores, Spent, Update
 from common.weights import Weights
-from server.admit import refusal
+from server import admit
 
 MODEL = Weights({"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)})
 OPEN = Recipe(name="open", federation=Federation(max_update_norm=10))
@@ -18,6 +18,19 @@ PRIVATE = replace(OPEN, name="private", privacy=Privacy(mechanism="dp_sgd", epsi
 NOISY = replace(PRIVATE, privacy=Privacy(mechanism="dp_sgd", noise_multiplier=1.5, delta=1e-5, clip_norm=0.5))
 COUNTED = replace(OPEN, federation=replace(OPEN.federation, site_weights="patients"))
 SPENT = Spent(epsilon=8, delta=1e-5, noise_multiplier=1.5, clip_norm=0.5, sampling_rate=0.1, steps=3)
+
+
+HELLO = Hello(
+    site="north",
+    recipe_id=OPEN.id,
+    versions={},
+    patients={"train": 57, "validation": 12, "test": 0},
+    manifest="d" * 64,
+)
+
+
+def refusal(reply, plan, recipe, hello=HELLO) -> str | None:
+    return admit.refusal(reply, plan, recipe, hello)
 
 
 def plan(recipe: Recipe, work="train") -> RoundPlan:
@@ -37,9 +50,11 @@ def delta(**arrays) -> Weights:
     return Weights({name: np.asarray(value, np.float32) for name, value in arrays.items()})
 
 
-@pytest.mark.parametrize("recipe", [OPEN, PRIVATE, NOISY, COUNTED], ids=lambda recipe: recipe.name)
-def test_a_proper_update_is_admitted(recipe):
-    assert refusal(update(recipe), plan(recipe), recipe) is None
+@pytest.mark.parametrize(
+    ("recipe", "weight"), [(OPEN, 1.0), (PRIVATE, 1.0), (NOISY, 1.0), (COUNTED, 57.0)], ids=lambda item: str(item)[:20]
+)
+def test_a_proper_update_is_admitted(recipe, weight):
+    assert refusal(update(recipe, weight=weight), plan(recipe), recipe) is None
 
 
 def test_order_of_names_is_no_reason():
@@ -80,6 +95,24 @@ def test_a_norm_at_the_limit_is_admitted():
 def test_patient_counts_as_weights_only_where_the_recipe_asks():
     assert refusal(update(COUNTED, weight=57.0), plan(COUNTED), COUNTED) is None
     assert refusal(update(OPEN, weight=57.0), plan(OPEN), OPEN) is not None
+
+
+@pytest.mark.parametrize(
+    ("patients", "weight", "why"),
+    [
+        ({"train": 57}, 58.0, "declared weight 58, but the site came with 57 training patients"),
+        ({"train": 57}, 1.0, "declared weight 1, but the site came with 57 training patients"),
+        ({"train": 57}, 1e9, "declared weight 1e+09, but the site came with 57 training patients"),
+        # a count below the minimum cell is told as 0: such a site cannot be weighed by its patients
+        ({"train": 0}, 4.0, "declared weight 4, but the site came with 0 training patients"),
+        ({}, 4.0, "declared weight 4, but the site came with 0 training patients"),
+        # what counts are the training patients, not those of another split
+        ({"train": 57, "test": 99}, 99.0, "declared weight 99, but the site came with 57 training patients"),
+    ],
+)
+def test_an_update_that_weighs_other_than_the_sites_own_count_is_refused(patients, weight, why):
+    hello = replace(HELLO, patients=patients)
+    assert refusal(update(COUNTED, weight=weight), plan(COUNTED), COUNTED, hello) == why
 
 
 @pytest.mark.parametrize("work", ["train", "evaluate"])

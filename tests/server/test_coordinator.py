@@ -1,4 +1,4 @@
-"""A federation kept on disk, and the way its questions take through Flower."""
+"""A federation kept on disk: killed, resumed, joined, left."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
-from flwr.serverapp import Grid
 
-from common import wire
 from common.audit import AuditLog, verify
 from common.config import Federation, Preprocessing, Privacy, Recipe
-from common.errors import ExchangeError, QuorumError, StorageError
-from common.exchange import Failure, Hello, Refusal, RoundPlan, Spent, Update
+from common.errors import QuorumError, StorageError
+from common.exchange import Failure, Hello, RoundPlan, Spent, Update
 from common.identity import Signer
+from common.vault import new_key_file
 from common.weights import Weights
 from server import coordinator
-from server.app import FlowerTransport
 from server.conclude import _spent
 from server.coordinator import coordinate
-from simulations.grid import become_node
 
 RECIPE = Recipe(
     name="small",
@@ -28,11 +24,11 @@ RECIPE = Recipe(
     data=Preprocessing(size=(8, 8)),
     federation=Federation(sites=3, quorum=2, timeout_s=0.05, strategy="fedadam"),
 )
-PLAN = RoundPlan(recipe_id=RECIPE.id, round=1, work="train", weights=Weights({"w": np.zeros(2, np.float32)}))
 
 
-def hello(site: str) -> Hello:
-    return Hello(site=site, versions={}, patients={"train": 9}, manifest="d" * 64)
+def hello(site: str, **changes) -> Hello:
+    values = {"site": site, "recipe_id": RECIPE.id, "versions": {}, "patients": {"train": 9}, "manifest": "d" * 64}
+    return Hello(**(values | changes))
 
 
 def answer(plan: RoundPlan, site: str, **changes) -> Update:
@@ -46,17 +42,26 @@ def answer(plan: RoundPlan, site: str, **changes) -> Update:
 
 
 class Fake:
-    """A transport to three sites in this process."""
+    """A transport to three sites in this process; `later` come ahead of the round that they are listed under."""
 
-    def __init__(self, die_in_round: int = 0, silent: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, die_in_round: int = 0, silent: tuple[str, ...] = (), first=("east", "north", "west"), later=None
+    ) -> None:
         self.asked: list[int] = []
-        self._die, self._silent = die_in_round, silent
+        self.sites: list[tuple[str, ...]] = []
+        self.questions = 0
+        self._die, self._silent, self._first, self._later = die_in_round, silent, first, later or {}
 
-    def hello(self, recipe):
-        return {site: hello(site) for site in ("east", "north", "west")}
+    def hello(self, recipe, audit_head):
+        self.questions += 1
+        return {site: hello(site) for site in self._first}
+
+    def joined(self, recipe, audit_head):
+        return {new.site: new for new in self._later.pop(len(self.asked) + 1, ())}
 
     def ask(self, plan, sites, timeout_s):
         self.asked.append(plan.round)
+        self.sites.append(tuple(sites))
         if plan.round == self._die:
             raise KeyboardInterrupt
         return [
@@ -98,10 +103,10 @@ def test_a_crash_between_audit_and_checkpoint_repeats_the_round(tmp_path, monkey
     whole = run(tmp_path / "whole", Fake())
     write = coordinator.checkpoint.write
 
-    def full(state, folder):
+    def full(state, folder, key):
         if state.round == 3:
             raise StorageError("full")
-        return write(state, folder)
+        return write(state, folder, key)
 
     with monkeypatch.context() as patch:
         patch.setattr(coordinator.checkpoint, "write", full)
@@ -113,8 +118,10 @@ def test_a_crash_between_audit_and_checkpoint_repeats_the_round(tmp_path, monkey
 def test_resuming_a_finished_run_asks_for_no_round(tmp_path):
     first = run(tmp_path, Fake())
     again = Fake()
-    assert run(tmp_path, again, resume=True).state.weights == first.state.weights
-    assert again.asked == []
+    second = run(tmp_path, again, resume=True)
+    assert second.state.weights == first.state.weights
+    assert second.hellos == first.hellos
+    assert (again.asked, again.questions) == ([], 0)  # the sites may all have gone home
 
 
 def test_a_folder_with_checkpoints_is_not_started_over(tmp_path):
@@ -171,163 +178,76 @@ def test_a_site_that_was_silent_at_the_end_still_shows_what_it_spent(tmp_path):
     assert {site: spent.epsilon for site, spent in _spent(state).items()} == {"east": 5, "north": 5, "west": 4}
 
 
-# Flower
+def test_a_site_that_joins_between_two_rounds_takes_part_from_then_on(tmp_path):
+    net = Fake(first=("east", "north"), later={3: [hello("west")]})
+    result = run(tmp_path, net)
+    assert net.sites == [("east", "north")] * 2 + [("east", "north", "west")] * 3
+    assert [sorted(report.accepted) for report in result.state.history] == [list(sites) for sites in net.sites]
+    assert list(result.hellos) == ["east", "north", "west"]
+    joined = next(event for event in verify(tmp_path / "server.jsonl") if event.kind == "sites joined")
+    assert list(joined.facts["sites"]) == ["west"]
 
 
-class FakeGrid(Grid):
-    """Hands every message to a rule, as a network would."""
+def test_a_site_that_leaves_is_left_out_and_the_others_go_on(tmp_path):
+    class Leaving(Fake):
+        def ask(self, plan, sites, timeout_s):
+            self._silent = ("west",) if plan.round >= 3 else ()
+            return super().ask(plan, sites, timeout_s)
 
-    def __init__(self, nodes, rule) -> None:
-        become_node(1)
-        self._nodes, self._rule = list(nodes), rule
-        self.sent: list[Message] = []
-
-    def set_run(self, run) -> None: ...
-
-    @property
-    def run(self):
-        raise NotImplementedError
-
-    def create_message(self, *words, **named):
-        raise NotImplementedError
-
-    def push_messages(self, messages):
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids):
-        raise NotImplementedError
-
-    def get_node_ids(self):
-        return self._nodes
-
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = f"m{len(self.sent)}"
-            self.sent.append(message)
-            reply = self._rule(message)
-            replies += reply if isinstance(reply, list) else [reply]
-        return [reply for reply in reversed(replies) if reply is not None]
+    result = run(tmp_path, Leaving())
+    assert [sorted(report.accepted) for report in result.state.history] == [
+        *[["east", "north", "west"]] * 2,
+        *[["east", "north"]] * 3,
+    ]
+    # the same as if it had not been asked any more: what counts is who was admitted
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Fake(die_in_round=3))
+    without = run(tmp_path / "cut", Fake(first=("east", "north")), resume=True)
+    assert without.state.weights.digest == result.state.weights.digest
 
 
-NODES = {11: "north", 12: "east", 13: "west"}
+def test_a_site_that_had_gone_when_the_run_was_resumed_is_still_in_the_account(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fake(die_in_round=3))
+    second = Fake(first=("east", "north"))
+    result = run(tmp_path, second, resume=True)
+    assert second.sites == [("east", "north")] * 3
+    assert list(result.hellos) == ["east", "north", "west"]
 
 
-def grid(**rules) -> FakeGrid:
-    """Three honest nodes; a rule in a site's name replaces its answers to plans."""
-
-    def rule(message):
-        site = NODES[message.metadata.dst_node_id]
-        if message.metadata.message_type == MessageType.QUERY:
-            return Message(wire.encode(hello(site)), reply_to=message)
-        plan = wire.decode(message.content, RoundPlan)
-        return (
-            rules[site](message, plan) if site in rules else Message(wire.encode(answer(plan, site)), reply_to=message)
-        )
-
-    return FakeGrid(NODES, rule)
+COUNTED = replace(RECIPE, federation=replace(RECIPE.federation, site_weights="patients"))
 
 
-def asked(**rules) -> dict[str, object]:
-    transport = FlowerTransport(grid(**rules))
-    transport.hello(RECIPE)
-    replies = transport.ask(PLAN, ["east", "north", "west"], 5)
-    assert [reply.site for reply in replies] == ["east", "north", "west"]
-    return {reply.site: reply for reply in replies}
+@pytest.mark.parametrize(("declared", "admitted"), [(9.0, True), (10.0, False), (1.0, False)])
+def test_an_update_weighs_what_the_site_said_when_it_came_and_nothing_else(tmp_path, declared, admitted):
+    class Counted(Fake):
+        def ask(self, plan, sites, timeout_s):
+            given = {"west": declared} if plan.work == "train" else {}
+            return [answer(plan, site, weight=given.get(site, 9.0)) for site in sites]
+
+    history = run(tmp_path, Counted(), COUNTED).state.history
+    assert all(("west" in report.accepted) is admitted for report in history if report.work == "train")
+    if not admitted:
+        assert "the site came with 9 training patients" in history[0].refused["west"]
 
 
-def test_every_site_is_found_under_its_name_and_answers_in_the_order_asked():
-    net = grid()
-    transport = FlowerTransport(net)
-    assert list(transport.hello(RECIPE)) == ["east", "north", "west"]
-    replies = transport.ask(PLAN, ["west", "east", "north"], 5)
-    assert replies == [answer(PLAN, site) for site in ("west", "east", "north")]
-    assert {message.metadata.message_type for message in net.sent[3:]} == {MessageType.TRAIN}
-    transport.ask(replace(PLAN, work="evaluate"), ["east"], 5)
-    assert net.sent[-1].metadata.message_type == MessageType.EVALUATE
+def test_a_site_that_comes_back_with_more_patients_weighs_more_from_then_on(tmp_path):
+    class Growing(Fake):
+        def ask(self, plan, sites, timeout_s):
+            self.asked.append(plan.round)
+            return [answer(plan, site, weight=9.0 if site != "west" or plan.round < 3 else 12.0) for site in sites]
+
+    net = Growing(later={3: [hello("west", patients={"train": 12})]})
+    history = run(tmp_path, net, COUNTED).state.history
+    assert [report.accepted["west"].weight for report in history[:4]] == [9, 9, 12, 12]
 
 
-def test_two_nodes_of_one_name_are_refused():
-    net = FakeGrid(NODES, lambda message: Message(wire.encode(hello("north")), reply_to=message))
-    with pytest.raises(ExchangeError, match="site north; give every site its own name"):
-        FlowerTransport(net).hello(RECIPE)
-
-
-def test_too_few_sites_are_a_quorum_error_that_says_what_to_do():
-    net = FakeGrid([11], grid()._rule)
-    with pytest.raises(QuorumError, match=r"1 sites answered within 0.05 s, quorum is 2; start the missing nodes"):
-        FlowerTransport(net).hello(RECIPE)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        lambda message: Message(Error(code=2, reason="raised"), reply_to=message),
-        lambda message: Message(RecordDict(), reply_to=message),
-        lambda message: Message(RecordDict({"message": ConfigRecord({"kind": "hello"})}), reply_to=message),
-        lambda message: Message(RecordDict({"x": ArrayRecord()}), reply_to=message),
-        lambda message: None,
-    ],
-    ids=["error", "empty", "half", "other", "silence"],
-)
-def test_a_node_that_says_no_hello_is_absent_and_stops_nobody(bad):
-    honest = grid()._rule
-    net = FakeGrid(NODES, lambda message: bad(message) if message.metadata.dst_node_id == 12 else honest(message))
-    assert list(FlowerTransport(net).hello(RECIPE)) == ["north", "west"]
-
-
-def from_node_1(message, plan):
-    reply = Message(Error(code=3, reason="unavailable"), reply_to=message)
-    reply.metadata.__dict__["_src_node_id"] = 1
-    return reply
-
-
-@pytest.mark.parametrize(
-    ("rule", "why"),
-    [
-        (from_node_1, "node error 3"),
-        (lambda message, plan: None, "no reply within 5 s"),
-        (lambda message, plan: Message(RecordDict(), reply_to=message), "unreadable reply"),
-        (lambda message, plan: Message(wire.encode(hello("east")), reply_to=message), "unreadable reply"),
-        (lambda message, plan: Message(wire.encode(plan), reply_to=message), "unreadable reply"),
-        (lambda message, plan: Message(wire.encode(answer(plan, "west")), reply_to=message), "another site's name"),
-    ],
-    ids=["error from node 1", "silence", "empty", "hello", "plan", "other's name"],
-)
-def test_a_bad_answer_is_a_failure_of_the_site_that_was_asked_and_of_nobody_else(rule, why):
-    replies = asked(east=rule)
-    assert isinstance(replies["east"], Failure)
-    assert why in replies["east"].why
-    assert isinstance(replies["north"], Update)
-    assert isinstance(replies["west"], Update)
-
-
-def test_a_refusal_comes_through():
-    said = Refusal(site="east", recipe_id=RECIPE.id, round=1, code="budget", why="spent")
-    assert asked(east=lambda message, plan: Message(wire.encode(said), reply_to=message))["east"] == said
-
-
-def test_an_answer_to_a_message_that_was_never_sent_is_dropped():
-    def stray(message, plan):
-        reply = Message(wire.encode(answer(plan, "east")), reply_to=message)
-        reply.metadata.__dict__["_reply_to_message_id"] = "m999"
-        return reply
-
-    assert isinstance(asked(east=stray)["east"], Failure)
-
-
-def test_a_node_that_lies_about_its_number_speaks_only_for_itself():
-    def posing(message, plan):
-        reply = Message(wire.encode(answer(plan, "west", weight=9.0)), reply_to=message)
-        reply.metadata.__dict__["_src_node_id"] = 13
-        return reply
-
-    replies = asked(east=posing)
-    assert isinstance(replies["east"], Failure)
-    assert replies["west"].weight == 1.0
-
-
-def test_a_site_that_never_said_hello_is_silent():
-    transport = FlowerTransport(grid())
-    transport.hello(RECIPE)
-    assert transport.ask(PLAN, ["south"], 5) == [Failure(site="south", round=1, why="no reply within 5 s")]
+def test_checkpoints_under_a_key_are_sealed_and_a_run_goes_on_from_them(tmp_path):
+    key = new_key_file(tmp_path / "key")
+    whole = run(tmp_path / "whole", Fake())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Fake(die_in_round=3), key=key)
+    assert {path.suffix for path in (tmp_path / "cut" / "checkpoints").glob("round-*")} == {".sealed"}
+    with pytest.raises(StorageError, match="encrypted"):
+        run(tmp_path / "cut", Fake(), resume=True)
+    assert run(tmp_path / "cut", Fake(), resume=True, key=key).state.weights == whole.state.weights

@@ -11,7 +11,7 @@ import pytest
 
 from common.config import EarlyStopping, Federation, Recipe, Strategy, Training
 from common.errors import QuorumError
-from common.exchange import Failure, Refusal, RoundPlan, Scores, Update
+from common.exchange import Failure, Hello, Refusal, RoundPlan, Scores, Update
 from common.weights import Weights
 from server import checkpoint, rounds
 
@@ -38,8 +38,10 @@ class Sites:
         self._scores = dict(scores or {})
         """Digest of a model, or round number, to its AUROC everywhere."""
 
-    def hello(self, recipe):
+    def hello(self, recipe, audit_head):
         raise AssertionError
+
+    joined = hello
 
     def ask(self, plan, sites, timeout_s):
         self.plans.append(plan)
@@ -78,7 +80,20 @@ class Odd(Sites):
         return [reply for reply in replies.values() if reply is not None]
 
 
-def ran(recipe, transport, state=None, sites=SITES):
+def hellos(names=SITES, **patients) -> dict[str, Hello]:
+    return {
+        name: Hello(
+            site=name,
+            recipe_id="a" * 64,
+            versions={},
+            patients={"train": patients.get(name, 9)},
+            manifest="d" * 64,
+        )
+        for name in names
+    }
+
+
+def ran(recipe, transport, state=None, sites=hellos):
     state = state or rounds.start(recipe, START)
     return list(rounds.run(state, recipe, transport, sites, buffers=frozenset({"var"})))
 
@@ -256,7 +271,28 @@ def test_the_plan_carries_the_head_of_the_coordinators_log():
     sites = Sites()
     list(
         rounds.run(
-            rounds.start(recipe(1), START), recipe(1), sites, SITES, buffers=NONE, audit_head=lambda: next(heads)
+            rounds.start(recipe(1), START), recipe(1), sites, hellos, buffers=NONE, audit_head=lambda: next(heads)
         )
     )
     assert [plan.audit_head for plan in sites.plans] == ["a" * 64, "b" * 64]
+
+
+def test_who_is_there_is_asked_before_every_round_and_who_came_is_in_it():
+    present = iter([SITES[:5], SITES, SITES[2:], SITES])
+    sites = Sites()
+    steps = ran(recipe(3, quorum=5), sites, sites=lambda: hellos(next(present)))
+    assert [sorted(report.accepted) for _, report in steps] == [SITES[:5], SITES, SITES[2:], SITES]
+
+
+def test_a_site_below_its_own_count_of_patients_is_refused_and_the_others_are_aggregated():
+    class Weighed(Sites):
+        def answer(self, plan, site):
+            moved = {"w": np.full(5, float(site[1:]), np.float32), "var": np.zeros(2, np.float32)}
+            reply = super().answer(plan, site)
+            return replace(reply, delta=Weights(moved), weight=9.0) if plan.work == "train" else reply
+
+    wanted = recipe(1, quorum=2, site_weights="patients")
+    here = hellos(["s1", "s2", "s3"], s3=8)
+    state, report = ran(wanted, Weighed(), sites=lambda: here)[0]
+    assert report.refused == {"s3": "declared weight 9, but the site came with 8 training patients"}
+    assert state.weights["w"].tolist() == [1.5] * 5  # (9 * 1 + 9 * 2) / 18

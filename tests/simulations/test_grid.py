@@ -15,7 +15,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from common import wire
-from common.exchange import Failure, Hello
+from common.exchange import Failure, Hello, Question
 from server.app import FlowerTransport
 from simulations.grid import InProcessGrid, Worker, become_node, context
 
@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 from common import wire
-from common.exchange import Hello
+from common.exchange import Hello, Question
 
 def make(settings):
     app = ClientApp()
@@ -42,7 +42,8 @@ def make(settings):
         if settings == "broken" and site == "north":
             raise ValueError("SECRET")
         return Message(wire.encode(Hello(
-            site=site, versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
+            site=site, recipe_id=wire.decode(message.content, Question).recipe_id,
+            versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
         )), reply_to=message)
 
     return app
@@ -70,17 +71,20 @@ def workers() -> Iterator[list[Worker]]:
         worker.stop()
 
 
-def question(grid: InProcessGrid, site: str) -> Message:
-    return Message(wire.encode_question(), 1000 + SITES.index(site), "query")
+ASKING = Question(recipe_id="a" * 64)
+
+
+def question(grid: InProcessGrid, site: str, ttl: float | None = None) -> Message:
+    return Message(wire.encode(ASKING), 1000 + SITES.index(site), "query", ttl=ttl)
 
 
 def hello(reply: Message) -> Hello:
     return wire.decode(reply.content, Hello)
 
 
-def ask_all(grid: InProcessGrid, timeout: float | None = None) -> dict[str, Message]:
+def ask_all(grid: InProcessGrid) -> dict[str, Message]:
     asked = [question(grid, site) for site in SITES]
-    replies = {m.metadata.reply_to_message_id: m for m in grid.send_and_receive(asked, timeout=timeout)}
+    replies = {m.metadata.reply_to_message_id: m for m in grid.send_and_receive(asked)}
     return {site: replies[m.metadata.message_id] for site, m in zip(SITES, asked, strict=True)}
 
 
@@ -148,6 +152,16 @@ def test_a_worker_killed_while_it_works_is_a_failure_and_one_too_slow_is_ended(
     assert workers[0].ask(question(grid, "south"), "south").has_error()
 
 
+def test_a_message_lives_as_long_as_its_site_may_work(make: Make, workers: list[Worker]) -> None:
+    workers += [Worker(make, "slow"), Worker(make, "slow")]
+    grid = InProcessGrid(SITES, None, workers=workers)
+    workers[1].ask(question(grid, "west"), "west")  # its process runs before the time does
+    slow, quick = question(grid, "north", ttl=0.5), question(grid, "east", ttl=60)
+    replies = {m.metadata.reply_to_message_id: m for m in grid.send_and_receive([slow, quick])}
+    assert replies[slow.metadata.message_id].error.reason == "no answer within 0.5 s"
+    assert hello(replies[quick.metadata.message_id]).site == "east"
+
+
 def test_the_coordinator_sees_a_dead_worker_as_the_failure_of_its_sites(
     make: Make,
     workers: list[Worker],
@@ -161,7 +175,7 @@ def test_the_coordinator_sees_a_dead_worker_as_the_failure_of_its_sites(
     workers += [Worker(make, ""), Worker(make, "")]
     transport = FlowerTransport(InProcessGrid(SITES, None, workers=workers))
     recipe = Recipe(name="a")
-    assert sorted(transport.hello(recipe)) == sorted(SITES)
+    assert sorted(transport.hello(recipe, "")) == sorted(SITES)
     workers[0].stop(for_good=True)
     plan = RoundPlan(recipe_id=recipe.id, round=1, work="train", weights=Weights({"w": np.ones(2, np.float32)}))
     replies = transport.ask(plan, SITES, 30)
@@ -198,7 +212,7 @@ def test_only_bytes_cross_the_pipe_and_nothing_of_a_message_is_unpickled(
 
 def test_a_message_of_a_kind_that_the_app_does_not_know_is_an_error(make: Make) -> None:
     grid = InProcessGrid(SITES, make(""))
-    (reply,) = grid.send_and_receive([Message(wire.encode_question(), 1000, "train.other")])
+    (reply,) = grid.send_and_receive([Message(wire.encode(ASKING), 1000, "train.other")])
     assert reply.has_error()
 
 

@@ -1,0 +1,595 @@
+"""`fedicom site`: what the people of a hospital do at their node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from common.deployment import SiteHome, read_status
+from common.errors import ConfigError, DataError, FedicomError
+
+# The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
+if TYPE_CHECKING:
+    from client.cohort import Cohort
+    from client.ledger import Ledger
+    from common.imaging import Progress as Told
+    from common.signed import SignedRecipe
+
+_VERBS = {
+    "unpack": ("client.init", "unpack_verb", "open the sealed kit that the coordinator sent"),
+    "init": ("client.init", "init_verb", "or: make this site's own keys, and send only public ones"),
+    "join": ("client.init", "join_verb", "take a newer kit or registry of the coordinator"),
+    "preflight": ("client.cli", "preflight_verb", "check machine, keys, network and images; says what to mend"),
+    "review": ("client.cli", "review_verb", "read what a recipe would do here, on which patients, at what epsilon"),
+    "approve": ("client.cli", "approve_verb", "allow a recipe; before this, nothing of it runs"),
+    "withdraw": ("client.cli", "withdraw_verb", "end an approval; counts from the next message on"),
+    "approvals": ("client.cli", "approvals_verb", "list the recipes that are allowed here"),
+    "start": ("client.cli", "start_verb", "run the node until it is stopped; outgoing connections only"),
+    "stop": ("client.cli", "stop_verb", "end the node of this folder"),
+    "status": ("client.cli", "status_verb", "what the node does now, and what it did last"),
+    "budget": ("client.cli", "budget_verb", "epsilon spent, reserved and left, by recipe"),
+    "log": ("client.cli", "log_verb", "the last events of this site's signed log, in words"),
+}
+_EPILOG = """first day, with the kit from the coordinator:
+  fedicom site unpack north.kit /srv/fedicom      then edit /srv/fedicom/site.yaml
+  fedicom site preflight --home /srv/fedicom
+  fedicom site review recipe.json --home /srv/fedicom
+  fedicom site approve recipe.json --home /srv/fedicom
+  fedicom site start --home /srv/fedicom
+
+--home may be left out inside the site's folder, or when FEDICOM_HOME names it. docs/site.md is the handbook."""
+_LEAST_PREFIX = 6
+
+
+def site_verb(words: Sequence[str]) -> int:
+    """`fedicom site`: the first word says what to do."""
+    width = max(map(len, _VERBS)) + 2
+    listed = "\n".join(f"  {verb:<{width}}{says}" for verb, (_, _, says) in _VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="fedicom site",
+        description="A hospital's node: it trains here, on what was approved here, and calls its coordinator alone.",
+        epilog=f"verbs:\n{listed}\n\n{_EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=_VERBS, metavar="verb", help="what to do; `fedicom site VERB --help` says more")
+    room, function, _ = _VERBS[parser.parse_args(words[:1]).verb]
+    return int(getattr(import_module(room), function)(words[1:]))
+
+
+# Before the start
+
+
+def preflight_verb(words: Sequence[str]) -> int:
+    """`fedicom site preflight`: exit 1 when a check fails."""
+    parser = _parser(
+        "preflight",
+        "Check everything that may keep this node from working: user, kit, certificates, keys, versions, GPU, disk, "
+        "log, approvals, budget, images and labels, name server, proxy, gateway, clock, and that nothing but the "
+        "gateway can be reached. Each line says what is so and, where something is wrong, what to do. Exit code 1 "
+        "when a line says FAIL.",
+    )
+    parser.add_argument("--no-images", action="store_true", help="do not read the images, which may take long")
+    parser.add_argument(
+        "--no-probe", action="store_true", help="do not try whether other addresses than the gateway can be reached"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array instead of lines")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.preflight import preflight
+
+    colour = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
+    found = []
+    with _reading(console, shown=not arguments.json) as told:
+        for line in preflight(home, images=not arguments.no_images, probe=not arguments.no_probe, progress=told):
+            found.append(line)
+            if not arguments.json:
+                text = Text.assemble((f"{line.level:<5}", colour[line.level]), f"{line.what:<14}", line.says)
+                if line.fix:
+                    text.append(f"\n{'':<19}-> {line.fix}", style="bold" if line.level == "FAIL" else "")
+                console.print(text, soft_wrap=True)
+    failed = sum(line.level == "FAIL" for line in found)
+    if arguments.json:
+        print(json.dumps([vars(line) for line in found], indent=1))  # noqa: T201
+    else:
+        warned = sum(line.level == "warn" for line in found)
+        verdict = "This node can work." if not failed else f"{_count(failed, 'check')} failed; mend them first."
+        console.print(f"{verdict} {_count(len(found), 'check')}, {_count(warned, 'warning')}.", highlight=False)
+    return 1 if failed else 0
+
+
+def review_verb(words: Sequence[str]) -> int:
+    """`fedicom site review`: what a recipe would do here."""
+    parser = _parser(
+        "review",
+        "Read a recipe before anybody says yes: what would be trained, on which of this site's patients (counted "
+        "here, by reading the images), what would leave, what it would cost of the privacy budget, and what this "
+        "site's policy says to it. Nothing is approved and nothing is sent.",
+    )
+    _recipe(parser)
+    parser.add_argument("--no-count", action="store_true", help="do not read the images; patients stay uncounted")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    signed = _signed(home, arguments.recipe)
+    config, trouble = home.config, ""
+    cohort: Cohort | None = None
+    if not arguments.no_count and config.data is not None:
+        with _reading(console, shown=not arguments.json) as told:
+            try:
+                cohort = _cohort(home, signed, told)
+            except DataError as error:
+                trouble = str(error)
+    from client.review import review
+
+    found = review(signed, config, cohort, _ledger(home))
+    if arguments.json:
+        print(json.dumps({**found.plain, "data_error": trouble or None}, indent=1))  # noqa: T201
+        return 0
+    for section in found.sections:
+        console.print(section.title, style="bold", highlight=False, markup=False)
+        for line in section.lines:
+            style = "bold red" if line.startswith("NO: ") else None
+            console.print(Padding(Text(line, style or ""), (0, 0, 0, 2)))
+        console.print()
+    if trouble:
+        console.print(f"The patients could not be counted: {trouble}", style="yellow", highlight=False, markup=False)
+    return 0
+
+
+def approve_verb(words: Sequence[str]) -> int:
+    """`fedicom site approve`: allows a recipe."""
+    parser = _parser(
+        "approve",
+        "Allow a recipe at this site. It must be signed by the coordinator whose key this site has, and this site's "
+        "policy must not speak against it. The decision, and who made it, is signed and written to the log. A running "
+        "node knows of it at the next message.",
+    )
+    _recipe(parser)
+    _by(parser)
+    parser.add_argument("--yes", action="store_true", help="do not ask once more")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.approvals import Approvals
+
+    signed = _signed(home, arguments.recipe)
+    recipe = signed.recipe
+    _say(console, f"Recipe {recipe.name}, {_count(recipe.rounds, 'round')}, {_promise(recipe)}")
+    _say(console, f"Hash {recipe.id}")
+    if sys.stdin.isatty() and sys.stdout.isatty() and not arguments.yes:
+        answer = console.input("`fedicom site review` tells all that it does. Allow it here? Type yes: ")
+        if answer.strip().lower() != "yes":
+            _say(console, "Nothing was approved.")
+            return 1
+    approval = Approvals(home).approve(signed, by=_who(arguments), log=_log(home))
+    _say(console, f"Approved by {approval.by}. `fedicom site withdraw {recipe.id[:12]}` takes it back.")
+    return 0
+
+
+def withdraw_verb(words: Sequence[str]) -> int:
+    """`fedicom site withdraw`: ends an approval."""
+    parser = _parser(
+        "withdraw",
+        "End an approval. A running node refuses the recipe from the next message on; an update that is being made "
+        "is not sent any more. What was spent of the privacy budget stays spent.",
+    )
+    _recipe(parser)
+    _by(parser)
+    arguments = parser.parse_args(words)
+    home = _site(arguments)
+    from client.approvals import Approvals
+
+    recipe_id = _identify(home, arguments.recipe)
+    Approvals(home).withdraw(recipe_id, by=_who(arguments), log=_log(home))
+    _say(Console(), f"Recipe {recipe_id[:12]} is not approved here any more.")
+    return 0
+
+
+def approvals_verb(words: Sequence[str]) -> int:
+    """`fedicom site approvals`: lists what is allowed."""
+    parser = _parser("approvals", "List the recipes that are allowed here, by whom and since when.")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.approvals import Approvals
+
+    approvals = Approvals(home)
+    rows: list[dict[str, Any]] = []
+    for recipe_id in approvals.ids():
+        try:
+            approval = approvals.find(recipe_id)
+        except FedicomError as error:
+            rows.append({"recipe_id": recipe_id, "holds": False, "why": str(error)})
+            continue
+        if approval is not None:
+            recipe = approval.signed.recipe
+            told = {"name": recipe.name, "rounds": recipe.rounds, "privacy": _promise(recipe)}
+            rows.append({"recipe_id": recipe_id, "holds": True, **told, "by": approval.by, "time": approval.time})
+    if arguments.json:
+        print(json.dumps(rows, indent=1))  # noqa: T201
+        return 0
+    if not rows:
+        _say(console, "No recipe is approved here; the node refuses all of them.")
+        return 0
+    table = Table()
+    for column in ("recipe", "name", "rounds", "privacy", "by", "since"):
+        table.add_column(column)
+    for row in rows:
+        if row["holds"]:
+            cells = (
+                row["recipe_id"][:12],
+                row["name"],
+                str(row["rounds"]),
+                row["privacy"],
+                row["by"],
+                row["time"][:10],
+            )
+            table.add_row(*map(Text, cells))
+    if table.row_count:
+        console.print(table)
+    for row in rows:
+        if not row["holds"]:
+            _say(console, row["why"], "yellow")
+    return 0
+
+
+# While it runs
+
+
+def start_verb(words: Sequence[str]) -> int:
+    """`fedicom site start`: runs until it is stopped."""
+    parser = _parser(
+        "start",
+        "Run the node in the foreground, until Ctrl-C, SIGTERM or `fedicom site stop`. It keeps two processes alive, "
+        "Flower's SuperNode, which holds the connection to the gateway, and our runner, which trains; both are "
+        "started again when they end, and every outage is waited out. It opens no port to the outside. One node runs "
+        "in a folder.",
+    )
+    parser.add_argument(
+        "--allow-root",
+        action="store_true",
+        help="run although the user is root (also FEDICOM_ALLOW_ROOT=1): for containers where that means nothing",
+    )
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.node import start
+
+    def say(line: str, style: str) -> None:
+        text = Text.assemble((f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", "dim"), (line, style))
+        console.print(text, soft_wrap=True)
+
+    return start(home, say, allow_root=arguments.allow_root)
+
+
+def stop_verb(words: Sequence[str]) -> int:
+    """`fedicom site stop`: ends the node."""
+    parser = _parser(
+        "stop",
+        "End the node of this folder. An update that is being made is made again, or sent, after the next start.",
+    )
+    arguments = parser.parse_args(words)
+    from client.node import end
+
+    _say(Console(), "The node has ended." if end(_site(arguments)) else "No node runs in this folder.")
+    return 0
+
+
+def status_verb(words: Sequence[str]) -> int:
+    """`fedicom site status`: exit 1 when no node runs or it cannot work."""
+    parser = _parser(
+        "status",
+        "Show what the node does now and what it did last. Exit code 0 while the node runs, 1 when it does not or "
+        "cannot work: good for monitoring.",
+    )
+    parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    if arguments.watch:
+        from rich.live import Live
+
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                live.update(_status_shown(_status(home)), refresh=True)
+                time.sleep(1)
+    status = _status(home)
+    if arguments.json:
+        print(json.dumps(status, indent=1))  # noqa: T201
+    else:
+        console.print(_status_shown(status))
+    return 0 if status["state"] not in ("stopped", "failed") else 1
+
+
+def _status(home: SiteHome) -> dict[str, Any]:
+    """The node's own word, when it is fresh."""
+    from client.node import FRESH_S
+
+    config = home.config
+    status = read_status(home.status_file) or {}
+    fixed = {"site": config.site, "federation": config.federation, "gateway": config.gateway}
+    if not status:
+        return {**fixed, "state": "stopped"}
+    updated = datetime.fromisoformat(str(status.get("updated", "1970-01-01T00:00:00+00:00")))
+    if (datetime.now(UTC) - updated).total_seconds() > FRESH_S:
+        status["state"] = "stopped"
+    return {**status, **fixed}
+
+
+_STATES = {
+    "starting": "starting",
+    "waiting": "waiting for Flower's SuperNode on this machine",
+    "ready": "ready, waiting for the coordinator",
+    "working": "working",
+    "restarting": "its runner is being started again",
+    "failed": "cannot work",
+    "stopped": "not running; start it with `fedicom site start`",
+}
+
+
+def _status_shown(status: Mapping[str, Any]) -> RenderableType:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+
+    def row(name: str, value: object, style: str = "") -> None:
+        table.add_row(name, Text(str(value), style))
+
+    state = str(status.get("state"))
+    bad = state in ("failed", "stopped", "restarting")
+    row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
+    row("state", _STATES.get(state, state), "yellow" if bad else "green")
+    if status.get("error") and state in ("failed", "restarting"):
+        row("why", status["error"], "yellow")
+    recipe, doing = status.get("recipe"), status.get("doing")
+    if recipe:
+        row("recipe", f"{recipe['name']} ({recipe['id'][:12]})")
+        if status.get("round"):
+            closing = status["round"] > recipe["rounds"]
+            which = "closing evaluation" if closing else f"{status['round']} of {recipe['rounds']}"
+            row("round", which + (f", {doing}" if doing != "idle" else ""))
+    if status.get("progress"):
+        done, total = status["progress"]
+        row("images", f"read {done} of {total} steps")
+    epsilon = status.get("epsilon")
+    if epsilon:
+        left = max(0.0, epsilon["cap"] - epsilon["spent"])
+        row(
+            "epsilon",
+            f"{epsilon['spent']:.2f} of {epsilon['cap']:g} spent, {left:.2f} left (delta {epsilon['delta']:g})",
+        )
+    if status.get("updates") is not None:
+        sent = f"{_count(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
+        row("sent", f"{sent}; {_count(status['evaluations'], 'evaluation')}")
+    row("last contact", _ago(status.get("last_contact")))
+    refusal = status.get("last_refusal")
+    if refusal:
+        row("last refusal", f"{_ago(refusal['time'])}: {refusal['why']}", "yellow")
+        if refusal.get("here") and refusal["here"] != refusal["why"]:
+            row("", f"only told here: {refusal['here']}", "yellow")
+    if status.get("children"):
+        parts = [f"{name} {pid if pid is not None else 'not running'}" for name, pid in status["children"].items()]
+        row("processes", f"node {status.get('pid')}, {', '.join(parts)}" if state != "stopped" else "none")
+    if status.get("updated"):
+        row("as of", _ago(status["updated"]))
+    return Group(table)
+
+
+# What was spent, and what happened
+
+
+def budget_verb(words: Sequence[str]) -> int:
+    """`fedicom site budget`: what was spent of the patients' privacy."""
+    parser = _parser(
+        "budget",
+        "Show what was spent of the privacy of this site's patients, over all recipes, restarts and years: epsilon "
+        "spent, reserved by visits that did not end, and left under the cap of the policy. Epsilons of recipes do not "
+        "add up exactly: together they cost a little less than their sum.",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg or .pdf)")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.budget import budget, draw
+
+    found = budget(home)
+    if arguments.plot is not None:
+        draw(home, found, arguments.plot)
+    if arguments.json:
+        print(json.dumps(found.plain, indent=1))  # noqa: T201
+        return 0
+    table = Table(title=f"Privacy budget at delta {found.delta:g}", title_justify="left")
+    for column in ("recipe", "visits", "steps", "reserved", "epsilon alone"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in found.recipes:
+        name = f"{row.name} {row.recipe_id[:12]}" if row.name else row.recipe_id[:12]
+        numbers = (str(row.visits), f"{row.steps:,}", str(row.open or "-"), f"{row.epsilon:.2f}")
+        table.add_row(Text(name), *numbers)
+    if found.recipes:
+        console.print(table)
+    reserved = f", of which {found.reserved:.2f} is reserved by visits that did not end" if found.reserved else ""
+    _say(console, f"Spent: epsilon {found.spent:.2f} of {found.cap:g}{reserved}. Left: {found.left:.2f}.")
+    if arguments.plot is not None:
+        _say(console, f"Drawn to {arguments.plot}")
+    return 0
+
+
+def log_verb(words: Sequence[str]) -> int:
+    """`fedicom site log`: the last events, in words."""
+    parser = _parser(
+        "log",
+        "Show the last events of this site's signed log, in words. The whole log is checked first: numbers, hashes, "
+        "signatures, times. `fedicom audit` holds it against the coordinator's.",
+    )
+    parser.add_argument("-n", "--number", type=int, default=20, help="how many events; 0 shows all (default 20)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, as they stand in the log")
+    arguments = parser.parse_args(words)
+    home, console = _site(arguments), Console()
+    from client.budget import in_words
+    from common.audit import verify
+    from common.chain import parts
+    from common.identity import Signer
+
+    path = home.audit_file
+    if not path.exists() and not parts(path):
+        _say(console, "The log is not begun yet.")
+        return 0
+    events = verify(path, Signer.load(home.signing_key).public)
+    for event in events[-arguments.number :] if arguments.number > 0 else events:
+        if arguments.json:
+            print(json.dumps({"time": event.time, "kind": event.kind, "facts": event.facts}))  # noqa: T201
+        else:
+            text = Text.assemble((f"{event.time[:19].replace('T', ' ')}  ", "dim"), in_words(event))
+            console.print(text, soft_wrap=True)
+    return 0
+
+
+# Shared by the verbs
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"fedicom site {verb}", description=description)
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=Path(os.environ.get("FEDICOM_HOME", ".")),
+        help="this site's folder; else FEDICOM_HOME, else the current folder",
+    )
+    return parser
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help=f"file of `fedicom recipe sign`; or, of an approved one, the first {_LEAST_PREFIX} or more letters of its "
+        "hash",
+    )
+
+
+def _by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--by", default="", metavar="NAME", help="who decides this, for the log; else the login name")
+
+
+def _site(arguments: argparse.Namespace) -> SiteHome:
+    home = SiteHome(arguments.home)
+    if not (home.path / "site.yaml").is_file():
+        raise ConfigError(
+            f"{arguments.home} is no site's folder: it holds no site.yaml; say --home DIR or set FEDICOM_HOME"
+        )
+    return home
+
+
+def _who(arguments: argparse.Namespace) -> str:
+    from common.enrolment import login
+
+    return str(arguments.by or login())
+
+
+def _log(home: SiteHome) -> Any:
+    from common.identity import Signer
+    from common.journal import SharedLog
+
+    return SharedLog(home.audit_file, Signer.load(home.signing_key))
+
+
+def _ledger(home: SiteHome) -> Ledger | None:
+    """The account as it is; None before the first visit, when there is nothing to read."""
+    if not home.ledger_file.exists():
+        return None
+    from client.ledger import Ledger
+    from client.policy import ledger_policy
+
+    config = home.config
+    return Ledger(home.ledger_file, config.site, ledger_policy(config.policy))
+
+
+def _cohort(home: SiteHome, signed: SignedRecipe, told: Told) -> Cohort:
+    from client.cohort import open_cohort
+    from common.identity import read_private
+
+    config = home.config
+    assert config.data is not None
+    key = read_private(home.cohort_key, "a cohort key")
+    return open_cohort(Path(config.data), signed.recipe, cache=home.cache, key=key, progress=told)
+
+
+def _signed(home: SiteHome, named: str) -> SignedRecipe:
+    """A recipe from a file, or an approved one by the beginning of its hash."""
+    from client.approvals import Approvals
+    from common.signed import read_recipe
+
+    if Path(named).is_file():
+        return read_recipe(Path(named), home.registry.coordinator)
+    approval = Approvals(home).find(_identify(home, named))
+    if approval is None:
+        raise ConfigError(f"there is no file {named}, and no approved recipe of that hash")
+    return approval.signed
+
+
+def _identify(home: SiteHome, named: str) -> str:
+    from client.approvals import Approvals
+    from common.signed import read_recipe
+
+    if Path(named).is_file():
+        return read_recipe(Path(named), None).recipe.id
+    found = [recipe_id for recipe_id in Approvals(home).ids() if recipe_id.startswith(named.lower())]
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{_LEAST_PREFIX},64}}", named) or not found:
+        raise ConfigError(
+            f"there is no file {named}, and no approved recipe of that hash; `fedicom site approvals` lists them"
+        )
+    if len(found) > 1:
+        raise ConfigError(f"{named} is the beginning of {len(found)} approved recipes; give more letters")
+    return found[0]
+
+
+@contextmanager
+def _reading(console: Console, *, shown: bool) -> Iterator[Told]:
+    """A bar for the time that images are read; nothing in a pipe."""
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TextColumn("left"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not (shown and console.is_terminal),
+    )  # fmt: skip
+    task = bar.add_task("Reading images", total=None, visible=False)
+    with bar:
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+
+
+def _promise(recipe: Any) -> str:
+    privacy = recipe.privacy
+    if not privacy.active:
+        return "no differential privacy"
+    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
+    return f"{budget}, delta {privacy.delta:g}"
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _ago(moment: str | None) -> str:
+    if moment is None:
+        return "none since the node was started"
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{moment[:19].replace('T', ' ')} UTC, {seconds / size:.0f} {unit} ago"
+    return f"{moment[:19].replace('T', ' ')} UTC, {max(0, seconds):.0f} s ago"

@@ -1,0 +1,231 @@
+"""What a node's machine can reach: the gateway, under TLS 1.3 and the federation's own authority, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import ssl
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from client.machine import Line
+from common.chain import TOLERANCE_S
+from common.deployment import SiteConfig, SiteHome
+
+_CONNECT_S, _PROBE_S = 10.0, 2.0
+_CLOCK_WARN_S = 30.0
+_ROUTE = "/v1/fleet/pull-messages"
+_REFUSALS = (401, 403, 429)
+_OTHER_PORTS = (22, 80, 443, 8000, 8080, 9091, 9092, 9093)
+"""Of the gateway's host: shells, web servers, and Flower's own ports."""
+_OTHER_HOSTS = (("1.1.1.1", 443), ("8.8.8.8", 53), ("9.9.9.9", 853))
+"""Well-known public addresses; a connection is opened and closed, nothing is sent."""
+
+
+def gateway(home: SiteHome) -> Iterator[Line]:
+    """Name, proxy, TLS, refusal of strangers, clock: in this order, as far as it goes."""
+    config = home.config
+    host, port = split_address(config.gateway)
+    proxy = proxy_of(config, os.environ)
+    via = f" through the proxy {_shown(proxy)}" if proxy else ""
+    first = split_address(_shown(proxy)) if proxy else (host, port)
+    try:
+        addresses = sorted({str(row[4][0]) for row in socket.getaddrinfo(*first, type=socket.SOCK_STREAM)})
+    except OSError:
+        what = "the proxy" if proxy else "the gateway"
+        yield Line(
+            level="FAIL",
+            what="DNS",
+            says=f"{first[0]} has no address",
+            fix=f"check the name of {what} in site.yaml and this machine's name server, or enter it in /etc/hosts",
+        )
+        return
+    if proxy and urlsplit(proxy).scheme != "http":
+        yield Line(
+            level="warn", what="proxy", says=f"{_shown(proxy)} is spoken to in {urlsplit(proxy).scheme}, which cannot "
+            "be checked here", fix="look at `fedicom site status` whether the coordinator is reached",
+        )  # fmt: skip
+        return
+    yield Line(level="ok", what="DNS", says=f"{first[0]} is {', '.join(addresses[:3])}")
+    if proxy:
+        yield Line(level="ok", what="proxy", says=f"{_shown(proxy)} is used for the gateway")
+    try:
+        line, status, date = ask_gateway(host, port, home.ca, proxy)
+    except ssl.SSLCertVerificationError as error:
+        yield Line(
+            level="FAIL",
+            what="gateway",
+            says=f"its certificate does not hold against this federation's authority ({error.verify_message})",
+            fix="if the network inspects TLS, exempt the gateway; else ask the coordinator: somebody may stand between",
+        )
+        return
+    except ssl.SSLError as error:
+        yield Line(
+            level="FAIL",
+            what="gateway",
+            says=f"no TLS 1.3 with {config.gateway}{via} ({error.reason})",
+            fix="check the port; a firewall that inspects TLS must let this connection through unopened",
+        )
+        return
+    except OSError as error:
+        yield Line(
+            level="FAIL",
+            what="gateway",
+            says=f"{config.gateway} cannot be reached{via} ({error.strerror or type(error).__name__})",
+            fix=f"open the firewall for outgoing TCP to {config.gateway}, or name the proxy in site.yaml",
+        )
+        return
+    yield Line(level="ok", what="gateway", says=f"{line}{via}")
+    yield _refusal(status)
+    yield _clock(date)
+
+
+def _refusal(status: int) -> Line:
+    if status in _REFUSALS:
+        return Line(level="ok", what="gateway", says=f"refuses a stranger ({status})")
+    if status in (502, 503, 504):
+        return Line(
+            level="warn", what="gateway", says=f"is there, but nothing behind it ({status})",
+            fix="ask the coordinator whether the server runs; the node waits for it",
+        )  # fmt: skip
+    return Line(
+        level="FAIL", what="gateway", says=f"answered a stranger with {status}, expected a refusal (401 or 403)",
+        fix="tell the coordinator: this is no Fedicom gateway, or one that is open",
+    )  # fmt: skip
+
+
+def _clock(date: str | None) -> Line:
+    try:
+        theirs = parsedate_to_datetime(date or "")
+        off_s = (datetime.now(UTC) - theirs.astimezone(UTC)).total_seconds()
+    except ValueError:
+        return Line(
+            level="warn", what="clock", says="could not be compared: the gateway tells no time",
+            fix="see that this machine keeps time with NTP or chrony",
+        )  # fmt: skip
+    says = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the gateway's"
+    if abs(off_s) > TOLERANCE_S:
+        fix = "set the clock, and keep it right with NTP or chrony: the logs of both sides would contradict each other"
+        return Line(level="FAIL", what="clock", says=says, fix=fix)
+    if abs(off_s) > _CLOCK_WARN_S:
+        return Line(level="warn", what="clock", says=says, fix="keep it right with NTP or chrony")
+    return Line(level="ok", what="clock", says="agrees with the gateway's")
+
+
+def ask_gateway(host: str, port: int, ca: Path, proxy: str | None) -> tuple[str, int, str | None]:
+    """One request without credentials.
+
+    Returns:
+        What the connection is, the status of the answer, and its Date header.
+
+    Raises:
+        OSError: There is no connection, or no TLS 1.3 under this authority (`ssl.SSLError`).
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(ca)
+    with closing(_connect(host, port, proxy)) as plain, context.wrap_socket(plain, server_hostname=host) as line:
+        request = f"POST {_ROUTE} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        line.sendall(request.encode())
+        status, headers = _answer(line)
+        return f"{line.version()} with {host}:{port}, signed by the federation's authority", status, headers.get("date")
+
+
+def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
+    if proxy is None:
+        return socket.create_connection((host, port), timeout=_CONNECT_S)
+    url = urlsplit(proxy)
+    line = socket.create_connection(split_address(_shown(proxy)), timeout=_CONNECT_S)
+    try:
+        login = ""
+        if url.username:
+            word = b64encode(f"{unquote(url.username)}:{unquote(url.password or '')}".encode()).decode()
+            login = f"Proxy-Authorization: Basic {word}\r\n"
+        line.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n{login}\r\n".encode())
+        status, _ = _answer(line)
+        if status != 200:
+            raise ConnectionRefusedError(None, f"the proxy answered {status}")
+    except BaseException:
+        line.close()
+        raise
+    return line
+
+
+def _answer(line: socket.socket) -> tuple[int, Mapping[str, str]]:
+    """Status and headers of an HTTP answer, names in small letters."""
+    data = b""
+    while b"\r\n\r\n" not in data and len(data) < 1 << 16:
+        got = line.recv(4096)
+        if not got:
+            break
+        data += got
+    first, *rows = data.split(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] (\d{3})", first)
+    if match is None:
+        raise ConnectionError(None, "the answer is no HTTP")
+    headers = (row.partition(":") for row in rows)
+    return int(match[1]), {name.strip().lower(): value.strip() for name, _, value in headers}
+
+
+def elsewhere(config: SiteConfig, others: Sequence[tuple[str, int]] | None) -> Iterator[Line]:
+    """Whether anything but the gateway can be reached; a warning where it can, for laptops are no hospitals.
+
+    Args:
+        others: Addresses to try; None takes a handful of well-known ones and other ports of the gateway's host.
+    """
+    host, port = split_address(config.gateway)
+    proxy = proxy_of(config, os.environ)
+    if others is None:
+        others = (*((host, other) for other in _OTHER_PORTS), *_OTHER_HOSTS)
+    allowed = {(host, port), split_address(_shown(proxy)) if proxy else None}
+    wanted = [place for place in others if place not in allowed]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        reached = [place for place, open_ in zip(wanted, pool.map(_open, wanted), strict=True) if open_]
+    if not reached:
+        yield Line(level="ok", what="elsewhere", says=f"none of {len(wanted)} other addresses can be reached")
+        return
+    yield Line(
+        level="warn",
+        what="elsewhere",
+        says=f"this machine also reaches {', '.join(f'{name}:{other}' for name, other in reached)}",
+        fix=f"the node needs {config.gateway} alone: let the firewall allow no more than that",
+    )
+
+
+def _open(place: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(place, timeout=_PROBE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`; an IPv6 address may stand in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def proxy_of(config: SiteConfig, environment: Mapping[str, str]) -> str | None:
+    """The proxy that the connection to the gateway takes, as a URL; None for a direct one."""
+    if config.proxy is not None:
+        return config.proxy
+    proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY")
+    host = split_address(config.gateway)[0]
+    without = (environment.get("no_proxy") or environment.get("NO_PROXY") or "").replace(" ", "").split(",")
+    if not proxy or "*" in without or any(name and host.endswith(name.lstrip(".")) for name in without):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _shown(proxy: str) -> str:
+    """host:port of a proxy, without the password that its URL may hold."""
+    url = urlsplit(proxy)
+    return f"{url.hostname}:{url.port or (443 if url.scheme == 'https' else 80)}"

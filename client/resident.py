@@ -1,0 +1,408 @@
+"""A deployed hospital's end of the federation: asks what is approved, keeps model and data loaded, answers.
+
+Approval, policy and budget are looked up at every message, so what a person changes while the node runs counts at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from client.approvals import Approval, Approvals
+from client.cohort import Cohort, open_cohort
+from client.ledger import Ledger
+from client.policy import ledger_policy
+from client.site import Code, Site, package_versions
+from common.chain import GENESIS, Event, parts, verify
+from common.config import Recipe
+from common.deployment import Policy, SiteConfig, SiteHome
+from common.errors import ConfigError, DataError, FedicomError, PrivacyError, StorageError
+from common.exchange import Hello, Question, Refusal, RoundPlan, Update
+from common.identity import Signer, read_private
+from common.installed import code_hashes
+from common.journal import Log, SharedLog
+from common.lineage import approvals as standing_approvals
+from common.models import build
+from common.storage import private_folder
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", Hello, Update)
+Doing = Literal["idle", "reading images", "training", "evaluating"]
+
+_NO_RECIPE = "0" * 64
+_PROGRESS_S = 1.0
+_SAID, _SAID_S = 100, 3600.0
+# A coordinator asks every half minute whether a recipe is approved meanwhile; the log need not grow by that.
+_SEE = "its people see why with `fedicom site status`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the site's own people are shown; nothing of it is sent."""
+
+    doing: Doing = "idle"
+    recipe: Mapping[str, Any] | None = None
+    """`id`, `name` and `rounds` of the recipe that was worked on last."""
+    round: int | None = None
+    progress: tuple[int, int] | None = None
+    """Steps done and steps in all, while images are read."""
+    last_contact: str | None = None
+    """When the coordinator's last message came; UTC, ISO 8601."""
+    last_visit_s: float | None = None
+    busy_s: float = 0.0
+    """Seconds of all visits since the start."""
+    last_refusal: Mapping[str, str] | None = None
+    """`time`, `recipe_id`, `code`, `why` as the coordinator was told, and `here`, which it was not."""
+    epsilon: Mapping[str, float] | None = None
+    """`spent`, `cap` and `delta` of the cohort; None before anything was trained privately."""
+    updates: int = 0
+    """Sent since the log began; the next three as well."""
+    evaluations: int = 0
+    bytes_sent: int = 0
+    refusals: int = 0
+
+
+class Resident:
+    """Answers messages for a site until it is stopped; implements `client.app.Node`."""
+
+    def __init__(
+        self,
+        home: SiteHome,
+        *,
+        on_change: Callable[[State], None] = lambda state: None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """Names the site's folder.
+
+        Args:
+            on_change: Told the state whenever it changes, from the thread that answers.
+            now: The local time, for the opening hours.
+
+        Raises:
+            ConfigError: The configuration does not hold.
+            StorageError: The signing key cannot be read.
+        """
+        self._home, self._on_change, self._now = home, on_change, now
+        self._name = home.config.site
+        self._signer = Signer.load(home.signing_key)
+        self._audit_file = home.audit_file
+        self._log: Log = SharedLog(self._audit_file, self._signer)
+        self._approvals = Approvals(home)
+        self._configuration = ""
+        self._ledger_head = GENESIS
+        self._site: Site | None = None
+        self._loaded: tuple[object, ...] = ()
+        self._said: dict[tuple[object, ...], float] = {}
+        """Refusals that were logged, and until when they are not logged again."""
+        self.state = State()
+
+    # From the first message to the last
+
+    def start(self) -> None:
+        """Reads the log, looks whether the ledger is the one that the log remembers, and writes that the node runs.
+
+        Raises:
+            AuditError: The log does not hold.
+            ConfigError: The configuration does not hold.
+            StorageError: The log or the ledger cannot be read, trusted or written.
+        """
+        events = self._events()
+        reserved = [str(event.facts.get("ledger_head", "")) for event in events if event.kind == "budget reserved"]
+        self._ledger_head = reserved[-1] if reserved else GENESIS
+        config = self._configured()
+        self._log.append("node started", configuration=self._configuration, versions=dict(package_versions()))
+        self._log.append("code", packages=dict(code_hashes()))
+        self._set(**_counted(events))
+        if self._ledger_head != GENESIS or self._home.ledger_file.exists():
+            ledger = self._ledger(config.policy)
+            if why := self._cut(ledger):
+                self._log.append("budget refused", why=why)
+                self._show_refusal(_NO_RECIPE, "budget", why)
+            else:
+                self._account(ledger, config.policy)
+
+    def stop(self, why: str = "") -> None:
+        """Writes that the node ends.
+
+        Raises:
+            StorageError: The log cannot be written.
+        """
+        self._log.append("node stopped", why=why)
+
+    # What the coordinator may ask
+
+    def hello(self, question: Question) -> Hello | Refusal:
+        """Who this is, or why it will not work on that recipe; the first time for a recipe its images are read."""
+        return self._answer(question.recipe_id, 1, lambda site: site.hello(question))
+
+    def visit(self, plan: RoundPlan) -> Update | Refusal:
+        """Does what the plan asks, or says why not."""
+
+        def work(site: Site) -> Update | Refusal:
+            doing: Doing = "training" if plan.work == "train" else "evaluating"
+            self._set(doing=doing, round=plan.round)
+            return self._visit(site, plan)
+
+        began = time.monotonic()
+        reply = self._answer(plan.recipe_id, plan.round, work)
+        seconds = time.monotonic() - began
+        self._set(last_visit_s=seconds, busy_s=self.state.busy_s + seconds)
+        return reply
+
+    def misunderstood(self, why: str) -> Refusal:
+        """The answer to a message that is none of ours; nothing is run for it."""
+        recipe = self.state.recipe
+        return self._refuse(str(recipe["id"]) if recipe else _NO_RECIPE, 1, "message", why, kind="message refused")
+
+    def turned_away(self, why: str) -> None:
+        """Writes down that a message was refused before it was read; there is nobody to answer."""
+        self.misunderstood(why)
+
+    # How it is answered
+
+    def _answer(self, recipe_id: str, round_: int, ask: Callable[[Site], T | Refusal]) -> T | Refusal:
+        reply: T | Refusal
+        refusals = self.state.refusals
+        self._set(last_contact=_utc())
+        try:
+            site = self._permitted(recipe_id, round_)
+            reply = ask(site) if isinstance(site, Site) else site
+        except FedicomError as error:
+            reply = self._refuse(recipe_id, round_, "training", "the site could not answer; " + _SEE, error)
+        except Exception as error:
+            log.exception("no answer to a message about recipe %s", recipe_id[:12])
+            why = f"{type(error).__name__} at the site; see its own log"
+            reply = self._refuse(recipe_id, round_, "training", why, error)
+        if isinstance(reply, Refusal) and self.state.refusals == refusals:  # the site's own
+            self._show_refusal(recipe_id, reply.code, reply.why)
+        self._set(doing="idle", progress=None)
+        return reply
+
+    def _permitted(self, recipe_id: str, round_: int) -> Site | Refusal:
+        """The site, opened for this recipe under today's policy."""
+        try:
+            config = self._configured()
+        except FedicomError as error:
+            # The text quotes site.yaml, which is nobody's business.
+            why = "this site's configuration does not hold at the moment; " + _SEE
+            return self._refuse(recipe_id, round_, "policy", why, error)
+        try:
+            approval = self._approvals.find(recipe_id)
+        except ConfigError as error:
+            return self._refuse(recipe_id, round_, "recipe", str(error), error)
+        if approval is None:
+            if self._loaded[:1] == (recipe_id,):
+                self._unload()
+            return self._refuse(recipe_id, round_, "recipe", f"recipe {recipe_id[:12]} is not approved at this site")
+        recipe = approval.signed.recipe
+        self._set(recipe={"id": recipe.id, "name": recipe.name, "rounds": recipe.rounds})
+        try:
+            return self._opened(approval, config)
+        except DataError as error:
+            # Its numbers may be about fewer patients than may be told.
+            why = "the images and labels of this site make no cohort for this recipe; " + _SEE
+            return self._refuse(recipe_id, round_, "data", why, error)
+        except StorageError as error:
+            why = "this site cannot read its images, or not keep what it prepares; " + _SEE
+            return self._refuse(recipe_id, round_, "data", why, error)
+        except (ConfigError, PrivacyError) as error:
+            return self._refuse(recipe_id, round_, "recipe", str(error), error)
+
+    def _visit(self, site: Site, plan: RoundPlan) -> Update | Refusal:
+        if site.ledger is not None and plan.work == "train" and (why := self._cut(site.ledger)):
+            return self._refuse(plan.recipe_id, plan.round, "budget", why, kind="budget refused")
+        reply = site.visit(plan)
+        if site.ledger is not None and plan.work == "train":
+            self._ledger_head = site.ledger.head
+            self._account(site.ledger, site.policy)
+        if isinstance(reply, Refusal):
+            return reply
+        if self._approvals.find(plan.recipe_id) is None:  # withdrawn while it was trained
+            self._approvals.forget(plan.recipe_id)
+            return self._refuse(plan.recipe_id, plan.round, "recipe", "the approval was withdrawn meanwhile")
+        trained = len(reply.delta) > 0
+        self._set(
+            updates=self.state.updates + trained,
+            evaluations=self.state.evaluations + (not trained),
+            bytes_sent=self.state.bytes_sent + reply.delta.nbytes,
+        )
+        return reply
+
+    # What is kept loaded
+
+    def _opened(self, approval: Approval, config: SiteConfig) -> Site:
+        recipe, policy = approval.signed.recipe, config.policy
+        # Approving a recipe anew reads its data anew.
+        wanted = (recipe.id, approval.time, config.data, config.device, config.threads)
+        if self._site is None or self._loaded != wanted:
+            self._unload()
+            self._site = self._build(recipe, config)
+            self._loaded = wanted
+        device = self._site.device
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(policy.gpu_memory_fraction, device)
+        self._site.policy = policy
+        self._site.ledger = self._ledger(policy) if recipe.privacy.active else None
+        return self._site
+
+    def _build(self, recipe: Recipe, config: SiteConfig) -> Site:
+        if not standing_approvals(self._name, self._events(), recipe.id):
+            raise ConfigError(
+                f"the log of this site does not say that recipe {recipe.id[:12]} is approved, or says that this was "
+                "withdrawn; approve it anew"
+            )
+        device = _device(config)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        model = functools.cache(lambda: build(recipe))
+        model()  # what cannot be built is told before hours are spent on reading
+        return Site(
+            self._name,
+            recipe,
+            self._cohort(recipe, config),
+            model,
+            folder=private_folder(self._home.state),
+            audit=self._log,
+            ledger=self._ledger(config.policy) if recipe.privacy.active else None,
+            device=device,
+            policy=config.policy,
+            keep=True,
+            now=self._now,
+        )
+
+    def _cohort(self, recipe: Recipe, config: SiteConfig) -> Cohort:
+        if config.data is None:
+            raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
+        shown = 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal shown
+            if done == total or time.monotonic() - shown > _PROGRESS_S:
+                shown = time.monotonic()
+                self._set(progress=(done, total))
+
+        self._set(doing="reading images")
+        key = read_private(self._home.cohort_key, "a cohort key")
+        try:
+            return open_cohort(Path(config.data), recipe, cache=self._home.cache, key=key, progress=progress)
+        except ConfigError as error:  # of this site's folders, not of the recipe
+            raise DataError(str(error)) from None
+
+    def _unload(self) -> None:
+        if self._site is None:
+            return
+        self._site, self._loaded = None, ()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _ledger(self, policy: Policy) -> Ledger:
+        private_folder(self._home.state)
+        # Named by the site: one account for all recipes on its patients, whatever becomes of the cohort's files.
+        return Ledger(self._home.ledger_file, self._name, ledger_policy(policy))
+
+    def _cut(self, ledger: Ledger) -> str:
+        """What is wrong when the ledger is not the one that was written to last; empty when it is."""
+        try:
+            ledger.repair()
+            if ledger.holds(self._ledger_head):
+                return ""
+        except StorageError as error:
+            return str(error)
+        return (
+            "the privacy ledger is older than this site's log remembers: lines were lost, or an old copy was put back; "
+            "nothing private is trained until the newest ledger is back in its place"
+        )
+
+    # What is written down
+
+    def _configured(self) -> SiteConfig:
+        config = self._home.config
+        if config.site != self._name:
+            raise ConfigError(f"site.yaml names site {config.site}, the node was started as {self._name}; restart it")
+        digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+        if digest != self._configuration:
+            self._log.append("configuration", sha256=digest, policy=asdict(config.policy))
+            self._configuration = digest
+        return config
+
+    def _events(self) -> tuple[Event, ...]:
+        path = self._audit_file
+        return verify(path, self._signer.public) if path.exists() or parts(path) else ()
+
+    def _account(self, ledger: Ledger, policy: Policy) -> None:
+        self._set(epsilon={"spent": ledger.spent(), "cap": policy.epsilon, "delta": policy.delta})
+
+    def _refuse(
+        self,
+        recipe_id: str,
+        round_: int,
+        code: Code,
+        why: str,
+        error: Exception | None = None,
+        *,
+        kind: str = "recipe refused",
+    ) -> Refusal:
+        why = why[:500]
+        if error is not None:
+            log.warning("recipe %s, round %d refused: %s", recipe_id[:12], round_, error)
+        facts: dict[str, Any] = {"why": why}
+        if kind != "message refused":
+            facts |= {"recipe_id": recipe_id, "round": round_}
+        if kind == "recipe refused":
+            facts["code"] = code
+        said = (kind, recipe_id, round_, code, why)
+        try:
+            if time.monotonic() < self._said.get(said, 0.0):
+                head = self._log.head
+            else:
+                head = self._log.append(kind, **facts)
+                self._said = {said: time.monotonic() + _SAID_S, **dict(list(self._said.items())[:_SAID])}
+        except FedicomError:  # a full disk, or a log that does not hold: the coordinator shall still hear why
+            log.exception("the refusal could not be logged")
+            head = ""
+        self._show_refusal(recipe_id, code, why, here=str(error or ""))
+        return Refusal(site=self._name, recipe_id=recipe_id, round=round_, code=code, why=why, audit_head=head)
+
+    def _show_refusal(self, recipe_id: str, code: str, why: str, *, here: str = "") -> None:
+        told = {"time": _utc(), "recipe_id": recipe_id, "code": code, "why": why, "here": here}
+        self._set(last_refusal=told, refusals=self.state.refusals + 1)
+
+    def _set(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        self._on_change(self.state)
+
+
+def _device(config: SiteConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _counted(events: tuple[Event, ...]) -> dict[str, int]:
+    """What has left and what was refused, as the log has it."""
+    sent = [event for event in events if event.kind in ("update sent", "update sent again")]
+    size = {event.facts.get("digest"): int(event.facts.get("bytes") or 0) for event in sent if "bytes" in event.facts}
+    refused = ("plan refused", "recipe refused", "message refused")
+    return {
+        "updates": len(sent),
+        "bytes_sent": sum(size.get(event.facts.get("digest"), 0) for event in sent),
+        "evaluations": sum(event.kind == "evaluation sent" for event in events),
+        "refusals": sum(event.kind in refused for event in events),
+    }
+
+
+def _utc() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,441 @@
+"""What a recipe would do at this hospital, in words for the people who must decide on it.
+
+Everything is counted and computed here, from the recipe, the policy, this site's own patients and its ledger; nothing
+is asked of the coordinator and nothing is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from client.ledger import Ledger
+from client.policy import ledger_policy, objections
+from common.accounting import Event, epsilon_pld, solve_noise
+from common.config import Recipe
+from common.deployment import Policy, SiteConfig
+from common.errors import FedicomError, PrivacyError
+from common.signed import SignedRecipe
+
+# The model's size needs torch, and the cohort the imaging room: both take seconds to import.
+if TYPE_CHECKING:
+    from client.cohort import Cohort
+
+_INTERVAL = 1e-3
+"""Of the grid of privacy losses; rounding on it only ever adds."""
+_SPLITS = {"train": "to train on", "validation": "to watch the training with", "test": "for the closing evaluation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading and what stands under it, one sentence or row each."""
+
+    title: str
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """What to know before saying yes."""
+
+    sections: tuple[Section, ...]
+    objections: tuple[str, ...]
+    """Why this site would not run it as things stand; empty when nothing speaks against it."""
+    plain: Mapping[str, Any]
+    """The same as JSON types."""
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of it, for a terminal or a printer."""
+        return tuple(line for section in self.sections for line in (section.title, *section.lines, ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a private recipe takes from the budget of this cohort."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    """Noised steps of one visit."""
+    epsilon: float
+    """Of all rounds, at the recipe's delta."""
+    right_guesses: float
+    """Share of right guesses whether a patient took part, at most; 0.5 is a coin."""
+    spent: float
+    """By everything so far, at the policy's delta."""
+    paid_rounds: int
+    """Visits of this recipe that are in the ledger already."""
+    after: float
+    """By everything, when all rounds are done, at the policy's delta."""
+    affordable: int
+    """Rounds that still fit under the cap, at most those that are left."""
+
+
+def review(signed: SignedRecipe, config: SiteConfig, cohort: Cohort | None, ledger: Ledger | None) -> Review:
+    """Puts together what the recipe would do here.
+
+    Args:
+        signed: Checked by `common.signed.parse_recipe` against the coordinator's pinned key.
+        config: The site's own.
+        cohort: Its patients under this recipe; None where they have not been counted.
+        ledger: The cohort's account; None where none is at hand, and then nothing is said to be left.
+
+    Raises:
+        StorageError: The ledger cannot be read or trusted.
+    """
+    recipe, policy = signed.recipe, config.policy
+    patients = cohort.patients("train") if cohort is not None else None
+    found = list(objections(recipe, policy, patients))
+    numbers, trouble = _numbers(recipe)
+    cost = None
+    if recipe.privacy.active and patients is not None:
+        cost, why = _cost(recipe, policy, patients, ledger)
+        trouble += why
+    found += trouble
+    sections = (
+        _head(signed),
+        _work(recipe, numbers),
+        _patients(recipe, policy, cohort),
+        _leaves(recipe, policy, cohort, numbers),
+        _privacy(recipe, policy, cost, counted=cohort is not None),
+        _verdict(found),
+    )
+    plain = {
+        "recipe": {"id": recipe.id, "name": recipe.name, "coordinator": signed.coordinator},
+        "objections": found,
+        "training": {
+            "task": recipe.task.kind,
+            "classes": list(recipe.task.classes),
+            "network": _network(recipe),
+            "rounds": recipe.rounds,
+            "local_epochs": recipe.training.local_epochs,
+            "batch_size": recipe.training.batch_size,
+        },
+        "patients": _counts(recipe, cohort),
+        "refused_files": dict(cohort.refused) if cohort is not None else None,
+        "leaves": {
+            "numbers": numbers,
+            "update_bytes": None if numbers is None else 4 * numbers,
+            "all_updates_bytes": None if numbers is None else 4 * numbers * recipe.rounds,
+            "noised": recipe.privacy.active,
+            "scores": {split: why is None for split, why in _scores(recipe, policy, cohort).items()},
+            "smallest_cell": _cell(recipe, policy),
+        },
+        "privacy": None if cost is None else _cost_plain(recipe, policy, cost),
+    }
+    return Review(sections=sections, objections=tuple(found), plain=plain)
+
+
+def _head(signed: SignedRecipe) -> Section:
+    recipe = signed.recipe
+    lines = [
+        f"Hash: {recipe.id}",
+        f"Signed by the coordinator's key {signed.coordinator[:16]}, the one that this site trusts.",
+    ]
+    if recipe.description:
+        lines.append(f"The coordinator says: {_printable(recipe.description)}")
+    return Section(title=f"Recipe {recipe.name}", lines=tuple(lines))
+
+
+def _work(recipe: Recipe, numbers: int | None) -> Section:
+    task, data, training = recipe.task, recipe.data, recipe.training
+    classes = [_printable(name) for name in task.classes]
+    what = {
+        "binary": f"tell {classes[-1]!r} from {classes[0]!r}",
+        "multiclass": f"tell apart {', '.join(map(repr, classes))}",
+        "multilabel": f"say of each of {', '.join(map(repr, classes))} whether it is there",
+    }[task.kind]
+    of = "volumes" if task.dimensions == 3 else "images"
+    modality = f" ({', '.join(map(_printable, data.modalities))})" if data.modalities else " of any modality"
+    size = " x ".join(map(str, data.size))
+    trained = "of a size that could not be computed" if numbers is None else f"with {numbers:,} numbers to train"
+    return Section(
+        title="What would be trained",
+        lines=(
+            f"A network learns to {what}, from {of}{modality}, each brought to {size} "
+            f"{'voxels' if task.dimensions == 3 else 'pixels'}.",
+            f"The network is {_printable(_network(recipe))}, {trained}.",
+            f"{_count(recipe.rounds, 'round')}. In each, this site goes through its training patients "
+            f"{_times(training.local_epochs)}, {training.batch_size} patients a step.",
+            "The program that trains is the one installed here; the recipe brings no code.",
+        ),
+    )
+
+
+def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
+    if cohort is None:
+        return Section(
+            title="On which of your patients",
+            lines=("Not counted. Give the data folder in site.yaml (data), and run the review again.",),
+        )
+    lines = []
+    of = "volumes" if recipe.task.dimensions == 3 else "images"
+    for split, counts in (_counts(recipe, cohort) or {}).items():
+        classes = ", ".join(f"{_printable(name)} {count}" for name, count in counts["classes"].items())
+        lines.append(
+            f"{counts['patients']} patients with {counts['samples']} {of} {_SPLITS[split]} (patients: {classes})"
+        )
+    if cohort.refused:
+        codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))
+        lines.append(f"{_count(sum(cohort.refused.values()), 'file')} of the folder not used: {codes}")
+    else:
+        lines.append("Every file of the folder is used.")
+    cell = _cell(recipe, policy)
+    lines.append(
+        f"These numbers were counted here. The coordinator is told the patients of each group, and 0 where they are "
+        f"fewer than {cell}."
+    )
+    return Section(title="On which of your patients", lines=tuple(lines))
+
+
+def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int | None) -> Section:
+    size = "of unknown size" if numbers is None else f"{_bytes(4 * numbers)}"
+    noised = (
+        "clipped and noised, see privacy below"
+        if recipe.privacy.active
+        else "WITHOUT noise: parts of the images that it was trained on may be computed back from it"
+    )
+    scores = _scores(recipe, policy, cohort)
+    lines = [
+        "Once: this site's name, the patients of each group as above, versions of the programs, hash of the data.",
+        f"In each round: one update of the network, {size}, {noised}.",
+        f"In each round: scores on the validation patients, such as AUROC: {scores['validation'] or 'yes'}.",
+        f"After the last round: scores on the test patients: {scores['test'] or 'yes'}.",
+    ]
+    if recipe.privacy.active:
+        lines.append("In each round: epsilon spent, noise, sampling rate, number of steps.")
+    else:
+        lines.append("In each round: the mean training loss and the number of steps.")
+    if recipe.federation.site_weights == "patients":
+        lines.append("In each round: the exact number of training patients, by which the update is weighted.")
+    lines.append("With every message: hashes of the recipe, of the weights and of this site's log.")
+    if numbers is not None:
+        lines.append(f"All {_count(recipe.rounds, 'update')} together: {_bytes(4 * numbers * recipe.rounds)}.")
+    lines.append("Never: images, names, identifiers, dates, or the label of a patient.")
+    return Section(title="What leaves this house", lines=tuple(lines))
+
+
+def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool) -> Section:
+    privacy = recipe.privacy
+    if not privacy.active:
+        return Section(
+            title="Privacy",
+            lines=("None is promised: the recipe trains without differential privacy, and nothing limits what the "
+                   "updates tell of a single patient.",),
+        )  # fmt: skip
+    lines = [
+        "Epsilon says how much what leaves can depend on any one patient: 0 is not at all, and every training adds.",
+        f"Each patient's share in a step is clipped to {privacy.clip_norm:g} before noise is added.",
+    ]
+    if cost is None:
+        asked = f"up to epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise {privacy.noise_multiplier:g}"
+        why = "it could not be computed" if counted else "it depends on the number of patients, which were not counted"
+        lines.append(f"The recipe asks for {asked} at delta {privacy.delta:g}; what that costs here: {why}.")
+        return Section(title="Privacy", lines=tuple(lines))
+    lines += [
+        f"All {_count(recipe.rounds, 'round')} would spend epsilon {cost.epsilon:.2f} at delta {privacy.delta:g}, with "
+        f"noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round.",
+        "In plain words: somebody who knows everything but one patient, and sees all that leaves, guesses whether that "
+        f"patient took part. A coin is right 50 times of 100, the best guess {_right(cost.right_guesses)} of 100.",
+        f"Spent on these patients so far: epsilon {cost.spent:.2f} of at most {policy.epsilon:g} (delta "
+        f"{policy.delta:g}).",
+        f"After this recipe: epsilon {cost.after:.2f}, "
+        + (f"{policy.epsilon - cost.after:.2f} would remain." if cost.after <= policy.epsilon else "over the cap."),
+    ]
+    if cost.paid_rounds:
+        lines.append(f"{_count(cost.paid_rounds, 'visit')} of this recipe already stand in the ledger.")
+    return Section(title="Privacy", lines=tuple(lines))
+
+
+def _verdict(found: Sequence[str]) -> Section:
+    if not found:
+        return Section(
+            title="This site's policy",
+            lines=("Nothing in it speaks against this recipe. Nothing runs before `fedicom site approve`.",),
+        )
+    return Section(
+        title="This site's policy",
+        lines=(
+            *(f"NO: {why}" for why in found),
+            "While one of these holds, this site refuses the recipe, approved or not.",
+        ),
+    )
+
+
+def _numbers(recipe: Recipe) -> tuple[int | None, list[str]]:
+    """How many float32 numbers an update has, or why the network cannot be built here."""
+    from common.models import build, get_weights
+
+    try:
+        return get_weights(build(recipe)).nbytes // 4, []
+    except FedicomError as error:
+        return None, [f"the network cannot be built here: {error}"]
+
+
+def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) -> tuple[Cost | None, list[str]]:
+    from client.dp.rules import check_delta, sampling
+
+    privacy, training, rounds = recipe.privacy, recipe.training, recipe.rounds
+    assert privacy.delta is not None
+    found = []
+    try:
+        check_delta(privacy.delta, patients)
+    except PrivacyError as error:
+        found.append(str(error))
+    drawn = sampling(patients, training.batch_size, training.local_epochs)
+    try:
+        noise = privacy.noise_multiplier
+        if noise is None:
+            assert privacy.epsilon is not None
+            noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * rounds)
+    except PrivacyError as error:
+        return None, [*found, str(error)]
+    try:
+        ledger_policy(policy).check(Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps))
+    except PrivacyError as error:
+        found.append(str(error))
+    past = ledger.events() if ledger is not None else ()
+    paid = len(ledger.events(recipe.id)) if ledger is not None else 0
+    left = max(0, rounds - paid)
+
+    def after(count: int) -> float:
+        steps = drawn.steps * count
+        return epsilon_pld([*past, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=steps)], policy.delta)
+
+    whole = Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps * rounds)
+    cost = Cost(
+        noise_multiplier=noise,
+        sampling_rate=drawn.rate,
+        steps=drawn.steps,
+        epsilon=epsilon_pld([whole], privacy.delta),
+        right_guesses=right_guesses(whole),
+        spent=epsilon_pld(past, policy.delta),
+        paid_rounds=paid,
+        after=after(left),
+        affordable=left if after(left) <= policy.epsilon else _last_below(after, left, policy.epsilon),
+    )
+    if cost.affordable < left:
+        found.append(
+            f"the budget: all rounds would bring this site to epsilon {cost.after:.2f}, its cap is {policy.epsilon:g} "
+            f"(epsilon); it would refuse after {_count(cost.affordable, 'round')} of {left}"
+        )
+    return cost, found
+
+
+def _last_below(after: Any, rounds: int, cap: float) -> int:
+    """The largest number of rounds whose epsilon is at most `cap`; `rounds` is known to be too many."""
+    low, high = 0, rounds  # after(high) is over the cap
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if after(middle) <= cap else (low, middle)
+    return low
+
+
+def _cost_plain(recipe: Recipe, policy: Policy, cost: Cost) -> dict[str, Any]:
+    return {
+        "epsilon": cost.epsilon,
+        "right_guesses": cost.right_guesses,
+        "delta": recipe.privacy.delta,
+        "noise_multiplier": cost.noise_multiplier,
+        "sampling_rate": cost.sampling_rate,
+        "steps": cost.steps,
+        "clip_norm": recipe.privacy.clip_norm,
+        "cap": policy.epsilon,
+        "cap_delta": policy.delta,
+        "spent": cost.spent,
+        "after": cost.after,
+        "left": policy.epsilon - cost.after,
+        "paid_rounds": cost.paid_rounds,
+        "affordable_rounds": cost.affordable,
+    }
+
+
+def _counts(recipe: Recipe, cohort: Cohort | None) -> dict[str, Any] | None:
+    if cohort is None:
+        return None
+    from client.cohort import SPLITS
+
+    return {
+        split: {
+            "patients": cohort.patients(split),
+            "samples": len(cohort.indices(split)),
+            "classes": dict(zip(recipe.task.classes, cohort.class_counts(split).tolist(), strict=True)),
+        }
+        for split in SPLITS
+    }
+
+
+def _scores(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> dict[str, str | None]:
+    """Why no score of a split leaves; None where it does."""
+    cell, found = _cell(recipe, policy), dict[str, str | None]()
+    for split, fraction in (
+        ("validation", recipe.evaluation.validation_fraction),
+        ("test", recipe.evaluation.test_fraction),
+    ):
+        why = None
+        if policy.metrics == "none":
+            why = "no, this site's policy keeps them (metrics)"
+        elif not fraction:
+            why = "no, the recipe asks for none"
+        elif cohort is not None and cohort.patients("validation" if split == "validation" else "test") < cell:
+            why = f"no, they are fewer than {cell}"
+        found[split] = why
+    return found
+
+
+def _cell(recipe: Recipe, policy: Policy) -> int:
+    return max(policy.min_cell, recipe.evaluation.min_cell)
+
+
+def right_guesses(event: Event) -> float:
+    """How often, at most, a guess is right whether a patient took part in these steps, at even chances.
+
+    Half of one plus the total variation between what leaves with and without the patient, which is delta at epsilon
+    0; an upper bound, as `common.accounting.epsilon_pld` is, and much tighter than what epsilon alone implies.
+
+    Source: Wasserman and Zhou 2010 (tests and privacy); Doroshenko et al. 2022 (the distribution).
+    """
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    if event.noise_multiplier == 0:
+        return 1.0
+    if event.sampling_rate == 1:  # Gaussians compose exactly
+        noise = event.noise_multiplier / math.sqrt(event.steps)
+        total = pld.from_gaussian_mechanism(noise, value_discretization_interval=_INTERVAL)
+    else:
+        total = pld.from_gaussian_mechanism(
+            event.noise_multiplier, value_discretization_interval=_INTERVAL, sampling_prob=event.sampling_rate
+        ).self_compose(event.steps)
+    return (1 + min(1.0, float(total.get_delta_for_epsilon(0.0)))) / 2
+
+
+def _right(share: float) -> str:
+    return f"{math.ceil(100 * share)}"  # rounded up: it is a promise
+
+
+def _network(recipe: Recipe) -> str:
+    return f"{recipe.model.family}/{recipe.model.name}"
+
+
+def _printable(text: str) -> str:
+    # The coordinator wrote it: it shall neither move the cursor of a terminal nor fill the page.
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown if len(shown) <= 500 else f"{shown[:500]}..."
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _times(count: float) -> str:
+    return "once" if count == 1 else f"{count:g} times"

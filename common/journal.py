@@ -1,0 +1,54 @@
+"""One audit log for several processes of one house: the resident node and the person who approves a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from common.audit import AuditLog
+from common.identity import Signer
+
+
+class Log(Protocol):
+    """Where events are written."""
+
+    @property
+    def head(self) -> str:
+        """Hash of the last event that is known here."""
+
+    def append(self, kind: str, **facts: Any) -> str:
+        """Writes one event and returns the new head; it is on disk when this returns."""
+
+
+class SharedLog:
+    """An audit log that is opened, and so verified, when it is first needed."""
+
+    def __init__(self, path: Path, signer: Signer) -> None:
+        """Names the log; nothing is read or made yet."""
+        self._path, self._signer = path, signer
+        self._log: AuditLog | None = None
+
+    @property
+    def head(self) -> str:
+        """Hash of the last event that is known here; it may grow under the hands of another process.
+
+        Raises:
+            AuditError: What lies there is broken or signed by another key.
+            StorageError: It cannot be read or written.
+        """
+        return self._opened.head
+
+    def append(self, kind: str, **facts: Any) -> str:
+        """As `AuditLog.append`.
+
+        Raises:
+            AuditError: The log is broken, was cut, or was exchanged for another.
+            StorageError: The disk is full or not writable; the log holds all it held.
+        """
+        return self._opened.append(kind, **facts)
+
+    @property
+    def _opened(self) -> AuditLog:
+        if self._log is None:
+            self._log = AuditLog(self._path, self._signer)
+        return self._log

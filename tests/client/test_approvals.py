@@ -1,0 +1,182 @@
+"""What counts as approved: a record under this site's key, of a recipe under its coordinator's key, and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from client.approvals import Approvals
+from common.audit import verify
+from common.config import Privacy
+from common.errors import ConfigError, PrivacyError, StorageError
+from common.identity import Signer
+from common.journal import SharedLog
+from common.signed import sign_recipe
+from tests.client.conftest import PLAIN, House, recipe_of
+
+
+def approve(house: House, **parts: Any) -> str:
+    signed = house.sign(recipe_of(**parts))
+    return Approvals(house.home).approve(signed, by="Dr Roe", log=house.log).recipe_id
+
+
+def test_an_approval_holds_the_whole_signed_recipe_and_who_gave_it(house: House) -> None:
+    signed, approvals = house.sign(), Approvals(house.home)
+    assert approvals.find(signed.recipe.id) is None
+    approvals.approve(signed, by="Dr Roe", log=house.log)
+    found = approvals.find(signed.recipe.id)
+    assert found is not None
+    assert (found.signed, found.by) == (signed, "Dr Roe")
+    last = verify(house.home.audit_file)[-1]
+    assert last.kind == "recipe approved"
+    assert last.facts == {
+        "recipe_id": signed.recipe.id, "name": "tiny", "by": "Dr Roe", "coordinator": house.coordinator.public,
+    }  # fmt: skip
+    assert last.time[:16] == found.time[:16]
+    assert approvals.all() == (found,)
+
+
+def test_a_withdrawn_approval_is_gone_with_the_reply_that_was_kept(house: House) -> None:
+    mine, other = approve(house), approve(house, seed=1)
+    outbox = house.home.state / "outbox"
+    outbox.mkdir(parents=True)
+    for recipe_id in (mine, other):
+        (outbox / f"{recipe_id[:16]}-000001-abc.bin").write_bytes(b"update")
+    approvals = Approvals(house.home)
+    approvals.withdraw(mine, by="Dr Roe", log=house.log)
+    assert approvals.find(mine) is None
+    assert approvals.ids() == (other,)
+    assert [path.name[:16] for path in outbox.iterdir()] == [other[:16]]
+    last = verify(house.home.audit_file)[-1]
+    assert (last.kind, last.facts) == ("approval withdrawn", {"recipe_id": mine, "by": "Dr Roe"})
+    with pytest.raises(ConfigError, match="not approved here"):
+        approvals.withdraw(mine, by="Dr Roe", log=house.log)
+
+
+def test_a_recipe_of_another_coordinator_cannot_be_approved(house: House) -> None:
+    foreign = sign_recipe(recipe_of(), Signer.temporary())
+    with pytest.raises(ConfigError, match="trusts coordinator"):
+        Approvals(house.home).approve(foreign, by="Dr Roe", log=house.log)
+    assert Approvals(house.home).ids() == ()
+
+
+def test_a_recipe_whose_signature_is_borrowed_from_another_cannot_be_approved(house: House) -> None:
+    borrowed = replace(house.sign(recipe_of(rounds=3)), recipe=recipe_of(rounds=99))
+    with pytest.raises(ConfigError, match="signature"):
+        Approvals(house.home).approve(borrowed, by="Dr Roe", log=house.log)
+
+
+def test_the_policys_objections_refuse_until_they_are_cured(house: House) -> None:
+    signed, approvals = house.sign(recipe_of(privacy=PLAIN, rounds=900)), Approvals(house.home)
+    with pytest.raises(PrivacyError) as refused:
+        approvals.approve(signed, by="Dr Roe", log=house.log)
+    assert "(require_privacy)" in str(refused.value)
+    assert "(max_rounds)" in str(refused.value)
+    assert approvals.ids() == ()
+    house.policy(require_privacy=False, max_rounds=900)
+    approvals.approve(signed, by="Dr Roe", log=house.log)
+    assert approvals.ids() == (signed.recipe.id,)
+
+
+@pytest.mark.parametrize("by", ["", "two\nlines", "\x1b[2J", "x" * 201])
+def test_an_approval_needs_a_name(house: House, by: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        Approvals(house.home).approve(house.sign(), by=by, log=house.log)
+
+
+def test_nothing_is_approved_that_the_log_does_not_know_of(house: House) -> None:
+    class Full(SharedLog):
+        def append(self, kind: str, **facts: Any) -> str:
+            raise StorageError("the disk is full")
+
+    log = Full(house.home.audit_file, Signer.load(house.home.signing_key))
+    with pytest.raises(StorageError):
+        Approvals(house.home).approve(house.sign(), by="Dr Roe", log=log)
+    assert Approvals(house.home).ids() == ()
+
+
+def changed(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda plain: plain.__setitem__(name, value)
+
+
+def rounds(plain: dict[str, Any]) -> None:
+    plain["recipe"]["recipe"]["rounds"] = 99
+
+
+def renamed(plain: dict[str, Any]) -> None:
+    """Another content with its own right hash."""
+    rounds(plain)
+    plain["recipe"]["id"] = recipe_of(rounds=99).id
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        changed("by", "Dr Doe"),
+        changed("time", "2020-01-01T00:00:00+00:00"),
+        changed("site", "south"),
+        changed("format", "fedicom approval 2"),
+        changed("signature", "0" * 128),
+        changed("note", "one field more"),
+        changed("recipe", {}),
+        rounds,
+        renamed,
+        lambda plain: plain["recipe"].__setitem__("coordinator", "0" * 64),
+        lambda plain: plain["recipe"].__setitem__("signature", "0" * 128),
+        lambda plain: plain.pop("by"),
+    ],
+)
+def test_a_record_that_was_changed_is_an_error_and_never_used(house: House, tamper: Callable[[Any], None]) -> None:
+    recipe_id, approvals = approve(house), Approvals(house.home)
+    path = house.home.approved / f"{recipe_id}.json"
+    plain = json.loads(path.read_text())
+    tamper(plain)
+    path.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=f"the approval of recipe {recipe_id[:12]}"):
+        approvals.find(recipe_id)
+    assert approvals.all() == ()
+    assert approvals.ids() == (recipe_id,)
+    approvals.withdraw(recipe_id, by="Dr Roe", log=house.log)  # what does not hold can still be removed
+    assert approvals.find(recipe_id) is None
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_record_that_cannot_be_read_is_an_error(house: House, text: bytes) -> None:
+    recipe_id = approve(house)
+    (house.home.approved / f"{recipe_id}.json").write_bytes(text)
+    with pytest.raises(ConfigError, match="approve the recipe anew"):
+        Approvals(house.home).find(recipe_id)
+
+
+def test_the_record_of_one_recipe_does_not_approve_another(house: House) -> None:
+    recipe_id, other = approve(house), recipe_of(seed=1).id
+    (house.home.approved / f"{recipe_id}.json").rename(house.home.approved / f"{other}.json")
+    with pytest.raises(ConfigError, match="holds another recipe"):
+        Approvals(house.home).find(other)
+
+
+def test_another_sites_approval_does_not_count_here(house: House, south: House) -> None:
+    recipe_id = approve(south)
+    house.home.approved.mkdir()
+    (south.home.approved / f"{recipe_id}.json").rename(house.home.approved / f"{recipe_id}.json")
+    with pytest.raises(ConfigError, match="not signed by this site's key"):
+        Approvals(house.home).find(recipe_id)
+
+
+def test_an_approval_ends_when_the_coordinators_key_is_exchanged(house: House) -> None:
+    recipe_id, approvals = approve(house), Approvals(house.home)
+    registry, authority = house.home.registry, Signer.load(house.kits / "authority" / "authority.key")
+    replace(registry, coordinator=Signer.temporary().public, version=2).write(house.home.registry_file, authority)
+    with pytest.raises(ConfigError, match="not valid any more"):
+        approvals.find(recipe_id)
+    assert approvals.all() == ()
+
+
+def test_a_name_that_is_no_hash_finds_nothing(house: House) -> None:
+    approve(house, privacy=Privacy(mechanism="dp_sgd", epsilon=1.0, delta=1e-5))
+    for name in ("", "../keys/signing", "a" * 63, "A" * 64):
+        assert Approvals(house.home).find(name) is None

@@ -1,0 +1,93 @@
+"""Each rule of a hospital's policy, alone: what it forbids, what it lets through, and how it is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import time
+from typing import Any
+
+import pytest
+
+from client.ledger import Ledger
+from client.policy import ledger_policy, objections
+from common.accounting import Event
+from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
+from common.deployment import Policy
+from common.errors import PrivacyError
+
+PRIVATE = Privacy(mechanism="dp_sgd", epsilon=4.0, delta=1e-5)
+RECIPE = Recipe(
+    name="r", rounds=20, privacy=PRIVATE, model=ModelConfig(name="resnet18"),
+    data=Preprocessing(modalities=("CR", "DX")), task=Task(),
+)  # fmt: skip
+FREE = Policy(require_privacy=False, epsilon=100.0, delta=1e-3, min_patients=1)
+
+
+def test_a_policy_that_allows_everything_objects_to_nothing() -> None:
+    assert objections(RECIPE, FREE, 30) == ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "recipe", "forbids", "allows"),
+    [
+        ("require_privacy", replace(RECIPE, privacy=Privacy()), True, False),
+        ("seeded_noise", replace(RECIPE, privacy=replace(PRIVATE, unsafe_seeded_noise=True)), False, True),
+        (
+            "min_noise_multiplier",
+            replace(RECIPE, privacy=replace(PRIVATE, epsilon=None, noise_multiplier=0.9)),
+            0.91,
+            0.9,
+        ),
+        ("epsilon", RECIPE, 3.9, 4.0),
+        ("delta", RECIPE, 9e-6, 1e-5),
+        ("max_rounds", RECIPE, 19, 20),
+        ("models", RECIPE, ("timm/resnet50", "monai/resnet18"), ("timm/resnet50", "timm/resnet18")),
+        ("tasks", RECIPE, ("multiclass",), ("multilabel", "binary")),
+        ("modalities", RECIPE, ("CR",), ("CR", "DX", "MR")),
+        ("modalities", replace(RECIPE, data=Preprocessing()), ("CR",), ()),
+        ("min_patients", RECIPE, 31, 30),
+    ],
+)
+def test_each_rule_forbids_alone_and_is_named(rule: str, recipe: Recipe, forbids: Any, allows: Any) -> None:
+    (found,) = objections(recipe, replace(FREE, **{rule: forbids}), 30)
+    assert f"({rule})" in found
+    assert objections(recipe, replace(FREE, **{rule: allows}), 30) == ()
+
+
+def test_every_rule_that_is_broken_is_told_at_once() -> None:
+    policy = replace(FREE, epsilon=1.0, max_rounds=5, models=("timm/vit",), min_patients=100)
+    assert len(objections(RECIPE, policy, 30)) == 4
+
+
+def test_the_number_of_patients_is_asked_only_where_it_is_known_and_never_told() -> None:
+    policy = replace(FREE, min_patients=100)
+    assert objections(RECIPE, policy) == ()
+    (found,) = objections(RECIPE, policy, 37)
+    assert "37" not in found
+
+
+@pytest.mark.parametrize(
+    ("rule", "event"),
+    [
+        ({"min_noise_multiplier": 1.1}, Event(noise_multiplier=1.0, sampling_rate=0.1, steps=10)),
+        ({"max_sampling_rate": 0.09}, Event(noise_multiplier=1.0, sampling_rate=0.1, steps=10)),
+        ({"max_steps": 9}, Event(noise_multiplier=1.0, sampling_rate=0.1, steps=10)),
+        ({"epsilon": 0.1}, Event(noise_multiplier=1.0, sampling_rate=0.1, steps=10)),
+    ],
+)
+def test_the_ledger_holds_the_rules_that_depend_on_the_sites_own_numbers(tmp_path, rule: Any, event: Event) -> None:
+    def reserve(policy: Policy) -> None:
+        ledger = Ledger(tmp_path / "ledger.jsonl", "north", ledger_policy(policy))
+        ledger.reserve("a" * 64, round=1, base="b" * 64, event=event)
+
+    with pytest.raises(PrivacyError):
+        reserve(replace(FREE, **rule))
+    reserve(FREE)
+
+
+def test_hours_may_pass_midnight_and_the_end_does_not_belong_to_them() -> None:
+    night = replace(FREE, hours=("19:00-06:00", "12:00-13:00"))
+    opens = {time(18, 59): False, time(19): True, time(23, 59): True, time(0): True, time(5, 59): True, time(6): False}
+    opens |= {time(11, 59): False, time(12): True, time(12, 59): True, time(13): False}
+    assert {moment: night.open_at(moment) for moment in opens} == opens
+    assert all(FREE.open_at(time(hour)) for hour in range(24))

@@ -1,0 +1,101 @@
+"""A federation of real processes on loopback for the tests of this folder.
+
+One simulation gives the digest that a run must end with: the recipe's noise is seeded, so equal sets of admitted
+updates give equal weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from common.audit import verify
+from common.config import Phantom, load_settings
+from simulations.rehearsal import Plan, Rehearsal, rehearsing, wait_for
+from simulations.run import _site_key, simulate
+
+ROUNDS = 4
+PHANTOM = Phantom(patients=60, central_patients=40, size=32)
+PLAN = Plan(
+    count=3,
+    quorum=2,
+    recipe=(
+        "recipe=phantom_2d",
+        f"rounds={ROUNDS}",
+        "model=resnet10_small",
+        "data.size=[32,32]",
+        "privacy.epsilon=null",
+        "privacy.noise_multiplier=1",
+        "privacy.unsafe_seeded_noise=true",
+        "federation.timeout_s=240",
+        "federation.offline_s=100",
+        "evaluation.bootstraps=100",
+    ),
+    phantom=PHANTOM,
+    policy={"seeded_noise": True, "epsilon": 10_000.0, "min_patients": 5, "delta": 1e-4},
+    cohort_key=_site_key,
+)
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory) -> str:
+    """Digest of the weights that the simulation of the same recipe ends with."""
+    phantom = [f"simulation.phantom.{key}={getattr(PHANTOM, key)}" for key in ("patients", "central_patients", "size")]
+    out = tmp_path_factory.mktemp("simulated") / "run"
+    words = [*PLAN.recipe, *phantom, f"federation.sites={PLAN.count}", f"federation.quorum={PLAN.quorum}", f"out={out}"]
+    return str(simulate(load_settings(words)).summary["weight_digest"])
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory) -> Iterator[Rehearsal]:
+    """Coordinator and three sites, running."""
+    with rehearsing(tmp_path_factory.mktemp("federation"), PLAN) as made:
+        for name in ("server", *PLAN.sites):
+            made.start(name)
+        yield made
+
+
+def digest(federation: Rehearsal, run: str) -> str:
+    return str(federation.wait_finished(run)["summary"]["weight_digest"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a site has done so far."""
+
+    paid: int
+    """Reservations in its ledger."""
+    trained: int
+    """Updates that it made anew."""
+    answered: int
+    """Updates that it sent, the kept ones too."""
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.paid - other.paid, self.trained - other.trained, self.answered - other.answered)
+
+
+def work(federation: Rehearsal, site: str) -> Work:
+    home = federation.site(site)
+    lines = home.ledger_file.read_text().splitlines() if home.ledger_file.exists() else []
+    kinds = [event.kind for event in verify(home.audit_file)]
+    made, again = kinds.count("update sent"), kinds.count("update sent again")
+    return Work(sum(json.loads(line)["kind"] == "reserve" for line in lines), made, made + again)
+
+
+def wait_event(federation: Rehearsal, site: str, kind: str, round_: int, after: int) -> None:
+    """Waits for an event of the site's log, the first `after` events left out; looks every few milliseconds."""
+
+    path = federation.site(site).audit_file
+
+    def found() -> bool | None:
+        rows = path.read_text().splitlines()[after:]
+        return any(f'"kind":"{kind}"' in row and f'"round":{round_}' in row for row in rows) or None
+
+    wait_for(found, f"{kind!r} of round {round_} at {site}", 180, poll_s=0.01)
+
+
+def events(federation: Rehearsal, site: str) -> int:
+    return len(federation.site(site).audit_file.read_text().splitlines())

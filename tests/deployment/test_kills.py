@@ -1,0 +1,51 @@
+"""kill -9 of every process, at the worst moments: the weights are those of a quiet run, and nothing is paid twice."""
+
+from __future__ import annotations
+
+from common.audit import verify
+from tests.deployment.conftest import PLAN, ROUNDS, Work, digest, events, wait_event, work
+
+
+def test_a_deployed_run_ends_with_the_weights_of_the_simulation(federation, expected):
+    federation.run("quiet")
+    assert digest(federation, "quiet") == expected
+    for site in PLAN.sites:
+        assert work(federation, site) == Work(paid=ROUNDS, trained=ROUNDS, answered=ROUNDS)
+    # Both sides' logs hold under the registry's keys alone, each against the other.
+    assert len(list(federation.verify())) == 2 * len(PLAN.sites)
+
+
+def test_sites_killed_in_training_in_upload_and_between_rounds_train_and_pay_once_a_round(federation, expected):
+    first, second, third = PLAN.sites
+    before = {site: work(federation, site) for site in PLAN.sites}
+    seen = {site: events(federation, site) for site in PLAN.sites}
+    federation.run("killed-sites")
+    wait_event(federation, first, "budget reserved", 1, seen[first])  # it is training now
+    federation.kill(first)
+    federation.start(first)
+    wait_event(federation, second, "update sent", 2, seen[second])  # kept and paid, not yet with the coordinator
+    federation.kill(second)
+    federation.start(second)
+    federation.wait_round(2, "killed-sites")
+    federation.kill(third)
+    federation.start(third)
+    assert digest(federation, "killed-sites") == expected
+    after = {site: work(federation, site) - before[site] for site in PLAN.sites}
+    assert {done.paid for done in after.values()} == {ROUNDS}
+    assert {done.trained for done in after.values()} == {ROUNDS}
+
+
+def test_superlink_gateway_and_run_killed_one_after_another_lose_nothing(federation, expected):
+    before = {site: work(federation, site) for site in PLAN.sites}
+    federation.run("killed-server")
+    federation.wait_round(1, "killed-server")
+    federation.kill_child("server", "superlink")
+    federation.wait_round(2, "killed-server")
+    federation.kill_child("server", "gateway")
+    federation.wait_round(3, "killed-server")
+    federation.kill_child("server", "run-killed-server")
+    assert digest(federation, "killed-server") == expected
+    after = {site: work(federation, site) - before[site] for site in PLAN.sites}
+    assert {done.paid for done in after.values()} == {ROUNDS}
+    resumed = [event for event in verify(federation.server.audit_file) if event.kind == "run resumed"]
+    assert resumed

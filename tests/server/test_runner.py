@@ -1,0 +1,358 @@
+"""One run as a process: killed, stopped, out of sites, out of disk; and what its status says meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from common.audit import verify
+from common.errors import ConfigError, QuorumError
+from common.exchange import Failure
+from common.identity import Signer
+from common.signed import sign_recipe
+from common.vault import new_key_file
+from server import checkpoint, runner
+from server.runner import AGAIN, FAILED, FINISHED, STOPPED, Stopped, run
+from server.runs import BusyError, Run
+
+STATES = {"waiting", "training", "evaluating", "concluding", "finished", "failed", "stopped"}
+
+
+class KilledError(BaseException):
+    """Stands for kill -9: nobody catches it."""
+
+
+def digest(found: Run) -> str:
+    state = checkpoint.load(found.path / "checkpoints", found.order.recipe_id)
+    assert state is not None
+    assert state.done
+    return state.weights.digest
+
+
+@pytest.fixture
+def quiet(quiet_house, no_export) -> str:
+    """Digest of a run that nothing disturbed."""
+    return digest(Run(quiet_house.home, "quiet"))
+
+
+def test_a_run_from_the_order_to_the_model(house):
+    found = house.order("whole")
+    assert run(house.home, "whole", connect=house.connect()) == FINISHED
+    status = found.status
+    assert (status["state"], status["round"], status["rounds"], status["error"]) == ("finished", 2, 2, None)
+    assert status["summary"] == json.loads((found.path / "summary.json").read_text())
+    assert status["summary"]["weight_digest"] == digest(found)
+    assert {site["state"] for site in status["sites"].values()} == {"answered"}
+    assert all(site["epsilon"] > 0 and site["last_seen"] and site["seconds"] >= 0 for site in status["sites"].values())
+    assert (status["admitted"], status["refused"]) == (9, 0)  # 3 sites in 2 rounds and the closing evaluation
+    assert {"model.onnx", "report.html", "model_card.md"} <= {path.name for path in found.path.iterdir()}
+    events = [event for event in verify(house.home.audit_file) if event.facts.get("run") == "whole"]
+    assert [event.kind for event in events] == [
+        "run started", "sites present", *["round aggregated"] * 2, "evaluation received", "model exported",
+        "run concluded",
+    ]  # fmt: skip
+
+
+def test_killed_wherever_the_disk_is_touched_it_ends_with_the_same_bits_and_no_second_epsilon(
+    house, quiet, monkeypatch
+):
+    found = house.order("killed")
+    rng, fsync = random.Random(0), os.fsync
+    kills, left = 0, rng.randrange(1, 40)
+
+    def deadly(handle):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KilledError
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", deadly)
+    while True:
+        try:
+            code = run(house.home, "killed", connect=house.connect())
+            break
+        except KilledError:
+            kills += 1
+            left = rng.randrange(1, 90)
+    assert code == FINISHED
+    assert kills >= 5
+    assert digest(found) == quiet
+    assert set(house.reservations().values()) == {2}
+    verify(house.home.audit_file)
+
+
+class Changed:
+    """A transport with a rule ahead of every visit."""
+
+    def __init__(self, transport, rule):
+        self._transport, self._rule = transport, rule
+
+    def hello(self, recipe, audit_head):
+        return self._transport.hello(recipe, audit_head)
+
+    def joined(self, recipe, audit_head):
+        return self._transport.joined(recipe, audit_head)
+
+    def ask(self, plan, sites, timeout_s):
+        return self._rule(plan, lambda: self._transport.ask(plan, sites, timeout_s))
+
+
+def ruled(rule):
+    return lambda transport: Changed(transport, rule)
+
+
+def test_stopped_in_a_round_it_says_so_and_goes_on_to_the_same_bits(house, quiet):
+    def stop(plan, ask):
+        if plan.round == 2:
+            raise Stopped
+        return ask()
+
+    found = house.order("stopped")
+    assert run(house.home, "stopped", connect=house.connect(change=ruled(stop))) == STOPPED
+    assert (found.status["state"], found.status["round"]) == ("stopped", 1)
+    assert verify(house.home.audit_file)[-1].kind == "run stopped"
+    assert run(house.home, "stopped", connect=house.connect()) == FINISHED
+    assert digest(found) == quiet
+
+
+def test_a_finished_run_is_not_touched_again(quiet_house):
+    @contextmanager
+    def nobody(home, run, watch):
+        raise AssertionError
+        yield
+
+    before = verify(quiet_house.home.audit_file)
+    assert run(quiet_house.home, "quiet", connect=nobody) == FINISHED
+    assert verify(quiet_house.home.audit_file) == before
+
+
+def test_too_few_sites_are_asked_again_after_growing_pauses_and_the_run_goes_on(house, quiet):
+    seen: list[tuple[float, str, str]] = []
+    found = house.order("patient")
+    missing = iter([True, True, False])
+
+    def away(plan, ask):
+        if plan.round == 2 and next(missing, False):
+            raise QuorumError("round 2: 1 of 3 replies accepted, quorum is 2")
+        return ask()
+
+    def sleep(pause_s):
+        seen.append((pause_s, found.status["state"], found.status["error"]))
+
+    code = run(house.home, "patient", connect=house.connect(change=ruled(away)), sleep=sleep)
+    assert code == FINISHED
+    assert [(pause_s, state) for pause_s, state, _ in seen] == [(5.0, "waiting"), (10.0, "waiting")]
+    assert seen[0][2] == "round 2: 1 of 3 replies accepted, quorum is 2. Asked again in 5 s"
+    assert found.status["error"] is None
+    assert digest(found) == quiet
+
+
+def test_patience_begins_anew_with_every_round_that_is_done(house, no_export):
+    """Two pauses, 5 s and 10 s, fit into 16 s of patience; four would not."""
+    pauses: list[float] = []
+    turn = {1: 2, 2: 2}
+
+    def away(plan, ask):
+        if turn.get(plan.round, 0):
+            turn[plan.round] -= 1
+            raise QuorumError("too few")
+        return ask()
+
+    house.order("patient", patience_s=16)
+    assert run(house.home, "patient", connect=house.connect(change=ruled(away)), sleep=pauses.append) == FINISHED
+    assert pauses == [5.0, 10.0, 5.0, 10.0]
+
+
+def test_when_patience_is_over_the_run_has_failed_and_says_what_to_do(house, quiet):
+    def silent(plan, ask):
+        return [Failure(site=site, round=plan.round, why="offline") for site in ("east", "north", "west")]
+
+    found = house.order("lonely", patience_s=60)
+    pauses: list[float] = []
+    assert run(house.home, "lonely", connect=house.connect(change=ruled(silent)), sleep=pauses.append) == FAILED
+    assert pauses == [5.0, 10.0, 20.0]  # the next would have ended after 75 s
+    assert found.status["state"] == "failed"
+    assert found.status["error"].endswith("Nothing is lost: `fedicom server resume` when the sites are back")
+    assert verify(house.home.audit_file)[-1].kind == "run failed"
+    assert run(house.home, "lonely", connect=house.connect()) == FINISHED
+    assert digest(found) == quiet
+
+
+@contextmanager
+def full_disk(monkeypatch, holds: str):
+    """No file whose name holds this word can be brought to the disk."""
+    fsync = os.fsync
+
+    def full(handle):
+        if holds in Path(f"/proc/self/fd/{handle}").readlink().name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        yield
+
+
+@pytest.mark.parametrize("holds", ["round-0002", "server.jsonl"])
+def test_a_full_disk_ends_the_run_with_a_clear_error_and_it_goes_on_when_there_is_space(
+    house, quiet, monkeypatch, holds
+):
+    found = house.order("full")
+    with full_disk(monkeypatch, holds):
+        assert run(house.home, "full", connect=house.connect()) == FAILED
+    assert found.status["state"] == "failed"
+    assert "No space left on device; free space on that disk" in found.status["error"]
+    assert run(house.home, "full", connect=house.connect()) == FINISHED
+    assert digest(found) == quiet
+    assert set(house.reservations().values()) == {2}
+
+
+def test_a_disk_without_room_for_anything_still_ends_the_run_and_leaves_a_readable_status(house, quiet, monkeypatch):
+    found = house.order("full")
+    with monkeypatch.context() as patch:
+
+        def full(plan, ask):
+            if plan.round == 2:
+                patch.setattr(os, "fsync", no_space)
+            return ask()
+
+        assert run(house.home, "full", connect=house.connect(change=ruled(full))) == FAILED
+    assert found.status["state"] in STATES - {"finished"}
+    assert run(house.home, "full", connect=house.connect()) == FINISHED
+    assert digest(found) == quiet
+
+
+def no_space(handle):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_defect_is_told_by_its_kind_alone_and_the_run_is_to_be_started_again(house, quiet):
+    def broken(plan, ask):
+        raise ValueError("SECRET")
+
+    found = house.order("broken")
+    assert run(house.home, "broken", connect=house.connect(change=ruled(broken))) == AGAIN
+    assert found.status["error"] == "ValueError in the coordinator's process; started again"
+    assert run(house.home, "broken", connect=house.connect()) == FINISHED
+    assert digest(found) == quiet
+
+
+def test_a_status_that_is_read_all_the_time_is_always_whole(house, no_export):
+    found = house.order("watched")
+    read: list[dict] = []
+    over = threading.Event()
+
+    def reader():
+        while not over.is_set():
+            if found.status_file.exists():
+                read.append(json.loads(found.status_file.read_bytes()))
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    try:
+        assert run(house.home, "watched", connect=house.connect()) == FINISHED
+    finally:
+        over.set()
+        thread.join()
+    read.append(json.loads(found.status_file.read_bytes()))
+    assert all(set(status) == set(read[-1]) for status in read)
+    order = [status["state"] for status in read]
+    assert {"training", "finished"} <= set(order) <= STATES
+    assert [status["round"] for status in read] == sorted(status["round"] for status in read)
+
+
+def test_the_estimate_is_the_rounds_left_times_their_mean_duration(house, no_export):
+    found = house.order("timed")
+    told: list[dict] = []
+
+    def note(plan, ask):
+        told.append(found.status)
+        return ask()
+
+    assert run(house.home, "timed", connect=house.connect(change=ruled(note))) == FINISHED
+    assert told[0]["eta_s"] is None
+    state = checkpoint.load(found.path / "checkpoints", found.order.recipe_id)
+    first, second = (report.seconds for report in state.history[:2])
+    assert told[1]["eta_s"] == pytest.approx(2 * first, abs=0.051)  # another round, and the closing evaluation
+    assert told[2]["eta_s"] == pytest.approx((first + second) / 2, abs=0.051)
+    assert told[2]["last_round"]["seconds"] == second
+
+
+def test_a_recipe_of_another_key_or_another_id_than_was_ordered_is_not_run(house):
+    house.order("foreign", sign_recipe(house.signed().recipe, Signer.temporary()))
+    with pytest.raises(ConfigError, match="which is not ours"):
+        run(house.home, "foreign", connect=house.connect())
+    house.order("other", recipe_id="f" * 64)
+    with pytest.raises(ConfigError, match="another recipe than the one that was ordered"):
+        run(house.home, "other", connect=house.connect())
+    with pytest.raises(ConfigError, match="there is no run"):
+        run(house.home, "none", connect=house.connect())
+
+
+def test_two_processes_never_work_on_one_run(house):
+    found = house.order("once")
+    with found.alone(), pytest.raises(BusyError, match="another process works on run once"):
+        run(house.home, "once", connect=house.connect())
+    with found.alone():
+        assert found.settle(state="stopped") is False
+    assert found.settle(state="stopped") is True
+
+
+def test_checkpoints_are_sealed_with_the_key_that_server_yaml_names(house, no_export):
+    new_key_file(house.home.keys / "checkpoint.key")
+    with (house.home.path / "server.yaml").open("a") as file:
+        file.write("checkpoint_key: keys/checkpoint.key\n")
+    found = house.order("sealed")
+    assert run(house.home, "sealed", connect=house.connect()) == FINISHED
+    names = [path.name for path in (found.path / "checkpoints").glob("round-*")]
+    assert names
+    assert all(name.endswith(".sealed") for name in names)
+
+
+def test_a_missing_test_set_is_told_before_the_first_round(house):
+    with (house.home.path / "server.yaml").open("a") as file:
+        file.write("test_data: nowhere\n")
+    found = house.order("blind")
+    assert run(house.home, "blind", connect=house.connect()) == FAILED
+    assert found.status["error"].startswith("server.yaml: test_data: ")
+    assert found.status["round"] == 0
+
+
+def test_several_runs_share_one_log_and_each_event_says_whose_it_is(house, no_export):
+    names = ("first", "second")
+    for name in names:
+        house.order(name)
+        assert run(house.home, name, connect=house.connect(f"sites-of-{name}")) == FINISHED
+    kinds = {"run started", "sites present", "round aggregated", "evaluation received"}
+    events = [event for event in verify(house.home.audit_file) if event.kind in kinds]
+    assert [event.facts["run"] for event in events] == ["first"] * 5 + ["second"] * 5
+
+
+def test_the_real_process_waits_for_a_coordinator_that_is_away_and_ends_when_it_is_told(house):
+    found = house.order("alone")
+    command = [sys.executable, "-m", "server.runner", "--home", str(house.home.path), "--run", "alone"]
+    process = subprocess.Popen(command, cwd=Path(runner.__file__).parents[1], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while not found.status.get("error") and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        assert "the coordinator does not run" in found.status["error"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == STOPPED
+    finally:
+        process.kill()
+    assert found.status["state"] == "stopped"
+    assert verify(house.home.audit_file)[-1].kind == "run stopped"

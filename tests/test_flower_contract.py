@@ -1,0 +1,256 @@
+"""What we know of Flower 1.41 beyond its public API. Red after an update: read what changed, and mend both links."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from flwr.clientapp import ClientApp
+from flwr.common import constant
+from flwr.common.constant import ErrorCode, Status, SubStatus
+from flwr.proto import control_pb2, fleet_pb2, message_pb2, node_pb2, runtime_pb2, task_pb2
+from flwr.serverapp import Grid
+from flwr.supercore import constant as core
+from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.retry import http_retry
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+from flwr.supernode import fleet_http_connection, start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from client.link import supernode_child
+from common.deployment import FederationPlan, ServerHome, SiteHome
+from server import app as server_app
+from server.gateway_rules import FLEET_ROUTES
+from server.link import superlink_child
+from server.provision import provision
+from simulations import grid as simulated
+
+ROOT = Path(__file__).parent.parent
+LINKS = ("client/link.py", "server/link.py")
+PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
+ALSO_PRIVATE = {"simulations/grid.py": {"flwr.supercore.run", "flwr.supercore.task_identity"}}
+"""The simulation's own Grid and identity: no network, and nothing of the deployment."""
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def tree(module: ModuleType) -> ast.Module:
+    return ast.parse(inspect.getsource(module))
+
+
+def function(module: ModuleType, name: str) -> ast.FunctionDef:
+    (found,) = (node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef) and node.name == name)
+    return found
+
+
+def flower_imports(path: Path) -> set[tuple[str, str]]:
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flwr"
+        for alias in node.names
+    }
+
+
+def test_the_pinned_version_is_installed():
+    assert version("flwr") == "1.41.0"
+    assert "flwr==1.41.0" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("file", LINKS)
+def test_every_name_that_we_import_is_there(file):
+    names = flower_imports(ROOT / file)
+    assert len(names) > 15
+    for module, name in names:
+        assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+def test_private_modules_are_used_in_the_two_links_alone():
+    for room in ("common", "client", "server", "simulations"):
+        for path in (ROOT / room).rglob("*.py"):
+            file = path.relative_to(ROOT).as_posix()
+            private = {module for module, _ in flower_imports(path)} - set(PUBLIC)
+            if file not in LINKS:
+                assert private <= ALSO_PRIVATE.get(file, set()), f"{file} imports {private}"
+
+
+def test_the_calls_that_we_make_take_what_we_give():
+    from flwr.cli.build import build_fab_from_files
+    from flwr.supernode.runtime.run_clientapp import push_message
+
+    assert parameters(build_fab_from_files) == ["files"]
+    assert parameters(push_message) == ["client", "message", "context"]
+    assert parameters(ClientApp.__call__) == ["self", "message", "context"]
+    assert parameters(inflatable_utils.inflate_object_from_contents)[:2] == ["object_id", "object_contents"]
+    assert {"max_time", "max_tries_per_object", "initial_backoff", "backoff_cap", "return_type"} <= set(
+        parameters(inflatable_utils.pull_and_inflate_object_from_tree)
+    )
+    assert {"initial_backoff", "backoff_cap"} <= set(parameters(inflatable_utils.pull_objects))
+    assert parameters(HttpGrid.__init__) == ["self", "runtime_api_address", "insecure", "root_certificates", "token"]
+    for client in (ControlHttpClient, RuntimeHttpClient, FleetHttpClient):
+        given = ["server_address", "insecure", "root_certificates", "interceptors", "retry_invoker"]
+        assert parameters(client.from_server_address) == given
+    assert {"task_id", "run_id", "node_id"} <= set(dir(type(TaskIdentity)))
+    error = FlowerError.from_json('{"code": 2004, "detail": "no"}')
+    assert error is not None
+    assert (error.code, error.message) == (2004, "no")
+
+
+@pytest.mark.parametrize(
+    ("client", "calls"),
+    [
+        (ControlHttpClient, ("StartRun", "StopRun", "ListRuns", "RegisterNode", "UnregisterNode", "ListNodes")),
+        (
+            RuntimeHttpClient,
+            (
+                *("AcquireTask", "PullTaskInput", "PushTaskOutput", "SendTaskHeartbeat", "PullMessages"),
+                *("PullObject", "PushObject", "ConfirmMessageReceived", "GetNodes"),
+            ),
+        ),
+        (FleetHttpClient, ("DeactivateNode",)),
+    ],
+)
+def test_the_clients_have_the_calls_that_we_make(client, calls):
+    for name in calls:
+        assert parameters(getattr(client, name)) == ["self", "request"]
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (control_pb2.StartRunRequest, {"fab"}),
+        (control_pb2.StartRunResponse, {"run_id"}),
+        (control_pb2.StopRunRequest, {"run_id"}),
+        (control_pb2.ListRunsRequest, {"run_id", "limit"}),
+        (control_pb2.ListRunsResponse, {"run_dict"}),
+        (control_pb2.RegisterNodeRequest, {"public_key", "name"}),
+        (control_pb2.UnregisterNodeRequest, {"node_id"}),
+        (control_pb2.ListNodesResponse, {"nodes_info"}),
+        (node_pb2.NodeInfo, {"node_id", "name", "public_key", "status", "last_activated_at"}),
+        (runtime_pb2.AcquireTaskRequest, {"supported_task_types"}),
+        (runtime_pb2.AcquireTaskResponse, {"task", "token"}),
+        (task_pb2.Task, {"run_id"}),
+        (runtime_pb2.PullTaskInputResponse, {"context", "run", "fab", "task_id"}),
+        (runtime_pb2.PullAppMessagesRequest, {"message_ids"}),
+        (runtime_pb2.PullAppMessagesResponse, {"messages_list", "message_object_trees"}),
+        (runtime_pb2.PushTaskOutputRequest, {"sub_status", "details"}),
+        (message_pb2.ConfirmMessageReceivedRequest, {"node", "run_id", "message_object_id"}),
+        (fleet_pb2.DeactivateNodeRequest, {"node_id"}),
+    ],
+)
+def test_the_messages_have_the_fields_that_we_use(message, fields):
+    assert fields <= set(message.DESCRIPTOR.fields_by_name)
+
+
+def test_our_grid_overrides_what_flowers_has():
+    assert issubclass(HttpGrid, Grid)
+    source = inspect.getsource(HttpGrid)
+    for name in ("_runtime_client", "self.node", "retry_invoker=self._retry_invoker", "def get_nodes", "def close"):
+        assert name in source, name
+
+
+def test_the_fleet_routes_are_those_that_the_gateway_lets_through():
+    from flwr.superlink.routers.fleet.router import router
+
+    flower = {
+        (method, f"/v1/fleet/{route.path.rsplit('/', 1)[-1]}") for route in router.routes for method in route.methods
+    }
+    assert flower == FLEET_ROUTES
+    client = inspect.getsource(FleetHttpClient)
+    assert {path for _, path in flower} == {part for part in client.split('"') if part.startswith("/v1/fleet/")}
+
+
+def test_the_numbers_that_we_know_are_flowers():
+    assert simulated._CLIENT_FAILED == ErrorCode.CLIENT_APP_RAISED_EXCEPTION == 2
+    assert server_app._NODE_UNAVAILABLE == ErrorCode.NODE_UNAVAILABLE == 5
+    assert ErrorCode.MESSAGE_UNAVAILABLE == 3
+    assert ErrorCode.MOD_FAILED_PRECONDITION == 6
+    assert ErrorCode.CLIENT_APP_CRASHED == 8
+    assert ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED == 2004
+    assert (SubStatus.COMPLETED, SubStatus.FAILED, Status.FINISHED) == ("completed", "failed", "finished")
+    assert (NodeStatus.ONLINE, NodeStatus.UNREGISTERED) == ("online", "unregistered")
+    assert (TaskType.SERVER_APP, TaskType.CLIENT_APP) == ("flwr-serverapp", "flwr-clientapp")
+    assert constant.SUPERLINK_NODE_ID == 1
+    # 60 s until a silent node, run or task is given up; a node's clock may be 5 s ahead and 5 min behind
+    assert constant.HEARTBEAT_PATIENCE * constant.HEARTBEAT_DEFAULT_INTERVAL == 60
+    assert (constant.SYSTEM_TIME_TOLERANCE, constant.TIMESTAMP_TOLERANCE) == (5, 300)
+    assert core.OBJECT_PUSH_SESSION_TTL_SECONDS == 180
+    assert not issubclass(RunNotRunningException, Exception)  # and so escapes `except Exception`
+
+
+def test_the_supernodes_loop_is_the_one_that_we_change():
+    loop = start_client_internal
+    sleeps = {
+        ast.unparse(node)
+        for node in ast.walk(tree(loop))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("time.")
+    }
+    assert sleeps == {"time.sleep(3)", "time.sleep(0.5)"}
+    assert "time.sleep(3)" in ast.unparse(function(loop, "start_client_internal"))
+    assert "pull_objects(" in ast.unparse(function(loop, "_pull_and_store_message"))
+    assert "with http_request_response(address, insecure, root_certificates, authentication_keys," in ast.unparse(
+        function(loop, "_init_connection")
+    )
+    assert parameters(fleet_http_connection.http_request_response)[:4] == [
+        *("server_address", "insecure", "root_certificates", "authentication_keys"),
+    ]
+    (given,) = (
+        node.value
+        for node in ast.walk(function(fleet_http_connection, "http_request_response"))
+        if isinstance(node, ast.Yield) and node.value is not None
+    )
+    assert ast.unparse(given) == (
+        "(node.node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm_message_received)"
+    )
+    assert isinstance(http_retry._RETRYABLE_STATUS_CODES, frozenset)
+    assert "_RETRYABLE_STATUS_CODES" in inspect.getsource(http_retry.make_simple_http_retry_invoker)
+
+
+def test_a_task_is_there_before_its_message_and_a_reply_is_waited_for_without_end():
+    pull = ast.unparse(function(start_client_internal, "_pull_and_store_message"))
+    assert pull.index("state.create_task(") < pull.index("state.store_message(message)") < pull.index("pull_objects(")
+    push = ast.unparse(function(start_client_internal, "_push_messages"))
+    assert "while not (reply_messages := state.get_messages_legacy(is_reply=True))" in push
+    assert "while (content := object_store.get(tree.object_id)) == b''" in push
+
+
+def test_a_proxy_of_the_environment_is_taken_for_the_gateway():
+    import httpx
+
+    assert inspect.signature(httpx.Client.__init__).parameters["trust_env"].default is True
+    assert "trust_env" not in inspect.getsource(importlib.import_module("flwr.supercore.protobuf.client"))
+
+
+def test_flowers_programs_know_the_options_that_we_give(tmp_path):
+    provision(FederationPlan(name="toy", host="127.0.0.1", sites=("east",)), tmp_path / "kits")
+    for program, child in (
+        ("flower-superlink", superlink_child(ServerHome(tmp_path / "kits" / "coordinator"), 9000)),
+        ("flower-supernode", supernode_child(SiteHome(tmp_path / "kits" / "east"), 9001)),
+    ):
+        said = subprocess.run(
+            [Path(sys.executable).with_name(program), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
+        ).stdout
+        options = [word for word in child.command if word.startswith("--")]
+        assert len(options) >= 6
+        for option in options:
+            assert f"{option} " in said or f"{option}\n" in said, option
+        assert child.environment["FLWR_TELEMETRY_ENABLED"] == "0"
