@@ -117,9 +117,10 @@ class FlowerTransport:
         found = self._told()
         if len(found) < federation.quorum:
             excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
+            waited_s = min(time.monotonic() - began, federation.timeout_s)
             raise QuorumError(
-                f"{len(found)} sites answered within {federation.timeout_s:g} s, quorum is {federation.quorum}; "
-                f"start the missing nodes and run again{excuses}"
+                f"{len(found)} of {federation.sites} sites take part after {waited_s:.0f} s, quorum is "
+                f"{federation.quorum}; start the missing nodes and run again{excuses}"
             )
         return found
 
