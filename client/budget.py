@@ -1,9 +1,8 @@
-"""What a site's ledger and log tell its own people: epsilon by recipe, a drawing of it, events in words."""
+"""What a site's ledger tells its own people: epsilon by recipe, and a drawing of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +12,6 @@ from client.approvals import Approvals
 from client.ledger import Ledger
 from client.policy import ledger_policy
 from common.accounting import Event, epsilon_pld
-from common.chain import Event as Logged
 from common.deployment import SiteHome
 from common.errors import ConfigError
 from common.storage import storing
@@ -154,7 +152,8 @@ def draw(home: SiteHome, found: Budget, path: Path) -> None:
 def _visits(path: Path) -> tuple[Visit, ...]:
     """The reservations of a ledger that was checked, in their order, with the steps that were really run."""
     with storing("the privacy ledger"):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        whole = path.read_text().rpartition("\n")[0]  # a running node may be about to write a line
+    lines = [json.loads(line) for line in whole.splitlines()]
     settled = {line["number"]: int(line["steps"]) for line in lines if line["kind"] == "settle"}
     return tuple(
         Visit(
@@ -170,64 +169,3 @@ def _visits(path: Path) -> tuple[Visit, ...]:
         for line in lines
         if line["kind"] == "reserve"
     )
-
-
-# Events
-
-
-def in_words(event: Logged) -> str:
-    """One line about an event of a site's log."""
-    facts: Mapping[str, Any] = event.facts
-    told = _WORDS.get(event.kind)
-    if told is None:
-        rest = ", ".join(f"{name} {_short(value)}" for name, value in facts.items())
-        return _plain(f"{event.kind}{': ' if rest else ''}{rest}")
-    values = {name: _short(value) for name, value in facts.items()}
-    epsilon = facts.get("epsilon")
-    values["spent"] = f", epsilon {epsilon:.2f}" if isinstance(epsilon, float) else ""
-    size = facts.get("bytes")
-    values["size"] = f"{size / 1e6:.1f} MB" if isinstance(size, int) else "unknown size"
-    values["patients_train"] = str((facts.get("patients") or {}).get("train", "?"))
-    return _plain(told.format_map(_Missing(values)))
-
-
-_WORDS = {
-    "log started": "This log was begun",
-    "log continued": "The log goes on in a new file",
-    "clock moved back": "This machine's clock was moved back from {from} to {to}",
-    "key rotated": "The site's signing key was exchanged",
-    "operator action": "{who}: {action}",
-    "recipe approved": "{by} approved recipe {name} {recipe_id}",
-    "approval withdrawn": "{by} withdrew the approval of recipe {recipe_id}",
-    "recipe refused": "Refused recipe {recipe_id} ({code}): {why}",
-    "plan refused": "Refused round {round} of recipe {recipe_id} ({code}): {why}",
-    "budget refused": "Refused for the privacy budget: {why}",
-    "message refused": "Refused a message: {why}",
-    "node started": "The node was started",
-    "node stopped": "The node was stopped ({why})",
-    "configuration": "The configuration is {sha256}",
-    "code": "The installed code was written down",
-    "site started": "Opened the images for recipe {recipe_id}: {patients_train} patients to train on",
-    "question received": "The coordinator asked about recipe {recipe_id}",
-    "plan received": "The coordinator asked for round {round} of recipe {recipe_id} ({work})",
-    "budget reserved": "Reserved {steps} noised steps for round {round}{spent} in all",
-    "update sent": "Sent the update of round {round}, {size}{spent}",
-    "update sent again": "Sent the update of round {round} again; nothing was trained or paid anew",
-    "evaluation sent": "Sent the evaluation of round {round}",
-}
-
-
-class _Missing(dict[str, str]):
-    def __missing__(self, key: str) -> str:
-        return "?"
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
-    return text[:12] if is_hash else text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _plain(text: str) -> str:
-    # Words of others stand in some events: they shall not move the cursor of a terminal.
-    return "".join(letter if letter.isprintable() else " " for letter in text)

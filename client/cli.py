@@ -8,14 +8,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -300,18 +300,20 @@ def status_verb(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
     home, console = _site(arguments), Console()
+    from client.words import status_shown
+
     if arguments.watch:
         from rich.live import Live
 
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(_status_shown(_status(home)), refresh=True)
+                live.update(status_shown(_status(home)), refresh=True)
                 time.sleep(1)
     status = _status(home)
     if arguments.json:
         print(json.dumps(status, indent=1))  # noqa: T201
     else:
-        console.print(_status_shown(status))
+        console.print(status_shown(status))
     return 0 if status["state"] not in ("stopped", "failed") else 1
 
 
@@ -328,65 +330,6 @@ def _status(home: SiteHome) -> dict[str, Any]:
     if (datetime.now(UTC) - updated).total_seconds() > FRESH_S:
         status["state"] = "stopped"
     return {**status, **fixed}
-
-
-_STATES = {
-    "starting": "starting",
-    "waiting": "waiting for Flower's SuperNode on this machine",
-    "ready": "ready, waiting for the coordinator",
-    "working": "working",
-    "restarting": "its runner is being started again",
-    "failed": "cannot work",
-    "stopped": "not running; start it with `fedicom site start`",
-}
-
-
-def _status_shown(status: Mapping[str, Any]) -> RenderableType:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-
-    def row(name: str, value: object, style: str = "") -> None:
-        table.add_row(name, Text(str(value), style))
-
-    state = str(status.get("state"))
-    bad = state in ("failed", "stopped", "restarting")
-    row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
-    row("state", _STATES.get(state, state), "yellow" if bad else "green")
-    if status.get("error") and state in ("failed", "restarting"):
-        row("why", status["error"], "yellow")
-    recipe, doing = status.get("recipe"), status.get("doing")
-    if recipe:
-        row("recipe", f"{recipe['name']} ({recipe['id'][:12]})")
-        if status.get("round"):
-            closing = status["round"] > recipe["rounds"]
-            which = "closing evaluation" if closing else f"{status['round']} of {recipe['rounds']}"
-            row("round", which + (f", {doing}" if doing != "idle" else ""))
-    if status.get("progress"):
-        done, total = status["progress"]
-        row("images", f"read {done} of {total} steps")
-    epsilon = status.get("epsilon")
-    if epsilon:
-        left = max(0.0, epsilon["cap"] - epsilon["spent"])
-        row(
-            "epsilon",
-            f"{epsilon['spent']:.2f} of {epsilon['cap']:g} spent, {left:.2f} left (delta {epsilon['delta']:g})",
-        )
-    if status.get("updates") is not None:
-        sent = f"{_count(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
-        row("sent", f"{sent}; {_count(status['evaluations'], 'evaluation')}")
-    row("last contact", _ago(status.get("last_contact")))
-    refusal = status.get("last_refusal")
-    if refusal:
-        row("last refusal", f"{_ago(refusal['time'])}: {refusal['why']}", "yellow")
-        if refusal.get("here") and refusal["here"] != refusal["why"]:
-            row("", f"only told here: {refusal['here']}", "yellow")
-    if status.get("children"):
-        parts = [f"{name} {pid if pid is not None else 'not running'}" for name, pid in status["children"].items()]
-        row("processes", f"node {status.get('pid')}, {', '.join(parts)}" if state != "stopped" else "none")
-    if status.get("updated"):
-        row("as of", _ago(status["updated"]))
-    return Group(table)
 
 
 # What was spent, and what happened
@@ -439,7 +382,7 @@ def log_verb(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as they stand in the log")
     arguments = parser.parse_args(words)
     home, console = _site(arguments), Console()
-    from client.budget import in_words
+    from client.words import in_words
     from common.audit import verify
     from common.chain import parts
     from common.identity import Signer
@@ -583,13 +526,3 @@ def _say(console: Console, line: str, style: str | None = None) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _ago(moment: str | None) -> str:
-    if moment is None:
-        return "none since the node was started"
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{moment[:19].replace('T', ' ')} UTC, {seconds / size:.0f} {unit} ago"
-    return f"{moment[:19].replace('T', ' ')} UTC, {max(0, seconds):.0f} s ago"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -78,6 +79,26 @@ def parse_cards(text: str) -> tuple[Card, ...]:
             Card(number=int(cells[0]), name=cells[1], driver=cells[2], used=used, total=total, utilisation=busy)
         )
     return tuple(found)
+
+
+def connected(pid: int, port: int) -> bool | None:
+    """Whether a process has an open TCP connection to a port of another machine; None where the system does not tell.
+
+    Source: proc(5), /proc/pid/net/tcp; state 01 is ESTABLISHED.
+    """
+    links = []
+    try:
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                links.append(str(path.readlink()))
+        tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    except OSError:
+        return None
+    own = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
+    rows = [row.split() for table in tables for row in table.splitlines()[1:]]
+    return any(
+        len(row) > 9 and row[3] == "01" and row[9] in own and int(row[2].rpartition(":")[2], 16) == port for row in rows
+    )
 
 
 def user() -> Iterator[Line]:

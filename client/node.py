@@ -20,7 +20,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from client.machine import Card, cards
+from client.machine import Card, cards, connected
+from client.reach import proxy_address, proxy_of, split_address
 from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.errors import ConfigError, FedicomError
@@ -37,6 +38,8 @@ _GRACE_S = 6.0
 _AGAIN_S = 600.0
 """So long nothing is said of a child that ends again and again."""
 _CARDS_S = 10.0
+_AWAY_S = 45.0
+"""Without a connection for so long, the gateway counts as away; in a long visit the SuperNode calls every 30 s."""
 
 Say = Callable[[str, str], None]
 """Told (line, style): one line for each change; style "" or "yellow"."""
@@ -162,6 +165,7 @@ class _Node:
         self._started, self._written = _utc(), 0.0
         self._keys = self._fingerprint()
         self._runners: set[int] = set()
+        self._connected_at: float | None = None
         self._shown: dict[str, Any] = {}
         self._silent_until: dict[str, float] = {}
         self._cards: tuple[float, tuple[Card, ...]] = (-_CARDS_S, ())
@@ -237,6 +241,7 @@ class _Node:
             "federation": self._config.federation,
             "gateway": self._config.gateway,
             "state": state,
+            "connected": self._connected(children.get(SUPERNODE)),
             "pid": os.getpid(),
             "children": children,
             "started": self._started,
@@ -251,6 +256,21 @@ class _Node:
             for line, style in changes(self._shown, status):
                 self._say(line, style)
             self._shown = status
+
+    def _connected(self, supernode: int | None) -> bool | None:
+        """Whether the SuperNode has the gateway at the other end; None where this cannot be told."""
+        now, config = time.monotonic(), self._config
+        proxy = proxy_of(config, os.environ)
+        there = (
+            connected(supernode, (proxy_address(proxy) if proxy else split_address(config.gateway))[1])
+            if supernode is not None
+            else False
+        )
+        if there is None:
+            return None
+        if there:
+            self._connected_at = now
+        return self._connected_at is not None and now - self._connected_at < _AWAY_S
 
     def _report(self, runner: int | None) -> dict[str, Any]:
         """What the runner, or the one before it, wrote; empty when that was none of ours."""
@@ -298,6 +318,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
         yield f"The runner cannot work: {now.get('error')}", "yellow"
     if now.get("state") == "ready" and before.get("state") not in ("ready", "working"):
         yield "Ready; waiting for the coordinator", ""
+    if now.get("connected") != before.get("connected") and now.get("connected") is not None:
+        if now["connected"]:
+            yield f"Connected to {now.get('gateway')}", ""
+        elif before:
+            yield f"No connection to {now.get('gateway')}; trying until there is one", "yellow"
     recipe = now.get("recipe") or {}
     doing = (now.get("doing"), now.get("round"), recipe.get("id"))
     if doing != (before.get("doing"), before.get("round"), (before.get("recipe") or {}).get("id")):
@@ -339,6 +364,8 @@ def families(status: Mapping[str, Any], graphics: tuple[Card, ...] = ()) -> list
             name="fedicom_site_up", help="1 while a process of the node runs.", kind="gauge",
             samples=[({**site, "process": name}, int(pid is not None)) for name, pid in children.items()],
         ),
+        one("fedicom_site_connected", "1 while the gateway is at the other end.", "gauge",
+            None if status.get("connected") is None else int(status["connected"])),
         one("fedicom_site_updates_total", "Updates sent.", "counter", status.get("updates")),
         one("fedicom_site_evaluations_total", "Evaluations sent.", "counter", status.get("evaluations")),
         one("fedicom_site_refusals_total", "Messages refused.", "counter", status.get("refusals")),

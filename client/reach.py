@@ -35,7 +35,7 @@ def gateway(home: SiteHome) -> Iterator[Line]:
     host, port = split_address(config.gateway)
     proxy = proxy_of(config, os.environ)
     via = f" through the proxy {_shown(proxy)}" if proxy else ""
-    first = split_address(_shown(proxy)) if proxy else (host, port)
+    first = proxy_address(proxy) if proxy else (host, port)
     try:
         addresses = sorted({str(row[4][0]) for row in socket.getaddrinfo(*first, type=socket.SOCK_STREAM)})
     except OSError:
@@ -142,7 +142,7 @@ def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
     if proxy is None:
         return socket.create_connection((host, port), timeout=_CONNECT_S)
     url = urlsplit(proxy)
-    line = socket.create_connection(split_address(_shown(proxy)), timeout=_CONNECT_S)
+    line = socket.create_connection(proxy_address(proxy), timeout=_CONNECT_S)
     try:
         login = ""
         if url.username:
@@ -184,7 +184,7 @@ def elsewhere(config: SiteConfig, others: Sequence[tuple[str, int]] | None) -> I
     proxy = proxy_of(config, os.environ)
     if others is None:
         others = (*((host, other) for other in _OTHER_PORTS), *_OTHER_HOSTS)
-    allowed = {(host, port), split_address(_shown(proxy)) if proxy else None}
+    allowed = {(host, port), proxy_address(proxy) if proxy else None}
     wanted = [place for place in others if place not in allowed]
     with ThreadPoolExecutor(max_workers=8) as pool:
         reached = [place for place, open_ in zip(wanted, pool.map(_open, wanted), strict=True) if open_]
@@ -225,7 +225,13 @@ def proxy_of(config: SiteConfig, environment: Mapping[str, str]) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def _shown(proxy: str) -> str:
-    """host:port of a proxy, without the password that its URL may hold."""
+def proxy_address(proxy: str) -> tuple[str, int]:
+    """Host and port of a proxy's URL."""
     url = urlsplit(proxy)
-    return f"{url.hostname}:{url.port or (443 if url.scheme == 'https' else 80)}"
+    return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+
+
+def _shown(proxy: str) -> str:
+    """host:port, without the password that the URL may hold."""
+    host, port = proxy_address(proxy)
+    return f"{host}:{port}"

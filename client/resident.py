@@ -145,7 +145,13 @@ class Resident:
 
     def hello(self, question: Question) -> Hello | Refusal:
         """Who this is, or why it will not work on that recipe; the first time for a recipe its images are read."""
-        return self._answer(question.recipe_id, 1, lambda site: site.hello(question))
+
+        def greet(site: Site) -> Hello | Refusal:
+            if site.ledger is not None and (why := self._cut(site.ledger)):
+                return self._refuse(question.recipe_id, 1, "budget", why, kind="budget refused")
+            return site.hello(question)
+
+        return self._answer(question.recipe_id, 1, greet)
 
     def visit(self, plan: RoundPlan) -> Update | Refusal:
         """Does what the plan asks, or says why not."""
@@ -387,7 +393,7 @@ class Resident:
 
 def _device(config: SiteConfig) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
+        raise FedicomError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -126,27 +126,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         try:
-            # A web page of somebody else may make a browser on this machine call us, but under its own host name.
-            if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
-                raise _RefusedError(403, "this interface is for programs on the coordinator's machine")
-            url = urlsplit(self.path)
-            if method == "GET" and url.path == "/metrics":
-                self._send(200, exposition(families(self.control)), TYPE)
-                return
-            query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-            person = self._person()
-            path = tuple(url.path.strip("/").split("/"))
-            if method == "GET":
-                self._get(path, query)
-            else:
-                self._post(path, query, person)
-        except FedicomError as error:
-            self._send(_code(error), _json({"error": str(error)}))
+            try:
+                self._route(method)
+            except FedicomError as error:
+                self._send(_code(error), _json({"error": str(error)}))
+            except OSError:
+                raise
+            except Exception:
+                log.exception("%s", method)
+                self._send(500, _json({"error": "this is a defect of Fedicom; the coordinator's log has more"}))
         except OSError:  # the peer has gone
             self.close_connection = True
-        except Exception:
-            log.exception("%s", method)
-            self._send(500, _json({"error": "this is a defect of Fedicom; the coordinator's log has more"}))
+
+    def _route(self, method: str) -> None:
+        # A web page of somebody else may make a browser on this machine call us, but under its own host name.
+        if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
+            raise _RefusedError(403, "this interface is for programs on the coordinator's machine")
+        url = urlsplit(self.path)
+        if method == "GET" and url.path == "/metrics":
+            self._send(200, exposition(families(self.control)), TYPE)
+            return
+        query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        person = self._person()
+        path = tuple(url.path.strip("/").split("/"))
+        if method == "GET":
+            self._get(path, query)
+        else:
+            self._post(path, query, person)
 
     def _person(self) -> Person:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")

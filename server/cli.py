@@ -31,7 +31,7 @@ _EPILOG = """verbs:
   fedicom server token new --role ROLE --name NAME    a token for an operator or an auditor
 
 All take --home DIR (or FEDICOM_HOME, or the current folder). Those that ask the running coordinator also take
---token-file FILE (or FEDICOM_TOKEN_FILE; without both, keys/operator.token) and --control HOST:PORT."""
+--token-file FILE (or FEDICOM_TOKEN_FILE; without both, keys/operator.token) and --control 127.0.0.1:PORT."""
 
 _POLL_S = 1.0
 _OVER = {"finished": 0, "failed": 1, "stopped": 1}
@@ -240,7 +240,9 @@ def _parser(verb: str, says: str) -> argparse.ArgumentParser:
 def _asking(verb: str, says: str) -> argparse.ArgumentParser:
     parser = _parser(verb, says)
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="or FEDICOM_TOKEN_FILE, or the operator's")
-    parser.add_argument("--control", metavar="HOST:PORT", help="of the coordinator, where its folder cannot be read")
+    parser.add_argument(
+        "--control", metavar="127.0.0.1:PORT", help="of the coordinator, where its folder cannot be read"
+    )
     return parser
 
 
@@ -321,8 +323,11 @@ class _Asking:
 
         if self._control is not None:
             host, _, port = self._control.rpartition(":")
-            if not (host and port.isdecimal()):
-                raise ConfigError(f"--control: got {self._control!r}, expected HOST:PORT")
+            # The token goes there unencrypted: nowhere but to this machine, where a tunnel may begin.
+            if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+                raise ConfigError(
+                    f"--control: got {self._control!r}, expected 127.0.0.1:PORT; reach another machine with ssh -L"
+                )
             return self._control
         assert self._home is not None
         found = (read_status(self._home.control_file) or {}).get("port")

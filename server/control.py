@@ -35,6 +35,7 @@ from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
 
 log = logging.getLogger(__name__)
 
+VERSION = version("fedicom")
 _TICK_S = 0.3
 _LOOK_S = 5.0
 """Between two looks at who is connected."""
@@ -188,7 +189,7 @@ class Control:
         configuration = hashlib.sha256((self.home.path / "server.yaml").read_bytes()).hexdigest()
         registry = self.home.registry.version
         self.audit.append(
-            "server started", version=version("fedicom"), configuration=configuration, registry=registry
+            "server started", version=VERSION, configuration=configuration, registry=registry
         )  # fmt: skip
         self.audit.append("code", packages=dict(code_hashes()))
         ports = {"port": control_port, "superlink_port": self.superlink_port, "pid": os.getpid()}
@@ -205,7 +206,10 @@ class Control:
             nodes.start()
             self.state = "running"
             while not self._stop.wait(_TICK_S):
-                self._tick()
+                try:
+                    self._tick()
+                except Exception:  # whatever it is: the sites' way in must not close because of it
+                    log.exception("the coordinator")
         finally:
             self.state = "stopping"
             self._end()
@@ -270,7 +274,7 @@ class Control:
         return {
             "state": self.state,
             "federation": self.config.federation,
-            "version": version("fedicom"),
+            "version": VERSION,
             "pid": os.getpid(),
             "started": self.started,
             "updated": utc_now(),

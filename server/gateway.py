@@ -30,6 +30,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import formatdate
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -519,7 +520,8 @@ class _Conversation:
         if not refused.answer or self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self._writer.transport.abort()
             return
-        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        # The date lets a site's preflight compare clocks.
+        headers = [(b"date", formatdate(usegmt=True).encode()), (b"content-length", b"0"), (b"connection", b"close")]
         left = 0 if self._http.they_are_waiting_for_100_continue else _LINGER_BYTES
         self._send(h11.Response(status_code=status, headers=headers, reason=b""))
         self._send(h11.EndOfMessage())

@@ -151,7 +151,8 @@ class Rehearsal:
             status = read_status(home.status_file) or {}
             return (status.get("children") or {}).get(child)
 
-        return wait_for(found, f"child {child} of {name}", 60)
+        pid: int = wait_for(found, f"child {child} of {name}", 60)
+        return pid
 
     def stop(self) -> None:
         """Ends everything that was started here, sites first."""
@@ -199,7 +200,8 @@ class Rehearsal:
                 raise RehearsalError(f"the run failed: {status.get('error')}")
             return status if status.get("state") == "finished" else None
 
-        return wait_for(ended, "the end of the run", timeout_s)
+        status: dict[str, Any] = wait_for(ended, "the end of the run", timeout_s)
+        return status
 
     def _ready(self) -> bool:
         status = read_status(self.server.status_file) or {}

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from client import node as module
-from client.machine import Card
+from client.machine import Card, connected
 from client.node import RUNNER, SUPERNODE, changes, check_user, end, families, only_one, running, start
 from common.deployment import SiteHome, read_status
 from common.errors import ConfigError
@@ -326,8 +327,24 @@ def test_each_change_is_one_line_and_nothing_is_said_twice() -> None:
     assert said({**ready, "last_refusal": refusal}, {**ready, "last_refusal": {**refusal, "time": "2"}}) == []
     hidden = {**refusal, "why": "no cohort", "here": "labels.csv row 3"}
     assert said(ready, {**ready, "last_refusal": hidden}) == ["Refused: no cohort (labels.csv row 3)"]
+    there, away = {**ready, "connected": True, "gateway": "g:1"}, {**ready, "connected": False, "gateway": "g:1"}
+    assert said(ready, there) == ["Connected to g:1"]
+    assert said(there, away) == ["No connection to g:1; trying until there is one"]
+    assert said({}, {"connected": False, "gateway": "g:1"}) == []  # nobody has tried yet
     failed = {**ready, "state": "failed", "error": "the log is broken"}
     assert said(ready, failed) == ["The runner cannot work: the log is broken"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_a_connection_is_seen_while_it_is_open_and_only_to_that_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert connected(os.getpid(), port) is False
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            assert connected(os.getpid(), port) is True
+            assert connected(os.getpid(), line.getsockname()[1]) is False  # its own end is no other port
+        assert connected(os.getpid(), port) is False
+    assert connected(2**22 + 1, port) is None
 
 
 def test_a_home_of_nobody_has_no_node(tmp_path: Path) -> None:

@@ -312,6 +312,7 @@ def test_an_old_ledger_that_was_copied_back_is_refused_and_logged(house: House, 
     ledger.write_bytes(old)
     node.restart()
     assert node.kinds()[-1] == "budget refused"
+    assert "older than this site's log remembers" in refused(node.hello(), "budget", node, "budget refused")
     assert "older than this site's log remembers" in refused(node.visit(3), "budget", node, "budget refused")
     ledger.unlink()
     node.restart()
@@ -418,7 +419,8 @@ def test_a_missing_gpu_and_a_missing_key_are_refusals(house: House) -> None:
     if not torch.cuda.is_available():
         node = Node(house)
         house.configure(device="cuda")
-        assert "no GPU" in refused(node.hello(), "recipe", node)
+        assert "could not answer" in refused(node.hello(), "training", node)
+        assert "no GPU" in node.resident.state.last_refusal["here"]
         house.configure(device="cpu")
     house.home.cohort_key.unlink()
     node = Node(house)

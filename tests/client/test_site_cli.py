@@ -14,10 +14,10 @@ import pytest
 
 import fedicom
 from client.approvals import Approvals
-from client.budget import in_words
 from client.cli import _VERBS
 from client.ledger import Ledger
 from client.policy import ledger_policy
+from client.words import in_words
 from common.accounting import Event, epsilon_pld
 from common.audit import verify
 from common.chain import Event as Logged

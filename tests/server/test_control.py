@@ -23,6 +23,7 @@ from server.gateway_rules import GatewayConfig
 from server.provision import provision, revoke, rotate
 from server.runs import Run
 from server.tokens import install_token, remove_token
+from tests.server.house import Running
 
 
 def body(house, **federation) -> bytes:
@@ -269,9 +270,7 @@ def test_stop_ends_the_process_and_resume_begins_another(with_run):
     assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 409
 
 
-def test_a_coordinator_that_starts_again_goes_on_with_what_was_not_over(house, request):
-    from .conftest import Running
-
+def test_a_coordinator_that_starts_again_goes_on_with_what_was_not_over(house):
     names = {"going": None, "halted": "stop", "over": None, "broken": None}
     with Running(house) as first:
         for number, name in enumerate(names):
@@ -291,8 +290,6 @@ def test_a_coordinator_that_starts_again_goes_on_with_what_was_not_over(house, r
 
 
 def test_everything_ends_with_the_coordinator_even_what_will_not(house, monkeypatch):
-    from .conftest import Running
-
     monkeypatch.setattr("server.control._GRACE_S", {"run": 0.5, "gateway": 0.5, "superlink": 0.5})
     stubborn = """trap '' TERM; echo $$ >> "$1/starts"; while :; do sleep 0.05; done"""
     with Running(house, script=stubborn) as running:
@@ -308,8 +305,6 @@ def test_everything_ends_with_the_coordinator_even_what_will_not(house, monkeypa
 
 
 def test_start_and_stop_are_in_the_log_with_configuration_and_code(house):
-    from .conftest import Running
-
     with Running(house):
         pass
     told = verify(house.home.audit_file)
@@ -357,8 +352,6 @@ def test_a_revoked_node_is_shut_out_while_the_coordinator_runs_and_that_is_writt
 
 
 def test_a_rotated_key_is_written_down_once_also_when_the_coordinator_was_not_running(house):
-    from .conftest import Running
-
     with Running(house):
         pass
     authority = house.kits / "authority"
@@ -431,8 +424,6 @@ def test_the_metrics_tell_of_runs_sites_bytes_and_disk(with_run):
 
 
 def test_the_status_tells_who_is_connected(house):
-    from .conftest import Running
-
     with Running(house, online=["west"]) as running:
         status = running.until(lambda: found if (found := running.control.status)["online"] else None)
         assert status["online"] == ["west"]

@@ -174,6 +174,13 @@ def test_an_auditor_needs_no_folder_but_his_token_and_the_address(asking, said, 
     assert verify(tmp_path / "logs" / "server.jsonl", asking.house.signer.public)
 
 
+@pytest.mark.parametrize("control", ["fl.example.org:80", "127.0.0.1", "127.0.0.1:x"])
+def test_a_token_is_sent_to_this_machine_alone(asking, said, control):
+    code, _, err = said("status", "--control", control)
+    assert code == 2
+    assert "expected 127.0.0.1:PORT" in err
+
+
 def test_an_audit_log_in_several_parts_is_fetched_whole(asking, said, tmp_path):
     AuditLog(asking.house.home.audit_file, asking.house.signer, rotate_bytes=1).append("run stopped")
     assert said("audit", "--out", tmp_path / "logs")[0] == 0

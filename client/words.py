@@ -1,0 +1,151 @@
+"""What a node does and did, in words for its own people: its status, and the events of its log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from common.chain import Event
+
+_STATES = {
+    "starting": "starting",
+    "waiting": "waiting for Flower's SuperNode on this machine",
+    "ready": "ready, waiting for the coordinator",
+    "working": "working",
+    "restarting": "its runner is being started again",
+    "failed": "cannot work",
+    "stopped": "not running; start it with `fedicom site start`",
+}
+
+
+def status_shown(status: Mapping[str, Any]) -> RenderableType:
+    """A node's status, for a terminal."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+
+    def row(name: str, value: object, style: str = "") -> None:
+        table.add_row(name, Text(str(value), style))
+
+    state = str(status.get("state"))
+    bad = state in ("failed", "stopped", "restarting")
+    row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
+    row("state", _STATES.get(state, state), "yellow" if bad else "green")
+    if status.get("connected") is not None and state != "stopped":
+        row(
+            "connection",
+            "to the gateway" if status["connected"] else "none; trying until there is one",
+            "green" if status["connected"] else "yellow",
+        )
+    if status.get("error") and state in ("failed", "restarting"):
+        row("why", status["error"], "yellow")
+    recipe, doing = status.get("recipe"), status.get("doing")
+    if recipe:
+        row("recipe", f"{recipe['name']} ({recipe['id'][:12]})")
+        if status.get("round"):
+            closing = status["round"] > recipe["rounds"]
+            which = "closing evaluation" if closing else f"{status['round']} of {recipe['rounds']}"
+            row("round", which + (f", {doing}" if doing != "idle" else ""))
+    if status.get("progress"):
+        done, total = status["progress"]
+        row("images", f"read {done} of {total} steps")
+    epsilon = status.get("epsilon")
+    if epsilon:
+        left = max(0.0, epsilon["cap"] - epsilon["spent"])
+        row(
+            "epsilon",
+            f"{epsilon['spent']:.2f} of {epsilon['cap']:g} spent, {left:.2f} left (delta {epsilon['delta']:g})",
+        )
+    if status.get("updates") is not None:
+        sent = f"{_count(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
+        row("sent", f"{sent}; {_count(status['evaluations'], 'evaluation')}")
+    row("last contact", _ago(status.get("last_contact")))
+    refusal = status.get("last_refusal")
+    if refusal:
+        row("last refusal", f"{_ago(refusal['time'])}: {refusal['why']}", "yellow")
+        if refusal.get("here") and refusal["here"] != refusal["why"]:
+            row("", f"only told here: {refusal['here']}", "yellow")
+    if status.get("children"):
+        parts = [f"{name} {pid if pid is not None else 'not running'}" for name, pid in status["children"].items()]
+        row("processes", f"node {status.get('pid')}, {', '.join(parts)}" if state != "stopped" else "none")
+    if status.get("updated"):
+        row("as of", _ago(status["updated"]))
+    return Group(table)
+
+
+def in_words(event: Event) -> str:
+    """One line about an event of a site's log."""
+    facts: Mapping[str, Any] = event.facts
+    told = _WORDS.get(event.kind)
+    if told is None:
+        rest = ", ".join(f"{name} {_short(value)}" for name, value in facts.items())
+        return _plain(f"{event.kind}{': ' if rest else ''}{rest}")
+    values = {name: _short(value) for name, value in facts.items()}
+    epsilon = facts.get("epsilon")
+    values["spent"] = f", epsilon {epsilon:.2f}" if isinstance(epsilon, float) else ""
+    size = facts.get("bytes")
+    values["size"] = f"{size / 1e6:.1f} MB" if isinstance(size, int) else "unknown size"
+    values["patients_train"] = str((facts.get("patients") or {}).get("train", "?"))
+    return _plain(told.format_map(_Missing(values)))
+
+
+_WORDS = {
+    "log started": "This log was begun",
+    "log continued": "The log goes on in a new file",
+    "clock moved back": "This machine's clock was moved back from {from} to {to}",
+    "key rotated": "The site's signing key was exchanged",
+    "operator action": "{who}: {action}",
+    "recipe approved": "{by} approved recipe {name} {recipe_id}",
+    "approval withdrawn": "{by} withdrew the approval of recipe {recipe_id}",
+    "recipe refused": "Refused recipe {recipe_id} ({code}): {why}",
+    "plan refused": "Refused round {round} of recipe {recipe_id} ({code}): {why}",
+    "budget refused": "Refused for the privacy budget: {why}",
+    "message refused": "Refused a message: {why}",
+    "node started": "The node was started",
+    "node stopped": "The node was stopped ({why})",
+    "configuration": "The configuration is {sha256}",
+    "code": "The installed code was written down",
+    "site started": "Opened the images for recipe {recipe_id}: {patients_train} patients to train on",
+    "question received": "The coordinator asked about recipe {recipe_id}",
+    "plan received": "The coordinator asked for round {round} of recipe {recipe_id} ({work})",
+    "budget reserved": "Reserved {steps} noised steps for round {round}{spent} in all",
+    "update sent": "Sent the update of round {round}, {size}{spent}",
+    "update sent again": "Sent the update of round {round} again; nothing was trained or paid anew",
+    "evaluation sent": "Sent the evaluation of round {round}",
+}
+
+
+class _Missing(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+    return text[:12] if is_hash else text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _plain(text: str) -> str:
+    # Words of others stand in some events: they shall not move the cursor of a terminal.
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def _ago(moment: str | None) -> str:
+    if moment is None:
+        return "none since the node was started"
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{moment[:19].replace('T', ' ')} UTC, {seconds / size:.0f} {unit} ago"
+    return f"{moment[:19].replace('T', ' ')} UTC, {max(0, seconds):.0f} s ago"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
