@@ -178,6 +178,7 @@ class _Kept:
                     stderr=handle,
                     env={**os.environ, **self._child.environment},
                     start_new_session=True,
+                    umask=0o077,  # others' programs write files as well
                     preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             finally:

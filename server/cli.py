@@ -62,7 +62,6 @@ def _start(words: Sequence[str]) -> int:
     from server.api import Api
     from server.control import Control, alone, deployed
 
-    os.umask(0o077)  # the SuperLink writes files of its own
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     for name in ("alembic", "flwr", "httpcore", "httpx"):  # a line for every call
         logging.getLogger(name).setLevel(logging.WARNING)

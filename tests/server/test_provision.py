@@ -374,7 +374,6 @@ def test_an_empty_folder_that_is_there_is_filled_and_a_half_filled_one_is_not_ta
     [
         {"sites": ("North", "north")},
         {"sites": ("auditor-anna",)},
-        {"sites": ("gateway",)},
         {"sites": ("north", "north.kit")},
         {"sites": ("Coordinator",)},
     ],

@@ -204,7 +204,7 @@ def running(tmp_path_factory, proxy) -> Iterator[Running]:
     (out / "authority" / "toy.py").write_text(TOY)
     patch = pytest.MonkeyPatch()
     patch.setenv("FLWR_HOME", str(out / "flwr"))
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     for name in ("NO_PROXY", "no_proxy"):
         patch.setenv(name, "localhost")
     patch.setenv("HTTPS_PROXY", DEAD_PROXY)  # the coordinator's own calls stay on this machine all the same
