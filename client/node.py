@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import time
@@ -171,6 +172,7 @@ class _Node:
         self._cards: tuple[float, tuple[Card, ...]] = (-_CARDS_S, ())
         self._status: dict[str, Any] = {}
         self._metrics: Callable[[], None] = lambda: None
+        self._warnings: tuple[str, ...] = ()
 
     def run(self, stop: Event) -> None:
         config, home = self._config, self._home
@@ -183,7 +185,8 @@ class _Node:
         while True:
             if time.monotonic() - warned >= _DAY_S:
                 warned = time.monotonic()
-                for line in warnings(home):
+                self._warnings = warnings(home)
+                for line in self._warnings:
                     self._say(line, "yellow")
             self._hear()
             if (keys := self._fingerprint()) != self._keys:
@@ -309,7 +312,8 @@ class _Node:
         now = time.monotonic()
         if now - self._cards[0] >= _CARDS_S:
             self._cards = now, cards()
-        return families(self._status, self._cards[1])
+        told = {"disk_free": shutil.disk_usage(self._home.path).free, "warnings": len(self._warnings)}
+        return families({**self._status, **told}, self._cards[1])
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -379,6 +383,9 @@ def families(status: Mapping[str, Any], graphics: tuple[Card, ...] = ()) -> list
         one("fedicom_site_epsilon_spent", "Epsilon spent on the cohort.", "gauge", spent),
         one("fedicom_site_epsilon_cap", "Most epsilon that the policy allows.", "gauge", cap),
         one("fedicom_site_epsilon_left", "Epsilon that is left.", "gauge", left),
+        one("fedicom_site_warnings", "What the node warns of: certificates that run out.", "gauge",
+            status.get("warnings")),
+        one("fedicom_site_disk_free_bytes", "Free on the disk of the site's folder.", "gauge", status.get("disk_free")),
         Family(
             name="fedicom_site_gpu_utilisation_ratio", help="Share of the time that the GPU works.", kind="gauge",
             samples=[({**site, "gpu": str(card.number)}, card.utilisation) for card in graphics

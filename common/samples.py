@@ -6,23 +6,33 @@ import hashlib
 import hmac
 import json
 import os
-from collections import Counter
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cache as memoised
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from common.cache import make_room, used
 from common.config import Preprocessing, Task, as_plain
 from common.errors import ConfigError, DataError
-from common.imaging import Image, Progress, Refused, Source, Volume, iterate_folder, prepare
+from common.imaging import Progress, Refused
+from common.imaging.fastread import Catalogue
+from common.imaging.index import Index
+from common.imaging.parallel import expect
 from common.labels import Label, need_two_classes, read_labels
+from common.preparing import Made, Workshop, jobs_for, prepared_units, unit_of
+from common.pseudonyms import pseudonym as pseudonym
+from common.shard import SECRET_BYTES, Form, Rows, Storage, check_half, open_text, seal_text, widened, write_rows
 from common.storage import commit, locked, private_folder, storing, write_whole
 
+NOT_A_SAMPLE = ("no_label", "no_patient", "wrong_dimensions", "other_modality", "not_preparable", "not_finite")
+"""Why an image that was read is no sample; files that are no image have the codes of `common.imaging`."""
 _MIN_KEY_BYTES = 16
 _SHOWN_ROWS = 5
 
@@ -32,7 +42,8 @@ class Samples:
     """Prepared images or volumes with their labels, in an order that says nothing about names or paths."""
 
     x_N: npt.NDArray[np.float32]
-    """(N, 1, *size), memory-mapped and read-only."""
+    """(N, 1, *size), memory-mapped and read-only; encrypted or float16 samples are a `common.shard.Rows`, which is
+    indexed like it and opens what is asked for."""
     targets_N: npt.NDArray[np.int64] | npt.NDArray[np.float32]
     """(N,) class index; multi-label: (N, classes) of 0 and 1, float32."""
     patient_N: npt.NDArray[np.int64]
@@ -55,12 +66,23 @@ class Prepared:
 
 
 def prepare_folder(
-    folder: Path, task: Task, data: Preprocessing, *, cache: Path, key: bytes, progress: Progress | None = None
+    folder: Path,
+    task: Task,
+    data: Preprocessing,
+    *,
+    cache: Path,
+    key: bytes,
+    progress: Progress | None = None,
+    index: Index | None = None,
+    jobs: int | None = None,
+    storage: Storage = "float32",
+    secret: bytes | None = None,
 ) -> Prepared:
     """Reads, labels and prepares every image of a folder, or opens what an earlier call left in `cache`.
 
-    One item is held in memory at a time. The cache is patient data: mode 0700, replaced as soon as a
-    file, a label, the key, the task, the preprocessing or the code that made it differs.
+    Each series is prepared once: what an earlier call finished, whole or killed, is used again unless one of the
+    series' files, the preprocessing, the key or the code that makes samples differs. The cache is patient data: mode
+    0700.
 
     Args:
         folder: Holds labels.csv, and the DICOM files in `dicom/` or directly.
@@ -69,6 +91,11 @@ def prepare_folder(
         cache: Folder of this site for prepared samples; must lie outside the images.
         key: Secret of the site, at least 16 bytes; makes the pseudonyms.
         progress: Told (steps done, steps in all); two steps a file.
+        index: Of the DICOM files; None: the one that `fedicom data index` left in `cache`, or else none that is kept.
+        jobs: Processes that read and prepare, each with one series in memory; None: one for each core where it is
+            worth it.
+        storage: float16 takes half the room and rounds to one of 2,048 grey levels or finer.
+        secret: 32 bytes with which samples and labels are encrypted on disk; None: they are not.
 
     Returns:
         Samples sorted by keyed pseudonym, and the count of unused files by reason: the codes of
@@ -76,203 +103,231 @@ def prepare_folder(
         not_preparable, not_finite.
 
     Raises:
+        ConfigError: The key is short, the cache lies among the images, or float16 is not exact enough.
         DataError: No images, no labels, a label row without image or in conflict, one class only.
-        StorageError: The cache could not be written; nothing half-written is left.
+        StorageError: The cache could not be written, is larger than its limit, or opens with another secret;
+            nothing half-written is trusted.
     """
     if len(key) < _MIN_KEY_BYTES:
         raise ConfigError(
             f"the site key has {len(key)} bytes, expected at least {_MIN_KEY_BYTES}; shorter keys can be guessed"
         )
+    if secret is not None and len(secret) != SECRET_BYTES:
+        raise ConfigError(f"the key of the cache has {len(secret)} bytes, expected {SECRET_BYTES}")
+    if storage == "float16":
+        check_half(data.mean, data.std)
     if not folder.is_dir():
         raise DataError("the data folder does not exist; expected a folder with labels.csv and DICOM files")
     images = folder / "dicom" if (folder / "dicom").is_dir() else folder
     if cache.resolve().is_relative_to(images.resolve()):
         raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+    if index is not None and index.root.resolve() != images.resolve():
+        raise ConfigError("the index is of another folder than the images; index the folder that holds them")
     table_path = folder / "labels.csv"
     if not table_path.is_file():
         raise DataError(f"the folder has no labels.csv; expected one with the first column {task.key!r}")
     with storing("labels.csv"):
         table = table_path.read_bytes()
 
+    form = Form((1, *data.size), storage, secret)
     wanted = json.dumps(_plain(task, data), sort_keys=True).encode()
-    place = private_folder(private_folder(cache) / hashlib.sha256(wanted).hexdigest()[:16])
+    place = private_folder(private_folder(cache) / _folder_name(wanted, form))
     with locked(place):
         before = _fingerprint(images, table_path, table, wanted, key)
-        found = _open(place, before, task, data)
+        found = _open(place, before, task, form)
         if found is None:
             labels = read_labels(table, task)
-            with storing("the prepared samples"):
-                _clear(place, keep=())
-                _Preparation(images, table_path, labels, task, data, key).write(place, before, progress)
+            with ExitStack() as stack:
+                if index is None:
+                    index = stack.enter_context(Index.find(images, cache) or Index(images))
+                with storing("the prepared samples"):
+                    _Preparation(index, table_path, labels, task, data, key, form, wanted, jobs).write(
+                        place, before, progress
+                    )
             if _fingerprint(images, table_path, table, wanted, key) != before:
                 raise DataError("the images changed while they were read; wait until they are complete and run again")
-            found = _open(place, before, task, data)
+            found = _open(place, before, task, form)
+        used(place)
     assert found is not None, "what was just written can be read"
+    make_room(cache, keep=place)
     need_two_classes(_as_labels(found.samples), task, "the folder (images with their labels)")
     return found
 
 
-def pseudonym(key: bytes, *words: str) -> str:
-    """HMAC-SHA256 of the words under the site's key, hexadecimal."""
-    # JSON keeps ("a", "b|c") and ("a|b", "c") apart.
-    return hmac.new(key, json.dumps(words).encode(), "sha256").hexdigest()
-
-
-@dataclass(frozen=True)
-class _Row:
-    name: str
-    patient: str
-    label: Label
-
-
 @dataclass
 class _Preparation:
-    """The one pass over a folder that fills an empty cache."""
+    """The one pass over a folder that fills the cache."""
 
-    images: Path
+    index: Index
     table_path: Path
     labels: Mapping[str, Label]
     task: Task
     data: Preprocessing
     key: bytes
+    form: Form
+    wanted: bytes
+    jobs: int | None
+    _outside: list[Refused] = field(default_factory=list)
+    """Files and folders that belong to no series."""
 
     def write(self, place: Path, fingerprint: str, progress: Progress | None) -> None:
         """Writes samples and index; the index comes last and makes them count."""
-        raw, part = place / "rows.tmp", place / "samples.tmp"
+        part = place / "samples.tmp"
+        workshop = Workshop(place, self.form, _read_index(place, self.form))
         try:
-            with raw.open("wb") as out:
-                rows, refused = self._collect(out, progress)
-            row_bytes = 4 * int(np.prod(self.data.size))
-            order = sorted(range(len(rows)), key=lambda i: rows[i].name)
+            made = self._collect(workshop, progress)
+            self._check(made)
+            rows = sorted((row for each in made for row in each.rows if row.at is not None), key=lambda row: row.name)
             digest = hashlib.sha256()
-            # Written, never mapped: on a full disk a mapped page kills the process instead of raising.
-            with raw.open("rb") as source, part.open("wb") as out:
-                shape = (len(rows), 1, *self.data.size)
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(out, header)
-                for i in order:
-                    source.seek(i * row_bytes)
-                    block = source.read(row_bytes)
-                    digest.update(block)
-                    out.write(block)
+            with part.open("wb") as out:
+                for plain in write_rows(out, self.form, len(rows), map(workshop.read, rows)):
+                    digest.update(widened(plain, self.form))
                 out.flush()
                 os.fsync(out.fileno())
-            rows = [rows[i] for i in order]
-            targets_N = _targets([row.label.target for row in rows], self.task)
+            by_name = {pseudonym(self.key, "label", each): label for each, label in self.labels.items()}
+            labels = [by_name[row.label] for row in rows]
+            targets_N = _targets([label.target for label in labels], self.task)
             digest.update(targets_N.tobytes())
             patients = sorted({row.patient for row in rows})
             place_of = {patient: at for at, patient in enumerate(patients)}
+            slot_of = {row.name: at for at, row in enumerate(rows)}
             index = {
                 "fingerprint": fingerprint,
-                "file": f"{digest.hexdigest()[:32]}.npy",
+                "file": f"{digest.hexdigest()[:32]}{self.form.suffix}",
                 "bytes": part.stat().st_size,
                 "digest": digest.hexdigest(),
                 "targets": targets_N.tolist(),
                 "patient": [place_of[row.patient] for row in rows],
                 "patients": patients,
                 "subgroups": {
-                    name: [row.label.subgroups[at] for row in rows] for at, name in enumerate(self.task.subgroups)
+                    name: [label.subgroups[at] for label in labels] for at, name in enumerate(self.task.subgroups)
                 },
-                "refused": dict(sorted(refused.items())),
+                "refused": self._refused(made),
+                "units": [each.placed(slot_of).plain() for each in made if each.lasting],
             }
             commit(part, place / str(index["file"]))
-            write_whole(place / "index.json", json.dumps(index).encode())
-            _clear(place, keep=("index.json", str(index["file"])))
+            _write_index(place, index, self.form)
+            workshop.forget()
+            _clear(place, keep=(_index_file(place, self.form).name, str(index["file"])))
+        except OSError:  # the disk is full, most likely: what was finished shall not keep it so
+            workshop.forget()
+            raise
         finally:
-            raw.unlink(missing_ok=True)
+            workshop.close()
             part.unlink(missing_ok=True)
 
-    def _collect(self, out: BinaryIO, progress: Progress | None) -> tuple[list[_Row], Counter[str]]:
-        rows: list[_Row] = []
-        seen: set[str] = set()
-        refused: Counter[str] = Counter()
-        items = 0
-        why = ""
-        for item in iterate_folder(self.images, progress):
-            if isinstance(item, Refused):
-                if item.path != self.table_path:
-                    refused[str(item.code)] += 1
-                continue
-            items += 1
-            source = item.source
-            identifier = _identifier(source, self.task)
-            label = self.labels.get(identifier)
-            if label is not None:
-                seen.add(identifier)
-            name = pseudonym(
-                self.key, "sample", source.patient_id, source.study_uid, source.series_uid, *source.sop_uids
-            )
-            code = self._refusal(item, label)
-            if code is None:
-                try:
-                    values = np.ascontiguousarray(prepare(item, self.data), dtype="<f4")
-                except DataError as error:
-                    code, why = "not_preparable", why or f"; first: {error}"
-                else:
-                    code = None if np.isfinite(values).all() else "not_finite"
-            if code is not None or label is None:
-                refused[code or "no_label"] += len(source.files)
-                continue
-            assert values.shape == (1, *self.data.size), f"prepare gave {values.shape}"
-            out.write(values.tobytes())
-            rows.append(_Row(name, pseudonym(self.key, "patient", source.patient_id.strip())[:16], label))
-        self._check(len(rows), items, seen, refused, why)
-        return rows, refused
+    def _collect(self, workshop: Workshop, progress: Progress | None) -> list[Made]:
+        """What became of every series, in this run or an earlier one."""
+        total = 0
 
-    def _refusal(self, item: Volume | Image, label: Label | None) -> str | None:
-        if isinstance(item, Volume) != (self.task.dimensions == 3):
-            return "wrong_dimensions"
-        if self.data.modalities and item.source.modality not in self.data.modalities:
-            return "other_modality"
-        if not item.source.patient_id.strip():
-            return "no_patient"  # would merge strangers into one patient: one split, one privacy unit
-        return "no_label" if label is None else None
+        def headers(done: int, files: int) -> None:
+            nonlocal total
+            total = 2 * files
+            if progress is not None:
+                progress(done, total)
 
-    def _check(self, used: int, items: int, seen: set[str], refused: Mapping[str, int], why: str) -> None:
-        key, counts = self.task.key, f"files refused: {dict(refused) or 'none'}{why}"
-        if not items and not refused:
+        expect(prepared_units.__module__)
+        self.index.refresh(headers, jobs=self.jobs)
+        refused = list(self.index.refused())
+        self._outside = [each for each in refused if each.path != self.table_path]
+        done = total // 2 + len(refused) - len(self.index.outside)
+        made_by = (self.wanted.decode(), _maker())
+        catalogue = Catalogue(self.index)
+        units = [unit_of(series, self.task, self.key, self.labels, made_by) for series in catalogue]
+        made = {unit.name: found for unit in units if (found := workshop.known(unit.name)) is not None}
+        todo = [unit for unit in units if unit.name not in made]
+        done += sum(unit.files for unit in units if unit.name in made)
+        if progress is not None:
+            progress(done, total)
+        jobs = jobs_for(todo) if self.jobs is None else self.jobs
+        for unit, outcome in prepared_units(todo, catalogue, self.task, self.data, jobs):
+            made[unit.name] = workshop.keep(unit, outcome, self.task, self.key)
+            done += unit.files
+            if progress is not None:
+                progress(done, total)
+        return [made[unit.name] for unit in units]
+
+    def _refused(self, made: Sequence[Made]) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for refused in self._outside:
+            counts[str(refused.code)] = counts.get(str(refused.code), 0) + 1
+        for each in made:
+            for code, files in each.refused.items():
+                counts[code] = counts.get(code, 0) + files
+            for row in each.rows:
+                if row.code is not None:
+                    counts[row.code] = counts.get(row.code, 0) + row.files
+        return dict(sorted(counts.items()))
+
+    def _check(self, made: Sequence[Made]) -> None:
+        refused = self._refused(made)
+        rows = [row for each in made for row in each.rows]
+        why = next((f"; first: {row.why}" for row in rows if row.why), "")
+        key, counts = self.task.key, f"files refused: {refused or 'none'}{why}"
+        if not rows and not refused:
             raise DataError("the folder holds no files beside labels.csv; expected DICOM images")
-        if not items:
+        if not rows:
             raise DataError(f"no file of the folder is a DICOM image that can be used; {counts}")
-        if not seen:
+        seen = {row.label for row in rows}
+        lost = sorted(
+            label.row
+            for identifier, label in self.labels.items()
+            if pseudonym(self.key, "label", identifier) not in seen
+        )
+        if len(lost) == len(self.labels):
             raise DataError(
-                f"the labels match nothing: {len(self.labels)} rows of labels.csv, {items} images, none with the same "
-                f"{key}; check that task.key={key} is what the first column holds; {counts}"
+                f"the labels match nothing: {len(self.labels)} rows of labels.csv, {len(rows)} images, none with the "
+                f"same {key}; check that task.key={key} is what the first column holds; {counts}"
             )
-        lost = sorted(label.row for identifier, label in self.labels.items() if identifier not in seen)
         if lost:
             shown = ", ".join(map(str, lost[:_SHOWN_ROWS])) + (", ..." if len(lost) > _SHOWN_ROWS else "")
             raise DataError(
                 f"labels.csv row {lost[0]}: no image has this {key}; {len(lost)} such rows ({shown}) of "
                 f"{len(self.labels)}; add the images or remove the rows; {counts}"
             )
-        if not used:
-            raise DataError(f"none of {items} images can be used for a {self.task.dimensions}D task; {counts}")
+        if all(row.at is None for row in rows):
+            raise DataError(f"none of {len(rows)} images can be used for a {self.task.dimensions}D task; {counts}")
 
 
-def _identifier(source: Source, task: Task) -> str:
-    found: str = {
-        "patient": source.patient_id,
-        "study": source.study_uid,
-        "accession": source.accession,
-        "series": source.series_uid,
-    }[task.key]
-    return found.strip()
+def _index_file(place: Path, form: Form) -> Path:
+    return place / ("index.json" if form.secret is None else "index.sealed")
 
 
-def _open(place: Path, fingerprint: str, task: Task, data: Preprocessing) -> Prepared | None:
-    """The cache, where it is whole and was made of just this; None otherwise."""
+def _write_index(place: Path, index: Mapping[str, Any], form: Form) -> None:
+    text = json.dumps(index).encode()
+    write_whole(_index_file(place, form), text if form.secret is None else seal_text(text, form.secret))
+
+
+def _read_index(place: Path, form: Form) -> dict[str, Any] | None:
+    """What the last preparation wrote here; None if there is nothing whole.
+
+    Raises:
+        StorageError: It was encrypted with another secret.
+    """
     try:
-        index = json.loads((place / "index.json").read_bytes())
-        if index["fingerprint"] != fingerprint:
-            return None
-        path = place / index["file"]
-        if path.stat().st_size != index["bytes"]:
-            return None
-        x_N = np.load(path, mmap_mode="r", allow_pickle=False)
+        data = _index_file(place, form).read_bytes()
+        found = json.loads(data if form.secret is None else open_text(data, form.secret))
+        path = place / found["file"]
+        return found if path.stat().st_size == found["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if x_N.dtype != np.float32 or x_N.shape != (len(index["targets"]), 1, *data.size):
+
+
+def _open(place: Path, fingerprint: str, task: Task, form: Form) -> Prepared | None:
+    """The cache, where it is whole and was made of just this; None otherwise."""
+    index = _read_index(place, form)
+    if index is None or index.get("fingerprint") != fingerprint:
+        return None
+    count = len(index["targets"])
+    try:
+        if form.secret is None and form.storage == "float32":
+            x_N = np.load(place / index["file"], mmap_mode="r", allow_pickle=False)
+            if x_N.dtype != np.float32 or x_N.shape != (count, *form.shape):
+                return None
+        else:
+            # whatever is indexed gives float32 arrays, which is all that any reader does with it
+            x_N = cast("npt.NDArray[np.float32]", Rows(place / index["file"], form, count))
+    except (OSError, ValueError):
         return None
     patient_N = np.array(index["patient"], np.int64)
     patient_N.setflags(write=False)
@@ -306,24 +361,44 @@ def _plain(task: Task, data: Preprocessing) -> dict[str, Any]:
     return {"task": as_plain(task), "data": plain}
 
 
+def _folder_name(wanted: bytes, form: Form) -> str:
+    name = hashlib.sha256(wanted).hexdigest()[:16]
+    return name + ("-half" if form.storage == "float16" else "") + ("" if form.secret is None else "-sealed")
+
+
 def _fingerprint(images: Path, table_path: Path, table: bytes, wanted: bytes, key: bytes) -> str:
     """Keyed hash of all that decides the samples, from file names, sizes and times: no image is opened."""
     digest = hmac.new(key, digestmod="sha256")
     for part in (wanted, hashlib.sha256(table).digest(), _maker().encode()):
         digest.update(len(part).to_bytes(8, "big") + part)
-    files = []
     labels_csv = os.path.relpath(table_path, images)
     with storing("the folder of images"):
-        for parent, _, names in os.walk(images):
-            for name in names:
-                path = os.path.join(parent, name)  # noqa: PTH118  a Path each would double the time
-                relative = os.path.relpath(path, images)
-                if relative != labels_csv:
-                    found = os.stat(path) if os.path.exists(path) else os.lstat(path)  # noqa: PTH110, PTH116
-                    files.append((relative, found.st_size, found.st_mtime_ns))
-    files.sort()
+        files = sorted(found for found in _files(os.fspath(images)) if found[0] != labels_csv)
     digest.update(json.dumps(files).encode())
     return digest.hexdigest()
+
+
+def _files(root: str) -> Iterator[tuple[str, int, int]]:
+    """(path, size, time) of every file below; what cannot be entered holds nothing that could be used."""
+    folders = [(root, "")]
+    while folders:
+        folder, inside = folders.pop()
+        try:
+            with os.scandir(folder) as found:
+                entries = list(found)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append((entry.path, f"{inside}{entry.name}/"))
+                continue
+            try:
+                status = entry.stat()
+                if stat.S_ISDIR(status.st_mode):
+                    continue
+            except OSError:  # a link that leads nowhere
+                status = entry.stat(follow_symlinks=False)
+            yield inside + entry.name, status.st_size, status.st_mtime_ns
 
 
 @memoised
@@ -331,7 +406,8 @@ def _maker() -> str:
     """The code that turns DICOM into samples; other code may give other pixels."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*(here / "imaging").rglob("*.py"), here / "samples.py", here / "labels.py"]):
+    own = [here / f"{name}.py" for name in ("samples", "preparing", "pseudonyms", "shard", "labels")]
+    for path in sorted([*(here / "imaging").rglob("*.py"), *own]):
         digest.update(path.read_bytes())
     libraries = [f"{name} {version(name)}" for name in ("pydicom", "highdicom", "monai", "torch", "numpy")]
     return " ".join([digest.hexdigest(), *libraries])

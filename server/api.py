@@ -281,6 +281,12 @@ def families(control: Control) -> Iterator[Family]:
     )
     registry = server["registry"] or {"sites": []}
     yield _gauge("fedicom_sites_registered", "Sites that may take part.", len(registry["sites"]))
+    yield Family(
+        name="fedicom_site_online",
+        help="1 while a site is connected.",
+        kind="gauge",
+        samples=[({"site": name}, float(name in server["online"])) for name in registry["sites"]],
+    )
     yield _gauge("fedicom_sites_online", "Sites that are connected.", len(server["online"]))
     yield _gauge(
         "fedicom_warnings", "What the coordinator warns of: certificates that run out.", len(server["warnings"])

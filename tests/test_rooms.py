@@ -103,6 +103,7 @@ def test_no_call_can_unpickle_or_run_text():
 
 
 MAY_CONNECT = {
+    "client.dicomweb": "asks the hospital's own archive, when a person pulls from it",
     "client.link": "SuperNode and runner, on loopback; the SuperNode calls the gateway",
     "client.reach": "preflight: asks the gateway, and whether anything else can be reached",
     "common.supervise": "looks for a free port of loopback",
@@ -110,7 +111,6 @@ MAY_CONNECT = {
     "server.control": "serves the control API on loopback",
     "server.gateway": "the one open port",
     "server.link": "talks to the SuperLink on loopback",
-    "simulations.rehearsal": "looks for a free port of loopback",
 }
 
 

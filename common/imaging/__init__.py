@@ -1,15 +1,19 @@
 """DICOM in, arrays out: right or refused, never guessed."""
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from common.imaging.pixels import RefusalCode
-from common.imaging.preprocess import Augmenter, augmentation, prepare
-from common.imaging.series import Refused
-from common.imaging.volume import FolderReading, Image, Progress, Source, Volume, iterate_folder, read_folder
+if TYPE_CHECKING:
+    from common.imaging.preprocess import Augmenter, augmentation, prepare
+    from common.imaging.refusal import RefusalCode, Refused
+    from common.imaging.volume import FolderReading, Image, Progress, Source, Volume, iterate_folder, read_folder
 
-# Their warnings quote values of the header, which name patients; a refusal says what is needed
+# Their warnings quote values of the header, which name patients; a refusal says what is needed. The filter as well as
+# the level: pydicom sets its level anew when it is imported, which is later than this.
 for _name in ("pydicom", "highdicom"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
 __all__ = [
     "Augmenter",
@@ -25,3 +29,14 @@ __all__ = [
     "prepare",
     "read_folder",
 ]  # fmt: skip
+
+_PLACES = {"preprocess": ("Augmenter", "augmentation", "prepare"), "refusal": ("RefusalCode", "Refused")}
+
+
+def __getattr__(name: str) -> object:
+    """Imports what is asked for: the process that decodes needs neither torch nor highdicom, and starts in half a
+    second without them."""
+    if name not in __all__:
+        raise AttributeError(name)
+    place = next((place for place, names in _PLACES.items() if name in names), "volume")
+    return getattr(import_module(f"common.imaging.{place}"), name)

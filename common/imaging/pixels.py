@@ -2,150 +2,36 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
-from functools import partial
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
 
-import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from pydicom import uid
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import generate_frames
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi, convert_color_space
+from pydicom.dataset import Dataset
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.pixels.utils import pixel_array
 
-MAX_IMAGE_BYTES = 2**29
-"""Decoded size of one single-frame file: 16384 x 16384 at 16 bits."""
-MAX_FILE_BYTES = 2**32
-"""Decoded size of one multi-frame file."""
-FREE_BYTES = 2**26
-MAX_RATIO = 4096
-"""A compressed file may unpack to `FREE_BYTES`, or to this many times its own length."""
+from common.imaging import worker
+from common.imaging.frames import MultiFrame
+from common.imaging.header import Overrun, inflatable_meta, inflate, read_header, tags_of
+from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of, padding_range
+from common.imaging.refusal import Refusal, RefusalCode
+
+_PALETTES = tuple(f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue"))
+_TAGS = tags_of(
+    *LAYOUT_TAGS, "Modality", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence",
+    *(f"{name}{part}" for name in _PALETTES for part in ("Descriptor", "Data")),
+    *(f"Segmented{name}Data" for name in _PALETTES),
+)  # fmt: skip
+_DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4")
+_EXACT = 2.0**23
+"""Whole numbers up to twice this are exact in float32."""
 
 
-_CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
-    uid.JPEGExtended12Bit: imagecodecs.jpeg_decode,
-    uid.JPEGLossless: imagecodecs.jpeg_decode,
-    uid.JPEGLosslessSV1: imagecodecs.jpeg_decode,
-    uid.JPEGLSLossless: imagecodecs.jpegls_decode,
-    uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
-    uid.JPEG2000Lossless: imagecodecs.jpeg2k_decode,
-    uid.JPEG2000: imagecodecs.jpeg2k_decode,
-    uid.HTJ2KLossless: imagecodecs.jpeg2k_decode,
-    uid.HTJ2KLosslessRPCL: imagecodecs.jpeg2k_decode,
-    uid.HTJ2K: imagecodecs.jpeg2k_decode,
-}
-_BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
-
-
-class RefusalCode(StrEnum):
-    """Why a file is not used; the codes may be counted and reported, they say nothing about a patient."""
-
-    NOT_DICOM = "not_dicom"
-    UNREADABLE = "unreadable"
-    DICOMDIR = "dicomdir"
-    REPORT = "report"
-    DOCUMENT = "document"
-    RADIOTHERAPY = "radiotherapy"
-    SEGMENTATION = "segmentation"
-    SECONDARY_CAPTURE = "secondary_capture"
-    LOCALIZER = "localizer"
-    MOSAIC = "mosaic"
-    CINE = "cine"
-    BURNED_IN_TEXT = "burned_in_text"
-    UNSUPPORTED_CLASS = "unsupported_class"
-    UNSUPPORTED_PIXELS = "unsupported_pixels"
-    MISSING_HEADER = "missing_header"
-    MISSING_GEOMETRY = "missing_geometry"
-    MISSING_PIXELS = "missing_pixels"
-    TRUNCATED = "truncated"
-    CORRUPT = "corrupt"
-    TOO_LARGE = "too_large"
-    COPY = "copy"
-    CONFLICT = "conflict"
-    INCOMPLETE = "incomplete"
-    SINGLE_SLICE = "single_slice"
-    DUPLICATE = "duplicate"
-    GAP = "gap"
-    TILT = "tilt"
-    MIXED_SPACING = "mixed_spacing"
-    MIXED_PATIENTS = "mixed_patients"
-    NOT_ONE_STACK = "not_one_stack"
-
-
-class Refusal(Exception):  # noqa: N818  a verdict on a file, caught at the room's border
-    """Inside the imaging room: why the file or series at hand is not used. Becomes `Refused` at its border."""
-
-    def __init__(self, code: RefusalCode, why: str) -> None:
-        super().__init__(why)
-        self.code, self.why = code, why
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences the readers' warnings: they quote values of the header, and a refusal says all that is needed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with np.errstate(all="ignore"):
-            yield
-
-
-def check_declared_size(dataset: Dataset, left_bytes: int, *, deflated: bool = False) -> None:
-    """Compares what the header declares with what the file can hold, before anything is allocated.
-
-    Args:
-        dataset: The header.
-        left_bytes: Length of the file from the Pixel Data element on.
-        deflated: The whole data set is compressed; `left_bytes` says nothing.
-
-    Raises:
-        Refusal: Not an image, cut off, or absurdly large.
-    """
-    rows, columns, samples, allocated, stored = (
-        int(dataset.get(keyword) or 0)
-        for keyword in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored")
-    )
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    high_bit = dataset.get("HighBit")
-    if min(rows, columns) < 1 or frames < 1:
-        raise Refusal(RefusalCode.MISSING_HEADER, "The header does not say how many rows and columns there are.")
-    if samples not in (1, 3) or allocated not in (8, 16, 32) or not 1 <= stored <= allocated:
-        raise Refusal(
-            RefusalCode.UNSUPPORTED_PIXELS,
-            f"Pixels of {samples} sample(s) with {stored} of {allocated} bits are not supported.",
-        )
-    if high_bit is not None and int(high_bit) != stored - 1:
-        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "The pixel values do not start at the lowest bit.")
-    decoded_bytes = rows * columns * samples * (allocated // 8) * frames
-    if decoded_bytes > (MAX_IMAGE_BYTES if frames == 1 else MAX_FILE_BYTES):
-        raise Refusal(RefusalCode.TOO_LARGE, f"The header declares {decoded_bytes:,} bytes of pixels, over the limit.")
-    if deflated:
-        return
-    if left_bytes < 8:
-        raise Refusal(RefusalCode.MISSING_PIXELS, "The file has a header but no pixels; transfer it again.")
-    syntax = uid.UID(str(dataset.file_meta.get("TransferSyntaxUID", "")))
-    if syntax and syntax.is_transfer_syntax and syntax.is_compressed:
-        if decoded_bytes > max(FREE_BYTES, MAX_RATIO * left_bytes) or frames * 8 > left_bytes:
-            raise Refusal(
-                RefusalCode.TOO_LARGE,
-                f"The header declares {decoded_bytes:,} bytes of pixels, which {left_bytes:,} bytes cannot hold.",
-            )
-        return
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422":
-        decoded_bytes = decoded_bytes * 2 // 3
-    if left_bytes - 8 < decoded_bytes:
-        raise Refusal(
-            RefusalCode.TRUNCATED,
-            f"The file is cut off: {decoded_bytes:,} bytes of pixels are declared, {max(0, left_bytes - 12):,} are "
-            "there; transfer it again.",
-        )
-
-
-def decode(dataset: Dataset, *, projection: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
     """Decodes one single-frame image.
 
     Modality LUT or rescale of this very file (PET slopes differ from slice to slice) in float64; colour becomes
@@ -155,7 +41,7 @@ def decode(dataset: Dataset, *, projection: bool) -> tuple[NDArray[np.float32], 
     image of a detector; CT and PET keep their physical values whatever the display polarity.
 
     Args:
-        dataset: A whole single-frame file.
+        path: A single-frame file.
         projection: A picture rather than a slice.
 
     Returns:
@@ -166,75 +52,95 @@ def decode(dataset: Dataset, *, projection: bool) -> tuple[NDArray[np.float32], 
 
     Source: DICOM PS3.3 C.7.6.3, C.7.5.1.1.2 (padding), C.11.1, C.11.2; PS3.4 N.2.
     """
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
-    photometric = str(dataset.get("PhotometricInterpretation", ""))
-    _name_syntax(dataset)
     try:
-        _check_codestreams(dataset)
-        stored = _stored(dataset)
-        expected = (int(dataset.Rows), int(dataset.Columns))
-        if stored.shape[:2] != expected:
-            raise Refusal(RefusalCode.CORRUPT, "The decoded image has another size than its header says.")
-        if photometric == "PALETTE COLOR":
-            stored = apply_color_lut(stored, dataset)
-        if stored.ndim == 3:
-            if not projection:
-                raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice in colour is a derived picture, not measured.")
-            return (stored[..., :3].astype(np.float64) @ np.array([0.299, 0.587, 0.114])).astype(np.float32), None
-        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-            raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {photometric!r} are not supported.")
-        padding = padding_mask(stored, dataset)
-        values, limits = _modality(stored, dataset)
-        if projection and dataset.get("VOILUTSequence"):
-            values, limits = _tone_curve(values, dataset)
-        if photometric == "MONOCHROME1" and dataset.get("Modality") not in ("CT", "PT"):
-            values = limits[0] + limits[1] - values
-    except Refusal:
-        raise
-    except Exception as error:
-        raise Refusal(
-            RefusalCode.CORRUPT, "The pixels are damaged and cannot be decoded; transfer it again."
-        ) from error
-    valid = values if padding is None else values[~padding]
-    if not np.isfinite(valid).all():
-        raise Refusal(RefusalCode.CORRUPT, "The pixel values are not finite numbers.")
+        dataset, element = read_header(path, _TAGS)
+    except Overrun:
+        raise Refusal(RefusalCode.TOO_LARGE, "The header is longer than that of any single image.") from None
+    layout = layout_of(dataset, element)
+    if layout.frames != 1:
+        raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
+    modality = str(dataset.get("Modality"))
+    if layout.photometric == "PALETTE COLOR" or layout.samples == 3:
+        return _luminance(path, layout, dataset, projection), None
+    _need_grey(layout)
+    if dataset.get("ModalityLUTSequence") or (projection and dataset.get("VOILUTSequence")):
+        return _through_tables(path, layout, dataset, projection, modality)
+    slope, intercept = _rescale(dataset)
+    inverted = _inverted(layout, modality)
+    if inverted and not projection and (slope, intercept) != (1, 0):  # might differ from slice to slice
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice that is inverted and has a scale of its own.")
+    (stored,) = stored_frames(path, layout, [0])
+    values = _line(stored, layout, slope, intercept)
+    if inverted:
+        values = sum(_range(layout, slope, intercept)) - values
+    return _checked(values, _padding_mask(stored, padding_range(dataset, layout)))
+
+
+def _checked(
+    values: NDArray[np.floating[Any]], padding: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    singles = values.astype(np.float32, copy=False)
+    valid = singles if padding is None else singles[~padding]
     if valid.size == 0:
         raise Refusal(RefusalCode.CORRUPT, "The image holds padding only.")
-    return values.astype(np.float32), padding
+    if not np.isfinite(valid).all():
+        raise Refusal(RefusalCode.CORRUPT, "The pixel values are not finite numbers.")
+    return singles, padding
+
+
+def _luminance(path: Path, layout: Layout, dataset: Dataset, projection: bool) -> NDArray[np.float32]:
+    if not projection:
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice in colour is a derived picture, not measured.")
+    (stored,) = stored_frames(path, layout, [0])
+    if layout.photometric == "PALETTE COLOR":
+        if any(f"Segmented{name}Data" in dataset for name in _PALETTES):  # six bytes may become millions
+            raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "Colours from a segmented palette are not supported.")
+        stored = apply_color_lut(stored, dataset)
+    grey = np.zeros(stored.shape[:2], dtype=np.float64)  # colour by colour: all three in float64 are 24 times the file
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):
+        grey += weight * stored[..., channel].astype(np.float64)
+    return grey.astype(np.float32)
 
 
 def decode_frames(
-    dataset: Dataset, order: Sequence[int], transformations: Sequence[Dataset]
+    path: Path, order: Sequence[int], found: MultiFrame, modality: str
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-    """Decodes a multi-frame file.
+    """Decodes frames of a multi-frame file.
 
     Args:
-        dataset: A whole file.
+        path: The file.
         order: Which frame each slice shows.
-        transformations: Pixel Value Transformation of each frame, in the order of the file.
+        found: What the header says of all frames.
+        modality: Decides whether MONOCHROME1 is a way of display.
 
     Returns:
-        `values_ZYX` and the mask of padding, as `decode`.
+        `values_ZYX` and the mask of padding, as `decode`; MONOCHROME1 is inverted in the range of all slices together.
 
     Raises:
         Refusal: The pixels cannot be decoded or are not supported.
     """
-    if dataset.get("PhotometricInterpretation") != "MONOCHROME2":
-        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "Multi-frame images are used in MONOCHROME2 only.")
-    _name_syntax(dataset)
-    _check_codestreams(dataset)
-    stored_FYX = _stored(dataset)
-    if stored_FYX.shape != (len(transformations), int(dataset.Rows), int(dataset.Columns)):
-        raise Refusal(RefusalCode.CORRUPT, "The decoded frames are not as many or as large as the header says.")
-    values_ZYX = np.empty(stored_FYX.shape, dtype=np.float32)
-    for z, frame in enumerate(order):
-        slope, intercept = _rescale(transformations[frame])
-        values_ZYX[z] = stored_FYX[frame].astype(np.float64) * slope + intercept
+    layout = found.layout
+    _need_grey(layout)
+    slice_of = {frame: z for z, frame in enumerate(order)}
+    values_ZYX = np.empty((len(order), layout.rows, layout.columns), dtype=np.float32)
+    padding_ZYX: NDArray[np.bool_] | None = None
+    limits: list[float] = []
+    for frame, stored in zip(sorted(order), stored_frames(path, layout, sorted(order)), strict=True):
+        slope, intercept = found.frames[frame].slope, found.frames[frame].intercept
+        _check_rescale(slope, intercept)
+        z = slice_of[frame]
+        values_ZYX[z] = _line(stored, layout, slope, intercept)
+        limits.extend(_range(layout, slope, intercept))
+        padding_YX = _padding_mask(stored, found.padding)
+        if padding_YX is not None:
+            if padding_ZYX is None:
+                padding_ZYX = np.zeros(values_ZYX.shape, dtype=np.bool_)
+            padding_ZYX[z] = padding_YX
     if not np.isfinite(values_ZYX).all():
         raise Refusal(RefusalCode.CORRUPT, "The pixel values are not finite numbers.")
-    padding_FYX = padding_mask(stored_FYX, dataset)
-    return values_ZYX, None if padding_FYX is None else padding_FYX[list(order)]
+    if _inverted(layout, modality):
+        np.subtract(min(limits) + max(limits), values_ZYX, out=values_ZYX)
+    return values_ZYX, padding_ZYX
 
 
 def fill_padding(values: NDArray[np.float32], padding: NDArray[np.bool_] | None) -> None:
@@ -243,42 +149,122 @@ def fill_padding(values: NDArray[np.float32], padding: NDArray[np.bool_] | None)
         values[padding] = values[~padding].min()
 
 
-def padding_mask(stored: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_] | None:
-    """Pixels that Pixel Padding Value (and Range Limit) mark as not measured; None if there are none."""
-    low = _padding_value(dataset, "PixelPaddingValue")
-    if low is None:
+def _padding_mask(stored: NDArray[Any], padding: tuple[int, int] | None) -> NDArray[np.bool_] | None:
+    """Pixels that were not measured; None if there are none."""
+    if padding is None:
         return None
-    high = _padding_value(dataset, "PixelPaddingRangeLimit")
-    low, high = sorted((low, low if high is None else high))
+    low, high = padding
     mask = (stored >= low) & (stored <= high)  # numpy 2 compares integers beyond the dtype exactly
     return mask if mask.any() else None
 
 
-def _padding_value(dataset: Dataset, keyword: str) -> int | None:
-    value = dataset.get(keyword)
-    if value is None or value == "":
-        return None
-    if isinstance(value, bytes):  # explicit VR UN, or ambiguous VR that was not resolved
-        value = int.from_bytes(value[:2], "little")
-    value = int(value)
-    signed, half = bool(dataset.get("PixelRepresentation")), 1 << (int(dataset.BitsAllocated) - 1)
-    # GE writes -2000 as US 63536
-    return value - 2 * half if signed and value >= half else value
+def _need_grey(layout: Layout) -> None:
+    if layout.samples != 1 or layout.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Refusal(
+            RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported."
+        )
 
 
-def _modality(stored: NDArray[Any], dataset: Dataset) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """Values after the Modality LUT or rescale, and what the smallest and largest stored value would become."""
-    bits = int(dataset.BitsStored)
-    low = -(1 << (bits - 1)) if dataset.get("PixelRepresentation") else 0
-    if dataset.get("ModalityLUTSequence"):
-        values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float64)
-        top = (1 << int(dataset.ModalityLUTSequence[0].LUTDescriptor[2])) - 1
-        return values, (0.0, float(top))
-    slope, intercept = _rescale(dataset)
-    # float64 before the product: NumPy 2 keeps uint16 * int in uint16 and overflows
-    values = stored.astype(np.float64) * slope + intercept
-    first, last = low * slope + intercept, (low + (1 << bits) - 1) * slope + intercept
-    return values, (min(first, last), max(first, last))
+def _inverted(layout: Layout, modality: str) -> bool:
+    return layout.photometric == "MONOCHROME1" and modality not in ("CT", "PT")
+
+
+# --- stored values
+
+
+def stored_frames(path: Path, layout: Layout, frames: Sequence[int]) -> Iterator[NDArray[Any]]:
+    """Stored values (rows, columns[, 3]) of the frames, which are in growing order; unused bits cleared, colour as RGB.
+
+    Raises:
+        Refusal: They cannot be decoded.
+    """
+    if layout.encapsulated:
+        yield from _unpacked(path, layout, frames)
+        return
+    if layout.frames != 1 and not layout.plain:
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "Frames in colour or in swapped bytes are not supported.")
+    count = _native_bytes(layout)
+    with path.open("rb") as file:
+        pieces = _inflated(file, layout, frames, count) if layout.deflated else _from_file(file, layout, frames, count)
+        for raw in pieces:
+            if len(raw) < count:
+                raise Refusal(RefusalCode.TRUNCATED, "The file is cut off; transfer it again.")
+            yield _native(raw, layout)
+
+
+def _native_bytes(layout: Layout) -> int:
+    """Of one uncompressed frame."""
+    count = layout.frame_bytes * 2 // 3 if layout.photometric == "YBR_FULL_422" else layout.frame_bytes
+    # swapped in pairs, the byte that makes the length even is not the last one
+    return count + count % 2 if layout.swapped else count
+
+
+def _from_file(file: BinaryIO, layout: Layout, frames: Sequence[int], count: int) -> Iterator[bytes]:
+    for frame in frames:
+        file.seek(layout.element.start + frame * count)
+        yield file.read(count)
+
+
+def _inflated(file: BinaryIO, layout: Layout, frames: Sequence[int], count: int) -> Iterator[bytes]:
+    if inflatable_meta(file) is None:
+        raise Refusal(RefusalCode.CORRUPT, "The file changed while it was read.")
+    blocks = inflate(file, layout.element.start + layout.frames * count)
+    held, at = bytearray(), 0
+    for frame in frames:
+        start = layout.element.start + frame * count
+        while at + len(held) < start + count and (block := next(blocks, b"")):
+            held += block
+            ahead = min(len(held), max(0, start - at))
+            at += ahead
+            del held[:ahead]
+        yield bytes(held[start - at : start - at + count])
+
+
+def _native(raw: bytes, layout: Layout) -> NDArray[Any]:
+    if layout.plain:
+        stored = np.frombuffer(raw, layout.dtype, layout.rows * layout.columns).reshape(layout.rows, layout.columns)
+        return layout.in_range(stored)
+    made = layout.as_dataset()
+    made.PixelData = raw + b"\0" * (len(raw) % 2)
+    made["PixelData"].VR = "OW" if layout.element.words else "OB"
+    return pixel_array(made)
+
+
+def _unpacked(path: Path, layout: Layout, frames: Sequence[int]) -> Iterator[NDArray[Any]]:
+    most = layout.rows * layout.columns * layout.samples * 4
+    file_bytes = path.stat().st_size
+    limits = worker.Limits.pixels(file_bytes, layout.frame_bytes * layout.frames, most)
+    shape = (layout.rows, layout.columns, *((3,) if layout.samples == 3 else ()))
+    parts = worker.ask("unpack", limits, path=os.fspath(path), layout=asdict(layout), frames=list(frames))
+    count = 0
+    for head, raw in parts:
+        if head.get("dtype") not in _DTYPES or tuple(head.get("shape") or ()) != shape:
+            raise Refusal(RefusalCode.CORRUPT, "The decoded image is not what its header says.")
+        count += 1
+        yield np.frombuffer(raw, head["dtype"]).reshape(shape)
+    if count != len(frames):
+        raise Refusal(RefusalCode.CORRUPT, "The file holds fewer frames than its header says.")
+
+
+# --- values
+
+
+def _line(stored: NDArray[Any], layout: Layout, slope: float, intercept: float) -> NDArray[np.floating[Any]]:
+    whole = slope.is_integer() and intercept.is_integer()
+    exact = whole and 2.0**layout.stored * abs(slope) + abs(intercept) <= _EXACT
+    # float64 where it matters; and never the stored type: NumPy 2 keeps uint16 * int in uint16 and overflows
+    values: NDArray[np.floating[Any]] = stored.astype(np.float32 if exact else np.float64)
+    if slope != 1:
+        values *= slope
+    if intercept != 0:
+        values += intercept
+    return values
+
+
+def _range(layout: Layout, slope: float, intercept: float) -> tuple[float, float]:
+    """What the smallest and the largest stored value become."""
+    ends = [end * slope + intercept for end in layout.stored_range]
+    return min(ends), max(ends)
 
 
 def _rescale(dataset: Dataset) -> tuple[float, float]:
@@ -286,92 +272,34 @@ def _rescale(dataset: Dataset) -> tuple[float, float]:
         default if (value := dataset.get(keyword)) is None or value == "" else float(value)
         for keyword, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
     )
-    if slope == 0 or not np.isfinite([slope, intercept]).all():
-        raise Refusal(RefusalCode.CORRUPT, "The rescale slope or intercept is zero or no number.")
+    _check_rescale(slope, intercept)
     return slope, intercept
 
 
-def _tone_curve(values: NDArray[np.float64], dataset: Dataset) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    whole = np.round(values).astype(np.int32)  # a lookup table is indexed by whole numbers
-    curved = np.asarray(apply_voi(whole, dataset), dtype=np.float64)
-    return curved, (0.0, float((1 << int(dataset.VOILUTSequence[0].LUTDescriptor[2])) - 1))
+def _check_rescale(slope: float, intercept: float) -> None:
+    if slope == 0 or not np.isfinite([slope, intercept]).all():
+        raise Refusal(RefusalCode.CORRUPT, "The rescale slope or intercept is zero or no number.")
 
 
-def _name_syntax(dataset: Dataset) -> None:
-    """Gives a file without file meta the native transfer syntax that its header was read with."""
-    if not hasattr(dataset, "file_meta"):
-        dataset.file_meta = FileMetaDataset()
-    if not dataset.file_meta.get("TransferSyntaxUID"):
-        implicit, little = dataset.original_encoding
-        if not little:
-            dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
-        else:
-            dataset.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRLittleEndian
+def _through_tables(
+    path: Path, layout: Layout, dataset: Dataset, projection: bool, modality: str
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Values after the Modality LUT and, of a projection, the tone curve."""
+    (stored,) = stored_frames(path, layout, [0])
+    values: NDArray[np.floating[Any]]
+    if dataset.get("ModalityLUTSequence"):
+        values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float64)
+        limits = _table_range(dataset.ModalityLUTSequence)
+    else:
+        slope, intercept = _rescale(dataset)
+        values, limits = _line(stored, layout, slope, intercept), _range(layout, slope, intercept)
+    if projection and dataset.get("VOILUTSequence"):
+        whole = np.round(values).astype(np.int32)  # a lookup table is indexed by whole numbers
+        values, limits = np.asarray(apply_voi(whole, dataset), np.float64), _table_range(dataset.VOILUTSequence)
+    if _inverted(layout, modality):
+        values = sum(limits) - values
+    return _checked(values, _padding_mask(stored, padding_range(dataset, layout)))
 
 
-def _stored(dataset: Dataset) -> NDArray[Any]:
-    """Stored values (rows, columns[, 3]) or (frames, rows, columns[, 3]); colour as RGB, unused bits cleared.
-
-    GDCM, pydicom's first choice, ends the whole process on some damaged JPEG files, so it is never asked.
-    """
-    syntax = dataset.file_meta.TransferSyntaxUID
-    unpack = _CODECS.get(syntax)
-    if unpack is None or (syntax == uid.JPEGExtended12Bit and int(dataset.BitsStored) <= 8):
-        return pixel_array(dataset, decoding_plugin="pillow" if syntax in _BASELINE else "")
-    colour = int(dataset.SamplesPerPixel) == 3
-    if colour and unpack is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
-        unpack = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
-    frames = [unpack(frame) for frame in _frames(dataset)]
-    stored = frames[0] if len(frames) == 1 else np.stack(frames)
-    if colour:
-        ybr = str(dataset.PhotometricInterpretation).startswith("YBR_FULL")
-        return convert_color_space(stored, "YBR_FULL", "RGB") if ybr else stored
-    # the codestream's own signedness may contradict the header, which counts
-    bits = int(dataset.BitsStored)
-    values: NDArray[Any] = stored.astype(np.int64) & ((1 << bits) - 1)
-    if dataset.get("PixelRepresentation"):
-        values[values >= 1 << (bits - 1)] -= 1 << bits
-    return values.astype(np.int32 if bits <= 16 else np.int64)
-
-
-def _frames(dataset: Dataset) -> Iterator[bytes]:
-    yield from generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
-
-
-def _check_codestreams(dataset: Dataset) -> None:
-    """Refuses a compressed frame that would unpack to another size than the header declares.
-
-    Decoders allocate what the codestream asks for, so a few bytes could ask for gigabytes.
-    """
-    syntax = dataset.file_meta.TransferSyntaxUID
-    if not syntax.is_compressed or syntax.is_deflated:
-        return
-    for frame in _frames(dataset):
-        size = codestream_size(frame)
-        if size is not None and size != (int(dataset.Rows), int(dataset.Columns)):
-            raise Refusal(RefusalCode.CORRUPT, "The compressed image has another size than its header says.")
-
-
-def codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """(rows, columns) of a JPEG, JPEG-LS or JPEG 2000 frame; None if it is none of these.
-
-    Source: ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1.
-    """
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # SOC, SIZ; a JP2 box header may come first
-    if start >= 0 and (start == 0 or frame[4:8] == b"jP  "):
-        right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
-        return bottom - top, right - left
-    if frame[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 <= len(frame):
-        if frame[at] != 0xFF:
-            return None
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
-        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return None
+def _table_range(tables: Sequence[Dataset]) -> tuple[float, float]:
+    return 0.0, float((1 << int(tables[0].LUTDescriptor[2])) - 1)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
 
-from common.errors import DataError
-from common.imaging.pixels import MAX_FILE_BYTES, Refusal, RefusalCode, decode, decode_frames, fill_padding, quiet
-from common.imaging.series import Header, Refused, Stack, files_below, numbers, scan, stacks
+from common.errors import DataError, FedicomError
+from common.imaging.frames import as_slices, read_frames
+from common.imaging.header import Header, scan
+from common.imaging.layout import MAX_FILE_BYTES
+from common.imaging.pixels import decode, decode_frames, fill_padding
+from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
+from common.imaging.series import Stack, files_below, stacks
+from common.imaging.tilt import MAX_TILT_DEG, straighten, straightened_shape
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Source:
     model_name: str
     files: tuple[Path, ...] = field(repr=False)
     """In the order of `sop_uids`."""
+    frames: tuple[int, ...] = ()
+    """Of a multi-frame file: which of its frames, from 1 on, in the order of the slices."""
+    corrections: tuple[str, ...] = ()
+    """What was done to the values beyond reading them, in words for a log."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ class FolderReading:
     refused: tuple[Refused, ...]
 
 
-def read_folder(path: Path) -> FolderReading:
+def read_folder(path: Path, *, correct_tilt: bool = False) -> FolderReading:
     """Reads all of a folder into memory; `iterate_folder` says how.
 
     Raises:
         DataError: There is no such folder.
     """
-    items = list(iterate_folder(path))
+    items = list(iterate_folder(path, correct_tilt=correct_tilt))
     return FolderReading(
         tuple(item for item in items if isinstance(item, Volume)),
         tuple(item for item in items if isinstance(item, Image)),
@@ -90,7 +99,9 @@ def read_folder(path: Path) -> FolderReading:
     )
 
 
-def iterate_folder(path: Path, progress: Progress | None = None) -> Iterator[Volume | Image | Refused]:
+def iterate_folder(
+    path: Path, progress: Progress | None = None, *, correct_tilt: bool = False
+) -> Iterator[Volume | Image | Refused]:
     """Reads a folder of DICOM files, one volume or image in memory at a time.
 
     Headers of all files come first, then series by series in the order of their first file's relative path, so the
@@ -102,12 +113,14 @@ def iterate_folder(path: Path, progress: Progress | None = None) -> Iterator[Vol
     Args:
         path: A folder; links to files are followed, links to folders are not.
         progress: Called with (done, total), two steps a file: header, then pixels.
+        correct_tilt: Resample series that were taken with a tilted gantry; otherwise they are refused.
 
     Yields:
-        `Volume`, `Image` or `Refused`; every file of the tree exactly once.
+        `Volume`, `Image` or `Refused`; every file of the tree in exactly one, except that each stack of a multi-frame
+        file is a volume.
 
     Raises:
-        DataError: There is no such folder.
+        DataError: There is no such folder, or the process that decodes compressed files cannot be started.
     """
     if not path.is_dir():
         raise DataError("the folder of DICOM files does not exist or is no folder; give the path of a folder")
@@ -131,8 +144,11 @@ def iterate_folder(path: Path, progress: Progress | None = None) -> Iterator[Vol
             advance(1)
     copies = _copies(header for series in by_series.values() for header in series)
     for series in by_series.values():
-        for item in _read_series(series, copies):
-            advance(1 if isinstance(item, Refused) else len(item.source.files))
+        used: set[Path] = set()
+        for item in _read_series(series, copies, correct_tilt):
+            files = {item.path} if isinstance(item, Refused) else set(item.source.files)
+            advance(len(files - used))  # the stacks of one multi-frame file share it
+            used |= files
             yield item
 
 
@@ -169,7 +185,9 @@ def _digest(path: Path) -> bytes:
         return os.fsencode(path)  # equal to nothing
 
 
-def _read_series(series: Sequence[Header], copies: dict[Path, Refused]) -> Iterator[Volume | Image | Refused]:
+def _read_series(
+    series: Sequence[Header], copies: dict[Path, Refused], correct_tilt: bool
+) -> Iterator[Volume | Image | Refused]:
     if len({(header.patient_id, header.study_uid) for header in series}) > 1:
         why = "One series holds files of several patients or studies; its identifiers are not to be trusted."
         yield from _refuse(series, RefusalCode.MIXED_PATIENTS, why)
@@ -188,14 +206,14 @@ def _read_series(series: Sequence[Header], copies: dict[Path, Refused]) -> Itera
             elif header.kind == "projection":
                 yield from _attempt(_image, header)
             else:
-                yield from _attempt(_multiframe, header)
+                yield from _attempt(partial(_multiframe, correct_tilt=correct_tilt), header)
             continue
         yield refused
         lost |= header.kind == "slice" and header.sop_uid not in whole  # a damaged copy of a good file is no loss
     if lost:  # the lost slice may be the last one, which no gap would show
         yield from _refuse(slices, RefusalCode.INCOMPLETE, "Another file of this series cannot be used.")
         return
-    for item in stacks(slices):
+    for item in stacks(slices, tilted=correct_tilt):
         if isinstance(item, Stack):
             yield from _stacked(item)
         else:
@@ -208,27 +226,33 @@ def _refuse(headers: Sequence[Header], code: RefusalCode, why: str) -> Iterator[
         yield Refused(header.path, code, why)
 
 
-def _attempt(build: Callable[[Header], Volume | Image], header: Header) -> Iterator[Volume | Image | Refused]:
-    """The built item, or the refusal of its file: no file may stop the reading of the others."""
-    try:
-        with quiet():
-            item: Volume | Image | Refused = build(header)
-    except Refusal as refusal:
-        item = Refused(header.path, refusal.code, refusal.why)
-    except MemoryError:
-        item = Refused(header.path, RefusalCode.TOO_LARGE, "The image does not fit into memory.")
-    except Exception:  # whatever a damaged file makes the parser raise
-        item = Refused(
-            header.path, RefusalCode.CORRUPT, "The file is damaged and cannot be decoded; transfer it again."
-        )
-    yield item
+def _attempt(build: Callable[[Header], Iterator[T]], header: Header) -> Iterator[T | Refused]:
+    """What is built, or the refusal of its file: no file may stop the reading of the others."""
+    items = build(header)
+    while True:
+        try:
+            with quiet():
+                item = next(items)
+        except StopIteration:
+            return
+        except FedicomError:  # no fault of the file
+            raise
+        except Refusal as refusal:
+            code, why = refusal.code, refusal.why
+        except MemoryError:
+            code, why = RefusalCode.TOO_LARGE, "The image does not fit into memory."
+        except OSError:
+            code, why = RefusalCode.UNREADABLE, "The file cannot be read; check its permissions and the disk."
+        except Exception:  # whatever a damaged file makes the parser raise
+            code, why = RefusalCode.CORRUPT, "The file is damaged and cannot be decoded; transfer it again."
+        else:
+            yield item
+            continue
+        yield Refused(header.path, code, why)
+        return
 
 
-def _load(header: Header) -> Dataset:
-    return pydicom.dcmread(header.path, force=True)
-
-
-def _source(headers: Sequence[Header]) -> Source:
+def _source(headers: Sequence[Header], *, frames: tuple[int, ...] = (), corrections: tuple[str, ...] = ()) -> Source:
     first = headers[0]
     return Source(
         patient_id=first.patient_id,
@@ -240,51 +264,43 @@ def _source(headers: Sequence[Header]) -> Source:
         manufacturer=first.manufacturer,
         model_name=first.model_name,
         files=tuple(header.path for header in headers),
+        frames=frames,
+        corrections=corrections,
     )
 
 
-def _image(header: Header) -> Image:
-    dataset = _load(header)
-    values_YX, padding_YX = decode(dataset, projection=True)
+def _image(header: Header) -> Iterator[Image]:
+    values_YX, padding_YX = decode(header.path, projection=True)
     fill_padding(values_YX, padding_YX)
-    return Image(values_YX, _projection_spacing(dataset), _source([header]))
+    spacing_mm = header.spacing_mm
+    yield Image(values_YX, (spacing_mm[0], spacing_mm[1]) if spacing_mm else None, _source([header]))
 
 
-def _projection_spacing(dataset: Dataset) -> tuple[float, float] | None:
-    """Pixel Spacing, else Imager Pixel Spacing, else that of a scanned film (PS3.3 10.7.1.3)."""
-    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
-        value: Any = dataset.get(keyword)
-        if value is None or isinstance(value, str) or len(value) != 2:
-            continue
-        row, column = float(value[0]), float(value[1])
-        if np.isfinite([row, column]).all() and min(row, column) > 0:
-            return row, column
-    return None
+def _slice(header: Header) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_] | None]]:
+    yield decode(header.path, projection=False)
 
 
 def _stacked(stack: Stack) -> Iterator[Volume | Refused]:
     headers = stack.headers
     shape = (len(headers), *headers[0].shape)
-    if 4 * int(np.prod(shape, dtype=np.int64)) > MAX_FILE_BYTES:
-        yield from _refuse(headers, RefusalCode.TOO_LARGE, "The volume would take more than 4 GiB of memory.")
+    try:
+        _check_size(stack, shape)
+    except Refusal as refusal:
+        yield from _refuse(headers, refusal.code, refusal.why)
         return
     values_ZYX = np.empty(shape, dtype=np.float32)
     padding_ZYX: NDArray[np.bool_] | None = None
     broken: dict[int, Refused] = {}
     for z, header in enumerate(headers):
-
-        def slice_into(header: Header, z: int = z) -> Image:
-            nonlocal padding_ZYX
-            values_ZYX[z], padding_YX = decode(_load(header), projection=False)
+        for read in _attempt(_slice, header):
+            if isinstance(read, Refused):
+                broken[z] = read
+                continue
+            values_ZYX[z], padding_YX = read
             if padding_YX is not None:
                 if padding_ZYX is None:
                     padding_ZYX = np.zeros(shape, dtype=np.bool_)
                 padding_ZYX[z] = padding_YX
-            return Image(values_ZYX[z], None, _source([header]))
-
-        for item in _attempt(slice_into, header):
-            if isinstance(item, Refused):
-                broken[z] = item
     if broken:
         yield from broken.values()
         whole = [header for z, header in enumerate(headers) if z not in broken]
@@ -292,46 +308,50 @@ def _stacked(stack: Stack) -> Iterator[Volume | Refused]:
         return
     # the smallest value of the whole volume: slices must not differ in what stands for nothing
     fill_padding(values_ZYX, padding_ZYX)
-    yield Volume(values_ZYX, stack.affine, _source(headers))
+    yield _volume(values_ZYX, stack, headers)
 
 
-def _multiframe(header: Header) -> Volume:
-    """An enhanced multi-frame file that holds exactly one stack.
+def _volume(
+    values_ZYX: NDArray[np.float32], stack: Stack, headers: Sequence[Header], frames: tuple[int, ...] = ()
+) -> Volume:
+    affine = stack.affine
+    corrections: tuple[str, ...] = ()
+    if stack.tilt_deg:
+        values_ZYX, affine = straighten(values_ZYX, affine)
+        corrections = (f"gantry tilt of {stack.tilt_deg:.1f} degrees resampled",)
+    return Volume(values_ZYX, affine, _source(headers, frames=frames, corrections=corrections))
+
+
+def _check_size(stack: Stack, shape: tuple[int, int, int]) -> None:
+    if stack.tilt_deg > MAX_TILT_DEG:
+        raise Refusal(RefusalCode.TILT, f"The slices are tilted by {stack.tilt_deg:.0f} degrees, which no gantry does.")
+    if stack.tilt_deg:
+        shape = straightened_shape(stack.affine, shape)
+    if 4 * int(np.prod(shape, dtype=np.int64)) > MAX_FILE_BYTES:
+        raise Refusal(RefusalCode.TOO_LARGE, "The volume would take more than 4 GiB of memory.")
+
+
+def _multiframe(header: Header, *, correct_tilt: bool) -> Iterator[Volume]:
+    """The stacks of a multi-frame file; all of them, or none.
 
     Its frames pass the same gate as single-frame slices. highdicom's own `get_volume` would give the same geometry,
     but it leaves the bits above Bits Stored in the values (0.28.2).
-
-    Source: DICOM PS3.3 C.7.6.16.2.
     """
-    dataset = _load(header)
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
-    per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    if len(per_frame) != int(dataset.NumberOfFrames):
-        raise Refusal(RefusalCode.MISSING_GEOMETRY, "The file does not say where its frames lie in the patient.")
-
-    def group(frame: Dataset, keyword: str) -> Dataset:
-        items = frame.get(keyword) or shared.get(keyword) or [Dataset()]
-        return cast("Dataset", items[0])
-
-    frames = [
-        replace(
-            header,
-            sop_uid=str(index),
-            position_mm=numbers(group(frame, "PlanePositionSequence"), "ImagePositionPatient"),
-            orientation=numbers(group(frame, "PlaneOrientationSequence"), "ImageOrientationPatient"),
-            spacing_mm=numbers(group(frame, "PixelMeasuresSequence"), "PixelSpacing"),
-        )
-        for index, frame in enumerate(per_frame)
-    ]
-    found = list(stacks(frames))
-    if len(found) != 1 or not isinstance(found[0], Stack):
-        for item in found:
-            if not isinstance(item, Stack):
-                raise Refusal(item[1], item[2])
-        raise Refusal(RefusalCode.NOT_ONE_STACK, "The file holds several stacks; only files of one stack are used.")
-    order = [int(frame.sop_uid) for frame in found[0].headers]
-    values_ZYX, padding_ZYX = decode_frames(
-        dataset, order, [group(frame, "PixelValueTransformationSequence") for frame in per_frame]
-    )
-    fill_padding(values_ZYX, padding_ZYX)
-    return Volume(values_ZYX, found[0].affine, _source([header]))
+    found = read_frames(header.path)
+    divided = []
+    for item in stacks(as_slices(header, found.frames), whole=True, tilted=correct_tilt):
+        if not isinstance(item, Stack):
+            raise Refusal(item[1], item[2])
+        divided.append(item)
+    orders = [[int(frame.sop_uid) for frame in stack.headers] for stack in divided]
+    for stack, order in zip(divided, orders, strict=True):
+        _check_size(stack, (len(order), *header.shape))
+        if (
+            len(divided) > 1
+        ):  # twice, because they do not fit into memory together, and none is used before all are right
+            decode_frames(header.path, order, found, header.modality)
+    for stack, order in zip(divided, orders, strict=True):
+        values_ZYX, padding_ZYX = decode_frames(header.path, order, found, header.modality)
+        fill_padding(values_ZYX, padding_ZYX)
+        numbers = tuple(frame + 1 for frame in order) if len(divided) > 1 else ()
+        yield _volume(values_ZYX, stack, [header], numbers)

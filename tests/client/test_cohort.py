@@ -81,7 +81,8 @@ def test_opening_again_reads_no_image_and_gives_the_same_cohort(
     def fail(*_: object) -> None:
         raise AssertionError("DICOM was read")
 
-    monkeypatch.setattr(samples_room, "iterate_folder", fail)
+    monkeypatch.setattr(samples_room, "prepared_units", fail)
+    monkeypatch.setattr(samples_room, "Index", fail)
     again = reopen(folder)
     assert again.manifest == cohort.manifest
     assert sides(again) == sides(cohort)

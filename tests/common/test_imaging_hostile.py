@@ -57,6 +57,7 @@ def ct(z: int, *, name: str = "", mm: tuple[float, float, float] | None = None, 
         "ImagePositionPatient": list(mm or (-10.0, 20.0, 2.0 * z)),
         "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
         "PixelSpacing": [0.5, 0.8],
+        "SliceThickness": 2,
         "RescaleSlope": 2,
         "RescaleIntercept": -1000,
         "InstanceNumber": z + 1,
@@ -149,6 +150,9 @@ def tilted(z: int) -> Dataset:
         (RefusalCode.MISSING_HEADER, lambda: [ct(z, SeriesInstanceUID=None) for z in range(3)]),
         (RefusalCode.CORRUPT, lambda: [ct(z, RescaleSlope=0) for z in range(3)] ),
         (RefusalCode.UNSUPPORTED_PIXELS, lambda: [ct(z, BitsStored=12, HighBit=15) for z in range(3)]),
+        (RefusalCode.UNSUPPORTED_PIXELS, lambda: [ct(z, PixelRepresentation=3) for z in range(3)]),
+        (RefusalCode.CORRUPT, lambda: [ct(z, Columns=COLUMNS - 1) for z in range(3)]),
+        (RefusalCode.TRUNCATED, lambda: [ct(z, Rows=ROWS + 1) for z in range(3)]),
     ],
 )  # fmt: skip
 def test_a_series_that_is_no_even_stack_is_refused_as_a_whole(
@@ -271,6 +275,17 @@ def test_padding_takes_the_smallest_valid_value(tmp_path: Path, vr: str) -> None
     volume = one_volume(read_folder(write(tmp_path, *slices)))
     assert volume.values_ZYX[:, 0, 0].tolist() == [1 - 1024.0] * 3  # stored 1 of slice 0 is the smallest measured
     assert volume.values_ZYX[2, 0, 1] == 201 - 1024.0
+
+
+def test_a_signed_padding_range_covers_everything_up_to_its_limit(tmp_path: Path) -> None:
+    slices = []
+    for z in range(2):
+        made = ct(z, stored=pixels(z).astype("<i2") - 5, RescaleSlope=1, RescaleIntercept=0)
+        made.add_new("PixelPaddingValue", "SS", -3)
+        made.add_new("PixelPaddingRangeLimit", "SS", -5)  # in either order
+        slices.append(made)
+    volume = one_volume(read_folder(write(tmp_path, *slices)))
+    assert volume.values_ZYX[0].ravel()[:5].tolist() == [-2.0, -2.0, -2.0, -2.0, -1.0]
 
 
 def test_a_padding_range_covers_everything_up_to_its_limit(tmp_path: Path) -> None:

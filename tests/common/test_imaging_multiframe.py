@@ -1,15 +1,18 @@
 """Enhanced multi-frame files: one file, one stack, or a refusal."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import highdicom
+import imagecodecs
 import numpy as np
 import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 
-from common.imaging import FolderReading, RefusalCode, Volume, read_folder
+from common.imaging import FolderReading, RefusalCode, Volume, iterate_folder, read_folder
 
 
 def item(**elements: Any) -> Dataset:
@@ -96,13 +99,143 @@ def test_frames_that_are_not_one_even_stack_are_refused(tmp_path: Path, code: Re
     assert refused.code == code
 
 
-def test_a_file_of_two_stacks_is_refused(tmp_path: Path) -> None:
+def first_pixels(reading: FolderReading) -> list[list[float]]:
+    """Stored 10 k + 1 at frame k, so this names the frames of each volume."""
+    assert reading.refused == ()
+    return [((volume.values_ZYX[:, 0, 0] - 1) / 10).tolist() for volume in reading.volumes]
+
+
+def test_two_orientations_in_one_file_are_two_volumes(tmp_path: Path) -> None:
     made = enhanced([0, 2, 4, 0, 2, 4])
     del made.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
     for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
         axes = [1, 0, 0, 0, 1, 0] if k < 3 else [0, 1, 0, 1, 0, 0]
         groups.PlaneOrientationSequence = [item(ImageOrientationPatient=axes)]
-    assert [r.code for r in read(tmp_path, made).refused] == [RefusalCode.NOT_ONE_STACK]
+    reading = read(tmp_path, made)
+    assert first_pixels(reading) == [[0, 1, 2], [5, 4, 3]]  # the second normal points down
+    assert [volume.source.frames for volume in reading.volumes] == [(1, 2, 3), (6, 5, 4)]
+    assert len({volume.source.files for volume in reading.volumes}) == 1
+
+
+def test_a_file_with_several_stacks_counts_once_in_the_progress(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4, 0, 2, 4])
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].StackID = str(k // 3)
+    made.save_as(tmp_path / "multi.dcm", enforce_file_format=True)
+    seen: list[tuple[int, int]] = []
+    assert len(list(iterate_folder(tmp_path, lambda done, total: seen.append((done, total))))) == 2
+    assert seen[-1] == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "content"),
+    [
+        ("FrameContentSequence", lambda k: item(TemporalPositionIndex=k + 1)),
+        ("FrameContentSequence", lambda k: item(StackID=str(k + 1))),
+        ("MREchoSequence", lambda k: item(EffectiveEchoTime=10.0 * k + 1)),
+        ("MRDiffusionSequence", lambda k: item(DiffusionBValue=1000.0 * k)),
+        (
+            "MRDiffusionSequence",
+            lambda k: item(
+                DiffusionGradientDirectionSequence=[item(DiffusionGradientOrientation=[float(k), 1.0 - k, 0.0])]
+            ),
+        ),
+        ("CardiacSynchronizationSequence", lambda k: item(NominalCardiacTriggerDelayTime=50.0 * k)),
+        ("MRImageFrameTypeSequence", lambda k: item(FrameType=["ORIGINAL", "PRIMARY", "M", "MP"[k]])),
+    ],
+)
+def test_frames_of_one_place_are_told_apart_by_what_the_header_says(
+    tmp_path: Path, sequence: str, content: Callable[[int], Dataset]
+) -> None:
+    made = enhanced([0, 0, 2, 2, 4, 4])
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        setattr(groups, sequence, [content(k % 2)])
+    assert first_pixels(read(tmp_path, made)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_frames_are_told_apart_by_a_dimension_that_is_no_place(tmp_path: Path) -> None:
+    """Indices into a dimension that nobody knows, beside the position in the stack."""
+    made = enhanced([0, 2, 4, 0, 2, 4])
+    made.DimensionIndexSequence.append(
+        item(DimensionOrganizationUID="1.2.6", DimensionIndexPointer=0x00189074, FunctionalGroupPointer=0x00189074)
+    )
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].DimensionIndexValues = [1 + k % 3, 1 + k // 3]
+    assert first_pixels(read(tmp_path, made)) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_stacks_far_from_each_other_are_two_volumes_only_where_the_file_says_so(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4, 100, 102, 104])
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.GAP]
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].StackID = str(k // 3)
+    assert first_pixels(read(tmp_path, made)) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_an_inverted_multi_frame_file_is_inverted_alike_in_all_frames_but_not_in_ct(tmp_path: Path) -> None:
+    made = enhanced([0, 2], slopes=[1, 2])
+    made.PhotometricInterpretation = "MONOCHROME1"
+    volume = one_volume(read(tmp_path, made))
+    # 12 bits: 0 ... 4095 and 0 ... 8190, so 8190 - value; stored 1 and 11
+    assert volume.values_ZYX[:, 0, 0].tolist() == [8190 - 1, 8190 - 22]
+    made.Modality, made.SOPClassUID = "CT", uid.EnhancedCTImageStorage
+    assert one_volume(read(tmp_path, made)).values_ZYX[:, 0, 0].tolist() == [1, 22]
+
+
+def test_a_piece_of_a_concatenation_is_refused(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4])
+    made.ConcatenationUID, made.InConcatenationNumber, made.InConcatenationTotalNumber = "1.2.7", 1, 2
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.PART_OF_A_FILE]
+    made.InConcatenationTotalNumber = 1
+    assert one_volume(read(tmp_path, made)).values_ZYX.shape == (3, 2, 3)
+
+
+def test_a_localizer_among_the_frames_refuses_the_file(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4])
+    made.PerFrameFunctionalGroupsSequence[1].MRImageFrameTypeSequence = [item(FrameType=["ORIGINAL", "LOCALIZER"])]
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.LOCALIZER]
+
+
+@pytest.mark.parametrize("undefined", [False, True])
+def test_a_header_longer_than_this_process_reads_is_read_in_the_other_one(tmp_path: Path, undefined: bool) -> None:
+    """1.4 MB of functional groups; sequences of undefined length have to be parsed to be passed over."""
+    made = enhanced([2.0 * k for k in range(700)])
+    for groups in made.PerFrameFunctionalGroupsSequence:
+        groups.FrameContentSequence[0].FrameComments = "x" * 1800
+    made["PerFrameFunctionalGroupsSequence"].is_undefined_length = undefined
+    made.BitsStored, made.HighBit = 16, 15
+    made.PixelData = (10 * np.arange(700)[:, None] + np.arange(6) + 1).astype("<u2").tobytes()
+    assert first_pixels(read(tmp_path, made)) == [list(range(700))]
+
+
+def test_a_damaged_frame_of_one_stack_refuses_the_others_of_its_file_as_well(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4, 0, 2, 4])
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].StackID = str(k // 3)
+    good = [imagecodecs.jpegls_encode(np.full((2, 3), k, "<u2")) for k in range(6)]
+    for frames in (good, [*good[:5], good[5][:-9] + b"\0" * 9]):
+        made.PixelData = encapsulate(frames)
+        made["PixelData"].VR = "OB"
+        made["PixelData"].is_undefined_length = True
+        made.file_meta.TransferSyntaxUID = uid.JPEGLSLossless
+        reading = read(tmp_path, made)
+        assert (len(reading.volumes), len(reading.refused)) == ((2, 0) if frames is good else (0, 1))
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGLSLossless, uid.RLELossless, uid.DeflatedExplicitVRLittleEndian])
+def test_compressed_frames_are_those_of_the_plain_file(tmp_path: Path, syntax: str) -> None:
+    made = enhanced([4, 0, 6, 2], slopes=[1, 2, 3, 4])
+    stored = np.frombuffer(made.PixelData, "<u2").reshape(4, 2, 3) & 0x0FFF
+    if syntax == uid.JPEGLSLossless:
+        made.PixelData = encapsulate([imagecodecs.jpegls_encode(frame) for frame in stored])
+        made["PixelData"].VR = "OB"
+        made["PixelData"].is_undefined_length = True
+        made.file_meta.TransferSyntaxUID = syntax
+    elif syntax == uid.RLELossless:
+        made.PixelData = stored.tobytes()
+        made.compress(uid.RLELossless, generate_instance_uid=False)
+    made.file_meta.TransferSyntaxUID = syntax
+    assert one_volume(read(tmp_path, made)).values_ZYX[:, 0, 0].tolist() == [22, 124, 1, 63]
 
 
 def test_the_volume_is_where_highdicom_puts_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,13 +60,18 @@ def site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def no_dicom(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def fail(*_: object) -> None:
-        raise AssertionError("DICOM was read")
+def prepared_series(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many series each call prepared anew; a call that opens the cache as it is adds nothing."""
+    counts: list[int] = []
+    real = room.prepared_units
+
+    def counting(units: Sequence[Any], *rest: Any) -> Any:
+        counts.append(len(units))
+        return real(units, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "iterate_folder", fail)
-        yield
+        patch.setattr(room, "prepared_units", counting)
+        yield counts
 
 
 def test_each_sample_holds_its_own_patients_pixels_and_label(site: Path) -> None:
@@ -96,9 +102,8 @@ def test_nothing_in_the_cache_names_a_patient_and_only_the_owner_enters(site: Pa
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_a_second_run_opens_no_image(site: Path, request: pytest.FixtureRequest) -> None:
+def test_a_second_run_opens_no_image(site: Path, prepared_series: list[int]) -> None:
     first = read(site)
-    request.getfixturevalue("no_dicom")
     second = read(site)
     assert second.samples.digest == first.samples.digest
     assert second.samples.patients == first.samples.patients
@@ -107,16 +112,31 @@ def test_a_second_run_opens_no_image(site: Path, request: pytest.FixtureRequest)
     assert not second.samples.x_N.flags.writeable
     other = replace(DATA, augmentation=Augmentation(flip_up_down=True))
     assert read(site, data=other).samples.digest == first.samples.digest
+    assert prepared_series == [6]
 
 
-@pytest.mark.parametrize("change", ["image", "label", "key", "preprocessing", "code"])
-def test_whatever_decides_the_samples_makes_the_cache_stale(
-    site: Path, change: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "series"),
+    [("image", 1), ("new image", 1), ("no image", 0), ("label", 0), ("key", 6), ("preprocessing", 6), ("code", 6)],
+)
+def test_only_the_series_that_changed_is_prepared_again(
+    site: Path, change: str, series: int, prepared_series: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read(site)
+    time.sleep(0.03)  # a file that is read as soon as it is written may change unseen, and is not trusted
+    label(site, [*(site / "labels.csv").read_text().splitlines(), "MRN-0000,negative"])
+    first = read(site).samples
     key, data = KEY, DATA
     if change == "image":
         os.utime(site / "dicom" / "p0" / "1.dcm", ns=(1, 1))
+    elif change == "new image":
+        write_image(site / "dicom" / "more.dcm", image_of(40), CR, someone(0), number=2)
+    elif change == "no image":
+        write_image(site / "dicom" / "more.dcm", image_of(40), CR, someone(0), number=2)
+        time.sleep(0.03)
+        read(site)
+        prepared_series.clear()
+        prepared_series.append(6)
+        (site / "dicom" / "more.dcm").unlink()
     elif change == "label":
         (site / "labels.csv").write_text((site / "labels.csv").read_text().replace("0000,negative", "0000,positive"))
     elif change == "key":
@@ -125,9 +145,14 @@ def test_whatever_decides_the_samples_makes_the_cache_stale(
         data = replace(DATA, high=100)
     else:
         monkeypatch.setattr(room, "_maker", lambda: "other code")
-    request.getfixturevalue("no_dicom")
-    with pytest.raises(AssertionError, match="DICOM was read"):
-        prepare_folder(site, TASK, data, cache=site.parent / "cache", key=key)
+    again = prepare_folder(site, TASK, data, cache=site.parent / "cache", key=key).samples
+    assert prepared_series == [6, series]
+    assert len(again.x_N) == (7 if change == "new image" else 6)
+    if change == "label":
+        assert again.x_N.tobytes() == first.x_N.tobytes()
+        assert (again.targets_N != first.targets_N).sum() == 1
+    if change in ("image", "no image", "code"):
+        assert again.digest == first.digest
 
 
 def test_order_and_digest_do_not_depend_on_where_the_files_lie(tmp_path: Path) -> None:
@@ -150,11 +175,12 @@ def test_a_shortened_or_foreign_cache_file_is_made_anew(site: Path) -> None:
     assert read(site).samples.digest == first.samples.digest
 
 
-def test_a_killed_preparation_leaves_nothing_that_is_trusted_later(site: Path) -> None:
+def test_a_killed_preparation_is_taken_up_where_it_stopped(site: Path, prepared_series: list[int]) -> None:
     cache = site.parent / "cache"
+    time.sleep(0.03)
 
     def die(done: int, total: int) -> None:
-        if done >= 3 * total // 4:  # some pixels are in
+        if done >= 3 * total // 4:  # three of six images are in
             os.kill(os.getpid(), signal.SIGKILL)
 
     child = os.fork()
@@ -166,10 +192,43 @@ def test_a_killed_preparation_leaves_nothing_that_is_trusted_later(site: Path) -
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert list(cache.rglob("*.tmp"))
+    assert {path.name for path in cache.rglob("*.part")} == {"rows.part", "units.part"}
     assert not list(cache.rglob("index.json"))
-    assert len(read(site).samples.targets_N) == 6
-    assert not list(cache.rglob("*.tmp"))
+    found = read(site)
+    assert prepared_series == [3]
+    assert not list(cache.rglob("*.part"))
+    assert found.samples.digest == read(hospital(site.parent / "elsewhere" / "north")).samples.digest
+
+
+@pytest.mark.parametrize("damage", ["row", "half a row", "line", "half a line", "other file"])
+def test_what_a_killed_preparation_left_is_trusted_only_where_it_is_whole(
+    site: Path, damage: str, prepared_series: list[int]
+) -> None:
+    time.sleep(0.03)
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(site, progress=stop)
+    (rows,) = (site.parent / "cache").rglob("rows.part")
+    lines = rows.with_name("units.part")
+    assert rows.stat().st_size == 6 * 256
+    if damage == "row":
+        rows.write_bytes(b"\1" + rows.read_bytes()[1:])
+    elif damage == "half a row":
+        os.truncate(rows, 6 * 256 - 1)
+    elif damage == "half a line":
+        os.truncate(lines, lines.stat().st_size - 5)
+    elif damage == "line":
+        text = lines.read_bytes().split(b"\n")
+        lines.write_bytes(b"\n".join([*text[:3], b"{}", *text[4:]]))
+    else:
+        lines.write_bytes(b"a letter\n")
+    digest = read(site).samples.digest
+    assert prepared_series == [6, {"line": 4, "other file": 6}.get(damage, 1)]
+    assert digest == read(hospital(site.parent / "elsewhere" / "north")).samples.digest
 
 
 def test_a_crash_between_samples_and_index_is_no_cache(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,18 +245,15 @@ def test_a_crash_between_samples_and_index_is_no_cache(site: Path, monkeypatch: 
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full disk that Linux keeps at /dev/full")
-def test_a_full_disk_is_a_storage_error_and_leaves_no_part(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_storage_error_and_leaves_no_part(site: Path) -> None:
     read(site)
     (place,) = (path.parent for path in (site.parent / "cache").rglob("index.json"))
     os.utime(site / "dicom" / "p0" / "1.dcm", ns=(1, 1))
     (place / "index.json").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "_clear", lambda *_, **__: None)
-        (place / "rows.tmp").symlink_to("/dev/full")
-        with pytest.raises(StorageError, match="No space left on device; free space"):
-            read(site)
-    assert not list(place.glob("*.tmp"))
-    assert not (place / "index.json").exists()
+    (place / "samples.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="No space left on device; free space"):
+        read(site)
+    assert {path.name for path in place.iterdir()} == {".lock"} | {path.name for path in place.glob("*.npy")}
 
     kept = place / "kept"
     kept.write_bytes(b"old")

@@ -34,6 +34,8 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not in
 STATUS = {
     "site": "north",
     "connected": True,
+    "disk_free": 5_000_000_000,
+    "warnings": 0,
     "children": {"supernode": 11, "runner": None},
     "updates": 3,
     "evaluations": 1,
@@ -45,7 +47,7 @@ STATUS = {
     "last_contact": "2026-01-02T03:04:05+00:00",
     "epsilon": {"spent": 2.5, "cap": 8.0, "delta": 1e-5},
 }
-"""`run/status.json` of a node, with every field that becomes a metric."""
+"""`run/status.json` of a node, and what is added to it, with every field that becomes a metric."""
 CARD = Card(number=0, name="a card", driver="1", used=1 << 30, total=2 << 30, utilisation=0.5)
 RUN_STATUS = {
     "state": "training",
@@ -79,9 +81,10 @@ def shown(tmp_path_factory) -> dict[str, list[Family]]:
     run.settle(**RUN_STATUS)
     home.gateway_stats.parent.mkdir(exist_ok=True)
     home.gateway_stats.write_text(json.dumps(GATEWAY_STATS))
-    # Its processes are not started here, so their metric is the one that needs a sample by hand.
+    # Nothing is started here, so what tells of processes and connections needs a sample by hand.
+    by_hand = {"fedicom_child_up": {"child": "gateway"}, "fedicom_site_online": {"site": "north"}}
     server = [
-        replace(family, samples=[({"child": "gateway"}, 1.0)]) if family.name == "fedicom_child_up" else family
+        replace(family, samples=[(by_hand[family.name], 1.0)]) if family.name in by_hand else family
         for family in server_families(control)
     ]
     return {"server": server, "site": site_families(STATUS, (CARD,))}

@@ -1,0 +1,270 @@
+"""`fedicom data`: a hospital's images, as they lie in its folders. What is printed names no patient."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from common.imaging.index import Index
+    from common.imaging.overview import SeriesOverview
+
+SUBVERBS: dict[str, tuple[str, str, str]] = {
+    "index": ("client.data_cli", "index_verb", "remember what each file is, so that only changes are read again"),
+    "inspect": ("client.data_cli", "inspect_verb", "series, counts and refusals of a folder"),
+    "cache": ("client.data_cli", "cache_verb", "show, limit or empty the cache"),
+    "report": ("client.quality.cli", "report_verb", "what images and labels are like: a page that stays in the house"),
+    "drift": ("client.quality.cli", "drift_verb", "how two folders, or two times of one, differ"),
+    "diff": ("client.quality.cli", "diff_verb", "what changed between two versions of the cohort"),
+    "pull": ("client.pacs", "pull_verb", "fetch studies from the PACS"),
+    "deidentify": ("client.deidentify", "deidentify_verb", "copy images for a shared evaluation set"),
+}
+"""Word -> module, function and help; a module is imported when its word is given."""
+
+_SHOWN = 12
+"""Digits of a pseudonym, and series in the table on the screen."""
+_MOST_SERIES = 40
+
+
+def data_verb(words: Sequence[str]) -> int:
+    """`fedicom data <word>`."""
+    width = max(map(len, SUBVERBS)) + 2
+    parser = argparse.ArgumentParser(
+        prog="fedicom data",
+        description="Index, inspect and check a hospital's images. Nothing leaves the house.",
+        epilog="words:\n" + "\n".join(f"  {word:<{width}}{says}" for word, (_, _, says) in SUBVERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("word", choices=SUBVERBS, metavar="word", help="what to do; `fedicom data word --help`")
+    word = parser.parse_args(words[:1]).word
+    module, function, _ = SUBVERBS[word]
+    return int(getattr(import_module(module), function)(words[1:]))
+
+
+def index_verb(words: Sequence[str]) -> int:
+    """`fedicom data index`: brings the index of a folder up to date."""
+    parser = _parser("index", "Look at every file of a folder, and open those that are new or have changed.")
+    parser.add_argument("--jobs", type=int, help="processes that read headers; default: one for each core")
+    parser.add_argument("--hash", action="store_true", help="also note the SHA-256 of every image file")
+    arguments = parser.parse_args(words)
+    from common.cache import shown
+
+    cache, _ = _place(arguments)
+    with _opened(arguments, cache) as index, _progress() as bar:
+        task = bar.add_task("Reading headers", total=None)
+        found = index.refresh(lambda done, total: bar.update(task, completed=done, total=total), jobs=arguments.jobs)
+        hashed = 0
+        if arguments.hash:
+            task = bar.add_task("Hashing files", total=found.files)
+            for entries in index.series():
+                for entry in entries:
+                    index.content_hash(entry.header.path)
+                    hashed += 1
+                    bar.update(task, completed=hashed)
+            bar.update(task, total=hashed)
+    assert index.path is not None
+    print(  # noqa: T201
+        f"{found.files:,} files: {found.examined:,} new or changed, {found.removed:,} gone"
+        + (f", {hashed:,} hashed" if arguments.hash else "")
+        + f". Index: {shown(index.path.stat().st_size)}."
+    )
+    return 0
+
+
+def inspect_verb(words: Sequence[str]) -> int:
+    """`fedicom data inspect`: what a folder holds."""
+    parser = _parser("inspect", "Show series, counts and refusals of a folder. Patients appear as pseudonyms.")
+    parser.add_argument("--json", action="store_true", help="print all of it as JSON")
+    arguments = parser.parse_args(words)
+    from common.imaging.overview import overview
+
+    cache, key = _place(arguments)
+    with _opened(arguments, cache) as index, _progress() as bar:
+        task = bar.add_task("Reading headers", total=None)
+        files = index.refresh(lambda done, total: bar.update(task, completed=done, total=total)).files
+        series = list(overview(index))
+        refused = Counter(str(each.code) for each in index.refused() if each.path.name != "labels.csv")
+    for each in series:
+        refused.update(each.refused)
+    plain = _plain(files, series, refused, key)
+    if arguments.json:
+        print(json.dumps(plain, indent=1))  # noqa: T201
+    else:
+        _show(plain)
+    return 0
+
+
+def cache_verb(words: Sequence[str]) -> int:
+    """`fedicom data cache`: its size, its limit, its end."""
+    parser = argparse.ArgumentParser(
+        prog="fedicom data cache",
+        description="Show what the cache holds, limit what prepared samples may take, or remove all of it. The split "
+        "of the patients into training, validation and test is never removed.",
+    )
+    parser.add_argument(
+        "what", nargs="?", metavar="SIZE|purge", help="a limit such as 500M, 20GB or none; or purge; or nothing: show"
+    )
+    _add_places(parser)
+    arguments = parser.parse_args(words)
+    from common.cache import parse_size, purge, set_limit, shown, usage
+
+    cache = _cache(arguments)
+    if arguments.what == "purge":
+        print(f"{shown(purge(cache))} freed")  # noqa: T201
+        return 0
+    if arguments.what is not None:
+        set_limit(cache, parse_size(arguments.what))
+    found = usage(cache)
+    limit = "no limit" if found.limit_bytes is None else f"at most {shown(found.limit_bytes)}"
+    print(f"prepared samples  {found.prepared:>4}  {shown(found.prepared_bytes):>10}  ({limit})")  # noqa: T201
+    print(f"indexes           {found.indexes:>4}  {shown(found.index_bytes):>10}")  # noqa: T201
+    return 0
+
+
+def _parser(word: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"fedicom data {word}", description=description)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of DICOM files, or one that holds `dicom/`")
+    _add_places(parser)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--site", type=Path, metavar="FOLDER", help="the site's own folder: its cache and key are used")
+    place.add_argument("--cache", type=Path, metavar="FOLDER", help="a private folder; default: ~/.cache/fedicom")
+
+
+def _cache(arguments: argparse.Namespace) -> Path:
+    if arguments.site is not None:
+        from common.deployment import SiteHome
+
+        return SiteHome(arguments.site).cache
+    if arguments.cache is not None:
+        return Path(arguments.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedicom"
+
+
+def _place(arguments: argparse.Namespace) -> tuple[Path, bytes]:
+    """The cache, and the key of the pseudonyms."""
+    from common.identity import read_private
+    from common.storage import private_folder, write_whole
+
+    cache = private_folder(_cache(arguments))
+    if arguments.site is not None:
+        from common.deployment import SiteHome
+
+        return cache, read_private(SiteHome(arguments.site).cohort_key, "the site's key")
+    path = cache / "pseudonyms.key"
+    if not path.exists():
+        write_whole(path, os.urandom(32))
+    return cache, read_private(path, "the key of the pseudonyms")
+
+
+def _opened(arguments: argparse.Namespace, cache: Path) -> Index:
+    from common.imaging.index import Index
+
+    folder = arguments.folder / "dicom" if (arguments.folder / "dicom").is_dir() else arguments.folder
+    return Index(folder, cache)
+
+
+def _progress() -> Any:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(file=sys.stderr), transient=True)
+
+
+def _plain(files: int, series: Sequence[SeriesOverview], refused: Counter[str], key: bytes) -> dict[str, Any]:
+    from common.pseudonyms import pseudonym
+
+    def name(kind: str, identifier: str) -> str:
+        return pseudonym(key, kind, identifier.strip())[:_SHOWN] if identifier.strip() else ""
+
+    modality, vendor, spacing = Counter[str](), Counter[str](), Counter[str]()
+    syntaxes: Counter[str] = Counter()
+    for each in series:
+        modality[each.modality] += 1
+        vendor[each.vendor] += 1
+        syntaxes.update(each.syntaxes)
+        spacing.update(_by(step) for _, step in each.volumes)
+        spacing.update(_by(step) for _, step in each.images)
+    return {
+        "files": files,
+        "series": [
+            {
+                "series": name("series", each.series_uid),
+                "study": name("study", each.study_uid),
+                "patient": name("patient", each.patient_id),
+                "modality": each.modality,
+                "vendor": each.vendor,
+                "files": each.files,
+                "volumes": [{"size": list(size), "spacing_mm": list(step)} for size, step in each.volumes],
+                "images": [{"size": list(size), "spacing_mm": list(step) or None} for size, step in each.images],
+                "multiframe": each.multiframe,
+                "transfer_syntaxes": each.syntaxes,
+                "refused": each.refused,
+            }
+            for each in series
+        ],
+        "patients": len({each.patient_id.strip() for each in series} - {""}),
+        "studies": len({each.study_uid for each in series}),
+        "volumes": sum(len(each.volumes) for each in series),
+        "images": sum(len(each.images) for each in series),
+        "multiframe_files": sum(each.multiframe for each in series),
+        "by_modality": _sorted(modality),
+        "by_vendor": _sorted(vendor),
+        "by_spacing_mm": _sorted(spacing),
+        "by_transfer_syntax": _sorted(syntaxes),
+        "refused": _sorted(refused),
+    }
+
+
+def _by(step_mm: Sequence[float]) -> str:
+    return " x ".join(f"{step:.2f}" for step in step_mm) or "unknown"
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda each: (-each[1], each[0])))
+
+
+def _show(plain: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(
+        f"{plain['files']:,} files, {plain['patients']:,} patients, {plain['studies']:,} studies, "
+        f"{len(plain['series']):,} series: {plain['volumes']:,} volumes, {plain['images']:,} images, "
+        f"{plain['multiframe_files']:,} multi-frame files"
+    )
+    table = Table("series", "patient", "modality", "vendor", "files", "gives", "refused")
+    for each in plain["series"][:_MOST_SERIES]:
+        gives = [f"{'x'.join(map(str, one['size']))} at {_by(one['spacing_mm'] or ())} mm" for one in each["volumes"]]
+        gives += [f"{len(each['images'])} images"] * bool(each["images"])
+        gives += [f"{each['multiframe']} multi-frame files"] * bool(each["multiframe"])
+        refused = ", ".join(f"{code} {count}" for code, count in each["refused"].items())
+        table.add_row(
+            each["series"], each["patient"], each["modality"], each["vendor"], str(each["files"]), "\n".join(gives),
+            refused,
+        )  # fmt: skip
+    console.print(table)
+    if len(plain["series"]) > _MOST_SERIES:
+        console.print(f"... and {len(plain['series']) - _MOST_SERIES:,} more series; --json has all of them")
+    for title, counts in (
+        ("series by modality", "by_modality"), ("series by vendor", "by_vendor"),
+        ("volumes and images by spacing, mm", "by_spacing_mm"), ("files by transfer syntax", "by_transfer_syntax"),
+        ("files that are not used", "refused"),
+    ):  # fmt: skip
+        if plain[counts]:
+            table = Table(title, "")
+            for value, count in list(plain[counts].items())[:_MOST_SERIES]:
+                table.add_row(value, f"{count:,}")
+            console.print(table)
+    console.print("Damage inside the pixels shows when they are read. docs/data.md says what each refusal means.")

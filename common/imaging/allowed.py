@@ -1,0 +1,110 @@
+"""What a de-identified copy may hold beyond table E.1-1: the table lists what is known to identify people, this lists
+what a reader of images needs. An attribute in neither is dropped; so is a word outside the vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pydicom.datadict import tag_for_keyword
+
+
+def _tags(words: str) -> frozenset[int]:
+    found = [tag_for_keyword(word) for word in words.split()]
+    assert None not in found
+    return frozenset(int(tag) for tag in found if tag is not None)
+
+
+NUMBERS = frozenset({"DS", "IS", "US", "SS", "UL", "SL", "UV", "SV", "FL", "FD", "AT"})
+NUMBER_GROUPS = frozenset({0x0018, 0x0020, 0x0028, 0x0054, 0x5200})
+"""Acquisition, relationship, image, nuclear medicine: numbers of machines and geometry."""
+
+SEQUENCES = _tags(
+    """SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence PixelMeasuresSequence PlanePositionSequence
+    PlaneOrientationSequence FrameContentSequence FrameVOILUTSequence PixelValueTransformationSequence
+    CTImageFrameTypeSequence MRImageFrameTypeSequence PETFrameTypeSequence CTAcquisitionTypeSequence
+    CTAcquisitionDetailsSequence CTTableDynamicsSequence CTPositionSequence CTGeometrySequence
+    CTReconstructionSequence CTExposureSequence CTXRayDetailsSequence MRTimingAndRelatedParametersSequence
+    MREchoSequence MRModifierSequence MRReceiveCoilSequence MRFOVGeometrySequence MRAveragesSequence MRDiffusionSequence
+    DiffusionGradientDirectionSequence DiffusionBMatrixSequence TemporalPositionSequence
+    DimensionIndexSequence DimensionOrganizationSequence ModalityLUTSequence VOILUTSequence
+    RadiopharmaceuticalInformationSequence EnergyWindowInformationSequence EnergyWindowRangeSequence
+    DetectorInformationSequence RotationInformationSequence"""
+)
+
+TABLES = _tags(
+    """LUTData RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData"""
+)
+"""Binary values that are numbers; of every other kind of bytes nothing is kept."""
+
+CODES = _tags(
+    """ImageType FrameType Modality PhotometricInterpretation BodyPartExamined Laterality ImageLaterality
+    FrameLaterality ViewPosition PatientPosition PatientOrientation PresentationIntentType PresentationLUTShape
+    PixelIntensityRelationship LossyImageCompression LossyImageCompressionMethod VOILUTFunction ScanningSequence
+    SequenceVariant ScanOptions MRAcquisitionType AngioFlag RotationDirection FilterType ExposureModulationType
+    PixelPresentation VolumetricProperties VolumeBasedCalculationTechnique ComplexImageComponent AcquisitionContrast
+    DiffusionDirectionality DiffusionAnisotropyType DimensionOrganizationType CorrectedImage SeriesType Units
+    CountsSource DecayCorrection CollimatorType FieldOfViewShape DetectorType AcquisitionType ReconstructionAlgorithm
+    ContentQualification"""
+)
+"""Code strings whose every value must be a word of `WORDS`."""
+
+_WORDS = """
+    ORIGINAL DERIVED PRIMARY SECONDARY AXIAL LOCALIZER REFORMATTED MPR MIP MINIP AVERAGE PROJECTION IMAGE VOLUME
+    NONE OTHER M P R I ND NORM DIS2D DIS3D FM FFE SE GR IR M_FFE M_SE M_IR P_FFE MFSPLIT DIFFUSION ADC TRACEW FA
+    PERFUSION ANGIO TOF CSA MOSAIC HELIX CT_SOM5 CT_SOM7 SPI SPIRAL STATIC DYNAMIC GATED TOMO RECON EMISSION
+    TRANSMISSION ADD WATER FAT IN_PHASE OUT_PHASE OPP_PHASE PHASE MAGNITUDE REAL IMAGINARY MIXED RESAMPLED FILTERED
+    SUBTRACTION CPR PARALLEL T1 T2 T2_STAR PROTON_DENSITY FLOW_ENCODED FLUID_ATTENUATED STIR UNKNOWN TAGGING TI
+    VELOCITY TEMPERATURE CT MR PT CR DX MG IO US XA RF NM MONOCHROME1 MONOCHROME2 RGB PALETTE_COLOR YBR_FULL
+    YBR_FULL_422 YBR_RCT YBR_ICT MONOCHROME COLOR HEAD SKULL BRAIN NECK CHEST THORAX ABDOMEN PELVIS SPINE CSPINE
+    TSPINE LSPINE SSPINE HIP KNEE ANKLE FOOT HAND WRIST ELBOW SHOULDER ARM FOREARM LEG FEMUR EXTREMITY BREAST HEART
+    LIVER LUNG KIDNEY PROSTATE PANCREAS UTERUS BLADDER COLON AORTA CLAVICLE FINGER TOE HUMERUS RIB STERNUM MANDIBLE
+    MAXILLA JAW EYE EAR NOSE ORBIT WHOLEBODY L U B AP PA LL RL RLD LLD RLO LLO LAO RAO LPO RPO LATERAL OBLIQUE CC
+    MLO ML LM LMO FB SIO XCCL XCCM HFS HFP HFDR HFDL FFS FFP FFDR FFDL SITTING LFS LFP RFS RFP FOR_PRESENTATION
+    FOR_PROCESSING IDENTITY INVERSE LIN LOG DISP LINEAR LINEAR_EXACT SIGMOID 00 01 ISO_10918_1 ISO_14495_1
+    ISO_15444_1 ISO_15444_2 ISO_15444_15 EP RM SK MTC SS TRSS SP MP OSP 2D 3D PER RG CG PPG FC PFF PFP FS Y N CW
+    STRIP WEDGE BUTTERFLY MULTIPLE FLAT CONSTANT_ANGLE STATIONARY FREE SEQUENCED FILTER_BACK_PROJ ITERATIVE HELICAL
+    AXIAL_MODE SAMPLED DISTORTED MAX_IP MIN_IP VOLUME_RENDER SURFACE_RENDER MULTIPLANAR_REFORMATTED DIRECTIONAL
+    BMATRIX ISOTROPIC FRACTIONAL RELATIVE VOLUME_RATIO 3D_TEMPORAL TILED_FULL TILED_SPARSE DECY ATTN SCAT DTIM MOTN
+    PMOT CLN RAN RADL DCAL BQML CNTS CPS GML PROPCNTS PROPCPS CM2ML UMOLMIN START ADMIN WHOLE_BODY WHOLE BODY
+    RECTANGLE ROUND HEXAGONAL DIRECT SCINTILLATOR STORAGE FILM PRODUCT RESEARCH SERVICE PARA PINH FANB CONE SLNT
+    ASTG DIVG
+"""
+WORDS = frozenset(_WORDS.split())
+_ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
+
+TEXTS: dict[int, re.Pattern[str]] = {
+    0x00080070: re.compile(
+        r"(?:GE|GE MEDICAL SYSTEMS|GE HEALTHCARE|SIEMENS|SIEMENS HEALTHINEERS|SIEMENS HEALTHCARE|PHILIPS"
+        r"|PHILIPS MEDICAL SYSTEMS|PHILIPS HEALTHCARE|CANON|CANON_MEC|CANON MEDICAL SYSTEMS|TOSHIBA|TOSHIBA_MEC|HITACHI"
+        r"|HOLOGIC|HOLOGIC, INC\.|FUJIFILM|FUJI PHOTO FILM CO\., LTD\.|AGFA|CARESTREAM|CARESTREAM HEALTH|KODAK"
+        r"|SAMSUNG|SAMSUNG ELECTRONICS|MINDRAY|ESAOTE|UIH|UNITED IMAGING|NEUSOFT|SHIMADZU|KONICA MINOLTA|VARIAN)",
+        re.IGNORECASE,
+    ),  # Manufacturer
+    0x00181210: re.compile(
+        r"(?:[A-Za-z]{1,2}\d{2,3}[a-z]?|STANDARD|BONE|BONEPLUS|LUNG|DETAIL|EDGE|SOFT|CHEST|FC\d{2}|[A-Z])", re.ASCII
+    ),  # Convolution Kernel
+    0x00281054: re.compile(r"HU|US|OD|HU_MOD|PCT|MGML|Z_EFF|ED|EDW"),  # Rescale Type
+}
+"""Text whose every value must match."""
+
+
+def is_word(value: str, tag: int) -> bool:
+    """Whether this code string is of the vocabulary."""
+    if tag == 0x00200020:
+        return _ORIENTATION.fullmatch(value) is not None
+    return value.replace(" ", "_") in WORDS or value in WORDS
+
+
+IMAGE_TYPES = _tags("ImageType FrameType")
+"""Their values have places; a word that is not known becomes OTHER."""
+
+DATES = _tags(
+    """StudyDate SeriesDate AcquisitionDate ContentDate StudyTime SeriesTime AcquisitionTime ContentTime
+    AcquisitionDateTime FrameAcquisitionDateTime FrameReferenceDateTime RadiopharmaceuticalStartTime
+    RadiopharmaceuticalStopTime RadiopharmaceuticalStartDateTime RadiopharmaceuticalStopDateTime"""
+)
+"""Kept by the options for longitudinal temporal information; no other date or time ever is."""
+
+CHARACTERISTICS = _tags("PatientSex PatientAge PatientSize PatientWeight")
+"""Kept by the Retain Patient Characteristics Option, which would allow more."""

@@ -1,0 +1,146 @@
+"""Compressed pixels to stored values. Runs in the worker only: damaged files crash these decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.pixels.processing import convert_color_space
+from pydicom.pixels.utils import pixel_array
+
+from common.imaging.layout import UNDEFINED, Element, Layout
+from common.imaging.refusal import Refusal, RefusalCode, quiet
+
+_CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
+    uid.JPEGExtended12Bit: imagecodecs.jpeg_decode,
+    uid.JPEGLossless: imagecodecs.jpeg_decode,
+    uid.JPEGLosslessSV1: imagecodecs.jpeg_decode,
+    uid.JPEGLSLossless: imagecodecs.jpegls_decode,
+    uid.JPEGLSNearLossless: imagecodecs.jpegls_decode,
+    uid.JPEG2000Lossless: imagecodecs.jpeg2k_decode,
+    uid.JPEG2000: imagecodecs.jpeg2k_decode,
+    uid.HTJ2KLossless: imagecodecs.htj2k_decode,
+    uid.HTJ2KLosslessRPCL: imagecodecs.htj2k_decode,
+    uid.HTJ2K: imagecodecs.htj2k_decode,
+}
+_BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
+
+
+def unpack(path: str, layout: dict[str, Any], frames: list[int]) -> Iterator[tuple[dict[str, Any], memoryview]]:
+    """Decodes frames of an encapsulated file.
+
+    Args:
+        path: The file.
+        layout: Fields of its `Layout`.
+        frames: Numbers of the frames, growing.
+
+    Yields:
+        {"dtype", "shape"} and the stored values, (rows, columns[, 3]); colour as RGB, unused bits cleared.
+
+    Raises:
+        Refusal: The compressed image has another size than declared.
+        Exception: Whatever a damaged image makes its decoder raise.
+    """
+    wanted = Layout(**{**layout, "element": Element(**layout["element"])})
+    with open(path, "rb") as file:  # noqa: PTH123  str, as it came through the pipe
+        file.seek(wanted.element.start)
+        length = wanted.element.length
+        raw = _whole(file.read()) if length == UNDEFINED else file.read(length)
+    with quiet():
+        sought = iter(frames)
+        number = next(sought, None)
+        for at, frame in enumerate(generate_frames(raw, number_of_frames=wanted.frames)):
+            if at == number:
+                values = np.ascontiguousarray(_decoded(frame, wanted))
+                yield {"dtype": values.dtype.str, "shape": values.shape}, values.data
+                number = next(sought, None)
+        if number is not None:
+            raise Refusal(RefusalCode.TRUNCATED, "The file holds fewer frames than its header says; transfer it again.")
+
+
+def _whole(raw: bytes) -> bytes:
+    """The fragments up to their end mark (PS3.5 A.4). Without it some may be lost, which not every decoder notices."""
+    at = 0
+    while at + 8 <= len(raw):
+        tag, length = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "little")
+        if tag == b"\xfe\xff\xdd\xe0":
+            return raw[:at]
+        if tag != b"\xfe\xff\x00\xe0":
+            raise Refusal(RefusalCode.CORRUPT, "The compressed pixels are not divided as DICOM wants it.")
+        at += 8 + length
+    raise Refusal(RefusalCode.TRUNCATED, "The file is cut off; transfer it again.")
+
+
+def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
+    expected = layout.rows, layout.columns
+    # decoders allocate what the codestream asks for, so a few bytes could ask for gigabytes
+    size = codestream_size(frame)
+    if size is not None and size != expected:
+        raise Refusal(RefusalCode.CORRUPT, "The compressed image has another size than its header says.")
+    if size is not None and not _ended(frame):  # some decoders fill up what is missing
+        raise Refusal(RefusalCode.TRUNCATED, "The compressed image is cut off; transfer it again.")
+    stored = _stored(frame, layout)
+    if stored.shape[:2] != expected or stored.shape[2:] != ((3,) if layout.samples == 3 else ()):
+        raise Refusal(RefusalCode.CORRUPT, "The decoded image has another size than its header says.")
+    return stored
+
+
+def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
+    decode = _CODECS.get(layout.syntax)
+    if decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
+        return _by_pydicom(frame, layout)
+    colour = layout.samples == 3
+    if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
+        decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
+    stored = decode(frame)
+    if colour:
+        return convert_color_space(stored, "YBR_FULL", "RGB") if layout.photometric.startswith("YBR_FULL") else stored
+    if stored.dtype.kind == "i" and not layout.signed and (stored < 0).any():
+        raise Refusal(RefusalCode.CORRUPT, "The header says that there are no negative values, but there are.")
+    # an unsigned codestream may hold signed values: the header counts
+    return layout.in_range(stored)
+
+
+def _by_pydicom(frame: bytes, layout: Layout) -> NDArray[Any]:
+    made = layout.as_dataset()
+    made.PixelData = encapsulate([frame])
+    made["PixelData"].VR = "OB"
+    made["PixelData"].is_undefined_length = True
+    return pixel_array(made, decoding_plugin="pillow" if layout.syntax in _BASELINE else "")
+
+
+def _ended(frame: bytes) -> bool:
+    """True if the last marker is the end of the image (EOI, EOC), padding aside."""
+    end = frame.rfind(b"\xff\xd9")
+    return end >= 0 and not frame[end + 2 :].strip(b"\0\xff")
+
+
+def codestream_size(frame: bytes) -> tuple[int, int] | None:
+    """(rows, columns) of a JPEG, JPEG-LS or JPEG 2000 frame; None if it is none of these.
+
+    Source: ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1.
+    """
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # SOC, SIZ; a JP2 box header may come first
+    if start >= 0 and (start == 0 or frame[4:8] == b"jP  "):
+        right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
+        return bottom - top, right - left
+    if frame[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(frame):
+        if frame[at] != 0xFF:
+            return None
+        marker = frame[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return None

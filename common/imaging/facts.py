@@ -1,0 +1,132 @@
+"""What a header says about machine, exposure and person, beyond what the assembler of volumes needs.
+
+For a site's own quality report. Identifiers are not read here, and free text comes back as it was typed: whoever
+shows it decides what may be shown.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+from pydicom.dataset import Dataset
+
+from common.imaging.header import numbers, read_header, tags_of, text
+from common.imaging.overview import VENDORS
+from common.imaging.refusal import quiet
+
+_EVERY = (
+    "PatientID", "PatientSex", "PatientAge", "StudyDate", "Modality", "Manufacturer", "ManufacturerModelName",
+    "BodyPartExamined", "BurnedInAnnotation",
+)  # fmt: skip
+_SPACING = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+_BY_MODALITY: dict[str, tuple[str, ...]] = {
+    "CR": ("KVP", "ViewPosition"),
+    "DX": ("KVP", "ViewPosition"),
+    "MG": ("KVP", "ViewPosition", "ImageLaterality"),
+    "CT": ("KVP", "ConvolutionKernel", "SliceThickness"),
+    "MR": ("MagneticFieldStrength", "EchoTime", "RepetitionTime", "SliceThickness"),
+}
+SPACING = "PixelSpacing"
+"""In `Facts.missing` it stands for all elements that may hold the spacing."""
+
+_TAGS = tags_of(
+    *_EVERY, *_SPACING, "PatientBirthDate", *dict.fromkeys(tag for tags in _BY_MODALITY.values() for tag in tags)
+)
+_AGE = re.compile(r"^(\d{3})([DWMY])$")
+_YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+_OLDEST = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of one file."""
+
+    kvp: float | None = None
+    """Peak kilovoltage."""
+    studied: date | None = None
+    sex: Literal["F", "M", "O", ""] = ""
+    age_years: float | None = None
+    """Patient's Age, else from birth to study."""
+    body_part: str = field(default="", repr=False)
+    burned_in: Literal["yes", "no", "unsaid"] = "unsaid"
+    """Burned In Annotation (0028,0301)."""
+    missing: tuple[str, ...] = ()
+    """Keywords of elements that are absent or empty and should be there for this modality."""
+    expected: tuple[str, ...] = ()
+    """Keywords that were looked for."""
+
+
+def read_facts(path: Path) -> Facts:
+    """Reads one header; what is not there or makes no sense is unknown, and nothing is raised for it."""
+    try:
+        with quiet():
+            dataset, _ = read_header(path, _TAGS)
+            return _facts(dataset)
+    except Exception:  # whatever a damaged header makes the parser raise; the reader refuses such files by name
+        return Facts()
+
+
+def vendor_of(manufacturer: str) -> str | None:
+    """The name by which a manufacturer is commonly known; None for one that is not in `VENDORS`."""
+    words = manufacturer.lower().replace("_", " ")
+    for name in VENDORS:
+        if words == name.lower() or words.startswith((name.lower() + " ", name.lower() + ",")):
+            return name
+    return None
+
+
+def _facts(dataset: Dataset) -> Facts:
+    modality = text(dataset, "Modality").upper()
+    expected = (*_EVERY, *_BY_MODALITY.get(modality, ()), SPACING)
+    missing = [keyword for keyword in expected if keyword != SPACING and not text(dataset, keyword)]
+    if not any(len(numbers(dataset, keyword)) == 2 for keyword in _SPACING):
+        missing.append(SPACING)
+    studied, born = _date(text(dataset, "StudyDate")), _date(text(dataset, "PatientBirthDate"))
+    age = _age(text(dataset, "PatientAge"))
+    if age is None and studied is not None and born is not None:
+        years = (studied - born).days / 365.25
+        age = years if 0 <= years <= _OLDEST else None
+    if age is not None and "PatientAge" in missing:
+        missing.remove("PatientAge")
+    sex = text(dataset, "PatientSex").upper()
+    said = text(dataset, "BurnedInAnnotation").upper()
+    return Facts(
+        kvp=_positive(text(dataset, "KVP")),
+        studied=studied,
+        sex=sex if sex in ("F", "M", "O") else "",  # type: ignore[arg-type]
+        age_years=age,
+        body_part=text(dataset, "BodyPartExamined"),
+        burned_in="yes" if said == "YES" else "no" if said == "NO" else "unsaid",
+        missing=tuple(missing),
+        expected=expected,
+    )
+
+
+def _date(value: str) -> date | None:
+    """VR DA: YYYYMMDD."""
+    try:
+        return date(int(value[:4]), int(value[4:6]), int(value[6:8])) if re.fullmatch(r"\d{8}", value) else None
+    except ValueError:
+        return None
+
+
+def _age(value: str) -> float | None:
+    """VR AS: three digits and D, W, M or Y; in years."""
+    match = _AGE.match(value.upper())
+    if match is None:
+        return None
+    years = int(match[1]) * _YEARS[match[2]]
+    return years if years <= _OLDEST else None
+
+
+def _positive(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number > 0 else None

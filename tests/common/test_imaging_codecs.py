@@ -1,0 +1,160 @@
+"""Every transfer syntax that is read, from an encoder that nobody here wrote; the rest is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pydicom
+import pytest
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+
+from common.imaging import FolderReading, RefusalCode, read_folder
+from tests.common.test_imaging_hostile import all_refused, ct, one_volume, radiograph, write
+
+Encoder = Callable[[NDArray[Any]], bytes]
+
+
+def bits(values: NDArray[Any]) -> NDArray[Any]:
+    """Signed numbers as JPEG, which knows no sign, has to store them."""
+    return values.view(f"u{values.itemsize}")
+
+
+LOSSLESS: dict[str, tuple[str, Encoder]] = {
+    "RLE": (uid.RLELossless, lambda x: rle(x)),
+    "JPEG lossless": (uid.JPEGLossless, lambda x: imagecodecs.ljpeg_encode(bits(x), bitspersample=8 * x.itemsize)),
+    "JPEG lossless SV1": (
+        uid.JPEGLosslessSV1,
+        lambda x: imagecodecs.ljpeg_encode(bits(x), bitspersample=8 * x.itemsize),
+    ),
+    "JPEG-LS": (uid.JPEGLSLossless, lambda x: imagecodecs.jpegls_encode(bits(x))),
+    "JPEG 2000": (uid.JPEG2000Lossless, lambda x: jpeg2000(x)),
+    "JPEG 2000, lossy allowed": (uid.JPEG2000, lambda x: jpeg2000(x)),
+    "HTJ2K": (uid.HTJ2KLossless, lambda x: imagecodecs.htj2k_encode(x, reversible=True)),
+    "HTJ2K RPCL": (uid.HTJ2KLosslessRPCL, lambda x: imagecodecs.htj2k_encode(x, reversible=True)),
+    "HTJ2K, lossy allowed": (uid.HTJ2K, lambda x: imagecodecs.htj2k_encode(x, reversible=True)),
+}
+
+
+def jpeg2000(values: NDArray[Any]) -> bytes:
+    return bytes(imagecodecs.jpeg2k_encode(values, level=0, reversible=True, codecformat="j2k"))
+
+
+def rle(values: NDArray[Any]) -> bytes:
+    made = radiograph(values)
+    made.compress(uid.RLELossless, generate_instance_uid=False)
+    return next(pydicom.encaps.generate_frames(made.PixelData, number_of_frames=1))
+
+
+def picture(dtype: str, top: int) -> NDArray[Any]:
+    """A gradient with noise over the whole range, odd in size."""
+    noise = np.random.default_rng(3).integers(0, top // 8, (37, 51))
+    ramp = np.linspace(0, top - top // 8 - 1, 37 * 51).reshape(37, 51)
+    low = -(top // 2) if dtype.startswith("i") else 0
+    return (ramp + noise + low).astype(f"<{dtype}")
+
+
+def packed(made: Dataset, frame: bytes, syntax: str) -> Dataset:
+    made.PixelData = encapsulate([frame])
+    made["PixelData"].VR = "OB"
+    made["PixelData"].is_undefined_length = True
+    made.file_meta.TransferSyntaxUID = syntax
+    return made
+
+
+def series(folder: Path, values: NDArray[Any], syntax: str, encode: Encoder, **more: Any) -> FolderReading:
+    made = [packed(ct(z, stored=values, RescaleSlope=1, RescaleIntercept=0, **more), encode(values), syntax) for z in
+            range(2)]  # fmt: skip
+    return read_folder(write(folder, *made))
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("u1", 8), ("u2", 12), ("u2", 16), ("i2", 16)])
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_lossless_transfer_syntax_gives_back_every_bit(tmp_path: Path, name: str, dtype: str, stored: int) -> None:
+    syntax, encode = LOSSLESS[name]
+    values = picture(dtype, 2**stored)
+    volume = one_volume(series(tmp_path, values, syntax, encode, BitsStored=stored, HighBit=stored - 1))
+    for values_YX in volume.values_ZYX:
+        np.testing.assert_array_equal(values_YX, values)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode", "most"),
+    [
+        (uid.JPEGBaseline8Bit, lambda x: imagecodecs.jpeg8_encode(x, level=95), 16),
+        (uid.JPEGExtended12Bit, lambda x: imagecodecs.jpeg8_encode(x, level=95), 16),
+        (uid.JPEGLSNearLossless, lambda x: imagecodecs.jpegls_encode(x, level=2), 2),
+        (uid.JPEG2000, lambda x: imagecodecs.jpeg2k_encode(x, level=45, reversible=False, codecformat="j2k"), 16),
+        (uid.HTJ2K, lambda x: imagecodecs.htj2k_encode(x, reversible=False), 16),
+    ],
+)
+def test_a_lossy_transfer_syntax_comes_near(tmp_path: Path, syntax: str, encode: Encoder, most: int) -> None:
+    values = picture("u1", 256)
+    volume = one_volume(series(tmp_path, values, syntax, encode))
+    wrong = np.abs(volume.values_ZYX - values.astype(np.float32))
+    assert 0 < wrong.max() <= most
+
+
+@pytest.mark.parametrize(
+    "syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian]
+)
+@pytest.mark.parametrize(("dtype", "stored"), [("u1", 8), ("u2", 12), ("i2", 16), ("u4", 24)])
+def test_an_uncompressed_transfer_syntax_gives_back_every_bit(
+    tmp_path: Path, syntax: uid.UID, dtype: str, stored: int
+) -> None:
+    values = picture(dtype, 2**stored)
+    for z in range(2):
+        made = ct(z, stored=values, RescaleSlope=1, RescaleIntercept=0, BitsStored=stored, HighBit=stored - 1)
+        if syntax == uid.ExplicitVRBigEndian:
+            odd = values.tobytes() + b"\0" * (values.size * values.itemsize % 2)
+            made.PixelData = np.frombuffer(odd, f"<u{max(2, values.itemsize)}").byteswap().tobytes()
+            made["PixelData"].VR = "OW"
+        made.file_meta.TransferSyntaxUID = syntax
+        made.save_as(tmp_path / f"{z}", implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+    volume = one_volume(read_folder(tmp_path))
+    for values_YX in volume.values_ZYX:
+        np.testing.assert_array_equal(values_YX, values)
+
+
+@pytest.mark.parametrize("name", ["JPEG 2000", "HTJ2K"])
+def test_a_colour_codestream_becomes_luminance(tmp_path: Path, name: str) -> None:
+    syntax, encode = LOSSLESS[name]
+    rgb = np.stack([picture("u1", 256), picture("u1", 128), np.full((37, 51), 9, np.uint8)], axis=-1)
+    made = radiograph(rgb[..., 0], PhotometricInterpretation="YBR_RCT", SamplesPerPixel=3, PlanarConfiguration=0)
+    (image,) = read_folder(write(tmp_path, packed(made, encode(rgb), syntax))).images
+    np.testing.assert_allclose(image.values_YX, rgb @ [0.299, 0.587, 0.114], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "RLE"])
+def test_a_codestream_that_lacks_its_end_is_refused_although_its_decoder_would_fill_it_up(
+    tmp_path: Path, name: str
+) -> None:
+    syntax, encode = LOSSLESS[name]
+    values = picture("u2", 4096)
+    whole = encode(values)
+    reading = series(tmp_path, values, syntax, lambda _: whole[: len(whole) * 2 // 3])
+    assert all_refused(reading) <= {RefusalCode.TRUNCATED, RefusalCode.CORRUPT}
+
+
+@pytest.mark.parametrize(
+    ("syntax", "named"),
+    [
+        (uid.MPEG4HP41, "MPEG-4"),
+        ("1.2.840.10008.1.2.4.94", "JPIP"),
+        ("1.2.840.10008.1.2.8.1", "unknown"),  # Deflated Image Frame, newer than the reader
+        ("1.2.840.113619.5.2", "unknown"),  # GE's own
+    ],
+)
+def test_any_other_transfer_syntax_is_refused_by_name(tmp_path: Path, syntax: str, named: str) -> None:
+    made = packed(ct(0), bytes(500), uid.MPEG4HP41)
+    path = write(tmp_path, made) / "000.dcm"
+    padded = [text.encode() + b"\0" * (len(text) % 2) for text in (uid.MPEG4HP41, syntax)]
+    old, new = (b"\x02\0\x10\0UI" + len(text).to_bytes(2, "little") + text for text in padded)
+    path.write_bytes(path.read_bytes().replace(old, new))
+    (refused,) = read_folder(tmp_path).refused
+    assert refused.code == RefusalCode.UNSUPPORTED_PIXELS
+    assert named in refused.why
