@@ -46,7 +46,7 @@ test-rooms: $(READY)
 
 # A file has one federation for all its tests, so it stays in one process. Most of the time here is waiting.
 test-deployment: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --timeout 900 tests/deployment
 
 # The package would start a service on all addresses, hence the mask.
 test-pacs: $(READY)
