@@ -111,6 +111,7 @@ def _iterate(
             if progress is not None:
                 progress(done, total)
             yield item
+            del item  # or it would stay until the next one has been read
 
 
 class Catalogue:
@@ -152,6 +153,7 @@ def read_series(series: Series, *, correct_tilt: bool = False, jobs: int = 1) ->
                 yield from volume._stacked(item)
             else:
                 yield made
+                del made
         else:
             header, code, why = item
             yield Refused(header.path, code, why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -337,3 +338,27 @@ def test_an_index_of_another_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with Index(tmp_path / "other") as index, pytest.raises(ConfigError, match="of another folder"):
         read_folder(root, index=index)
+
+
+def test_a_volume_that_the_caller_dropped_is_gone_before_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        made = [ct(z) for z in range(SLICES)]
+        for z, each in enumerate(made):
+            each.SeriesInstanceUID, each.SOPInstanceUID = f"1.2.{number}", f"1.2.{number}.{z}"
+        write(tmp_path / "dicom" / str(number), *made)
+    alive: list[bool] = []
+    dropped: list[weakref.ref[Any]] = []
+    real = fastread._read_stack
+
+    def watch(*arguments: Any) -> Any:
+        alive.extend(ref() is not None for ref in dropped)
+        return real(*arguments)
+
+    monkeypatch.setattr(fastread, "_read_stack", watch)
+    for item in iterate_folder(tmp_path / "dicom"):
+        assert isinstance(item, Volume)
+        dropped.append(weakref.ref(item.values_ZYX))
+        del item
+    assert alive == [False] * 3  # one was dropped before the second, two before the third
