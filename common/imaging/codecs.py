@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     uid.HTJ2KLosslessRPCL: imagecodecs.htj2k_decode,
     uid.HTJ2K: imagecodecs.htj2k_decode,
 }
+_JPEG_2000 = b"\xff\x4f\xff\x51"
+"""SOC and SIZ; a JP2 box header may come first."""
 _BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 
 
@@ -83,7 +86,7 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
     size = codestream_size(frame)
     if size is not None and size != expected:
         raise Refusal(RefusalCode.CORRUPT, "The compressed image has another size than its header says.")
-    if size is not None and not _ended(frame):  # some decoders fill up what is missing
+    if size is not None and not (_ended(frame) and _tiles_are_there(frame)):  # some decoders fill up what is missing
         raise Refusal(RefusalCode.TRUNCATED, "The compressed image is cut off; transfer it again.")
     stored = _stored(frame, layout)
     if stored.shape[:2] != expected or stored.shape[2:] != ((3,) if layout.samples == 3 else ()):
@@ -101,8 +104,10 @@ def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     stored = decode(frame)
     if colour:
         return convert_color_space(stored, "YBR_FULL", "RGB") if layout.photometric.startswith("YBR_FULL") else stored
-    if stored.dtype.kind == "i" and not layout.signed and (stored < 0).any():
-        raise Refusal(RefusalCode.CORRUPT, "The header says that there are no negative values, but there are.")
+    if stored.dtype.kind == "i" and not layout.signed:
+        raise Refusal(
+            RefusalCode.CORRUPT, "The header says that there are no negative values, the pixels that there are."
+        )
     # an unsigned codestream may hold signed values: the header counts
     return layout.in_range(stored)
 
@@ -121,12 +126,44 @@ def _ended(frame: bytes) -> bool:
     return end >= 0 and not frame[end + 2 :].strip(b"\0\xff")
 
 
+def _tiles_are_there(frame: bytes) -> bool:
+    """Whether a JPEG 2000 codestream holds all tiles that it declares; True for other codestreams.
+
+    Source: ITU-T T.800 A.4.2, A.5.1.
+    """
+    start = frame.find(_JPEG_2000, 0, 4096)
+    if start < 0:
+        return True
+    if len(frame) < start + 40:  # SIZ itself is cut off
+        return False
+    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", frame, start + 8)
+    if min(width, height) < 1 or right <= left or bottom <= top:
+        return False
+    wanted: int = -(-(right - left) // width) * -(-(bottom - top) // height)
+    at, found = start + 2, set[int]()
+    while at + 12 <= len(frame):
+        marker, length = struct.unpack_from(">HH", frame, at)
+        if marker != 0xFF90:  # a segment of the main header
+            at += 2 + length
+            continue
+        tile, part_bytes = struct.unpack_from(">HI", frame, at + 4)
+        found.add(tile)
+        if part_bytes == 0:  # to the end
+            break
+        at += part_bytes
+        if frame[at : at + 2] == b"\xff\xd9":
+            break
+        if part_bytes < 12 or frame[at : at + 2] != b"\xff\x90":
+            return False
+    return len(found) == wanted and max(found) < wanted
+
+
 def codestream_size(frame: bytes) -> tuple[int, int] | None:
     """(rows, columns) of a JPEG, JPEG-LS or JPEG 2000 frame; None if it is none of these.
 
     Source: ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1.
     """
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # SOC, SIZ; a JP2 box header may come first
+    start = frame.find(_JPEG_2000, 0, 4096)
     if start >= 0 and (start == 0 or frame[4:8] == b"jP  "):
         right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
         return bottom - top, right - left

@@ -1,5 +1,6 @@
 """Every transfer syntax that is read, from an encoder that nobody here wrote; the rest is refused by name."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -138,6 +140,23 @@ def test_a_codestream_that_lacks_its_end_is_refused_although_its_decoder_would_f
     whole = encode(values)
     reading = series(tmp_path, values, syntax, lambda _: whole[: len(whole) * 2 // 3])
     assert all_refused(reading) <= {RefusalCode.TRUNCATED, RefusalCode.CORRUPT}
+
+
+def test_a_codestream_that_declares_more_tiles_than_it_holds_is_refused(tmp_path: Path) -> None:
+    """Found by fuzzing: OpenJPEG leaves the missing tile black."""
+    values = picture("u1", 256)
+    frame = bytearray(jpeg2000(values))
+    assert int.from_bytes(frame[28:32], "big") == 37  # YTsiz, the height of a tile
+    frame[31] = 36
+    assert RefusalCode.TRUNCATED in all_refused(series(tmp_path, values, uid.JPEG2000, lambda _: bytes(frame)))
+
+
+def test_several_tiles_are_read(tmp_path: Path) -> None:
+    values = picture("u1", 256)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "JPEG2000", tile_size=(16, 16), no_jp2=True, irreversible=False)
+    volume = one_volume(series(tmp_path, values, uid.JPEG2000Lossless, lambda _: out.getvalue()))
+    np.testing.assert_array_equal(volume.values_ZYX[0], values)
 
 
 @pytest.mark.parametrize(
