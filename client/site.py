@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from client.cohort import SPLITS, Cohort, Split
-from client.dp import Noise, check_delta, keystream_noise, os_noise, sampling, seeded_noise
+from client.dp import check_delta, sampling
 from client.ledger import Ledger, Reservation
 from client.policy import objections
-from client.train import Private, seed_of, train
+from client.train import Private, site_noise, train
 from common import wire
 from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
@@ -271,7 +271,8 @@ class Site:
             delta=privacy.delta,
             ledger_head=self._budget.head,
         )
-        return Private(sampling=drawn, noise_multiplier=noise_multiplier, noise=self._noise(plan.round)), reserved
+        noise = site_noise(recipe, plan.round, self.name)
+        return Private(sampling=drawn, noise_multiplier=noise_multiplier, noise=noise), reserved
 
     def _settle(self, plan: RoundPlan, reserved: Reservation, steps: int) -> None:
         try:
@@ -279,11 +280,6 @@ class Site:
         except PrivacyError:
             self._path(plan).unlink(missing_ok=True)  # nobody has paid for these very bytes: they shall never leave
             raise
-
-    def _noise(self, round_: int) -> Noise:
-        if self.recipe.privacy.unsafe_seeded_noise:
-            return seeded_noise(seed_of("noise", self.recipe, round_, self.name))
-        return keystream_noise() if self.recipe.privacy.secure_rng else os_noise()
 
     def _spent(self) -> Spent | None:
         privacy = self.recipe.privacy

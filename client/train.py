@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import nn
 
 from client.cohort import Cohort
-from client.dp import Noise, PrivateGradient, Sampling, poisson_patients
+from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
 from common.config import Recipe, Training
 from common.errors import FedicomError
 from common.imaging import augmentation
@@ -86,16 +86,8 @@ def train(
         steps, batches = _epochs(cohort, recipe.training, rng, at_least=2 if _mixes(model) else 1)
         engine = None
     else:
-        steps, batches = private.sampling.steps, _poisson(cohort, private, rng)
-        engine = PrivateGradient(
-            model,
-            loss_B,
-            clip_norm=recipe.privacy.clip_norm,
-            noise_multiplier=private.noise_multiplier,
-            expected_batch=recipe.training.batch_size,
-            physical_batch=recipe.privacy.physical_batch,
-            noise=private.noise,
-        )
+        steps, batches = private.sampling.steps, private_batches(cohort, private, rng)
+        engine = private_gradient(model, loss_B, recipe, private)
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(rng.integers(2**63)))  # dropout
@@ -121,6 +113,43 @@ def train(
             "training.gradient_clip"
         )
     return Trained(delta=delta, steps=steps, loss=float(torch.stack(losses).double().mean()) if losses else None)
+
+
+# What a private round is made of; `client.dp.mechanism` tests these very functions.
+
+
+def site_noise(recipe: Recipe, round_: int, site: str) -> Noise:
+    """A fresh source of noise for one round: the site's own secret, unless the recipe is a simulation's seeded one."""
+    if recipe.privacy.unsafe_seeded_noise:
+        return seeded_noise(seed_of("noise", recipe, round_, site))
+    return keystream_noise() if recipe.privacy.secure_rng else os_noise()
+
+
+def private_gradient(model: nn.Module, loss_B: Loss, recipe: Recipe, private: Private) -> PrivateGradient:
+    """The engine that the recipe asks for, over `model`."""
+    return PrivateGradient(
+        model,
+        loss_B,
+        clip_norm=recipe.privacy.clip_norm,
+        noise_multiplier=private.noise_multiplier,
+        expected_batch=recipe.training.batch_size,
+        physical_batch=recipe.privacy.physical_batch,
+        noise=private.noise,
+    )
+
+
+def private_batches(cohort: Cohort, private: Private, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """Samples of every step of a round: each training patient with chance `sampling.rate`, one sample of each drawn.
+
+    Args:
+        rng: Chooses among the samples of a drawn patient; who is drawn comes from the site's secret source.
+    """
+    indices = cohort.indices("train")
+    patient_n = cohort.samples.patient_N[indices]
+    of_patient = [indices[patient_n == patient] for patient in np.unique(patient_n)]
+    for _ in range(private.sampling.steps):
+        drawn = poisson_patients(len(of_patient), private.sampling.rate, private.noise)
+        yield np.array([rng.choice(of_patient[patient]) for patient in drawn], dtype=np.int64)
 
 
 def seed_of(purpose: str, recipe: Recipe, round_: int, site: str) -> int:
@@ -197,15 +226,6 @@ def _epochs(
                 yield part
 
     return steps, batches()
-
-
-def _poisson(cohort: Cohort, private: Private, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    indices = cohort.indices("train")
-    patient_n = cohort.samples.patient_N[indices]
-    of_patient = [indices[patient_n == patient] for patient in np.unique(patient_n)]
-    for _ in range(private.sampling.steps):
-        drawn = poisson_patients(len(of_patient), private.sampling.rate, private.noise)
-        yield np.array([rng.choice(of_patient[patient]) for patient in drawn], dtype=np.int64)
 
 
 def _batch(cohort: Cohort, index_B: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -319,7 +319,7 @@ def test_one_patient_more_moves_the_step_by_at_most_clip_over_batch_however_many
 
 def test_a_step_draws_one_image_of_each_patient() -> None:
     cohort = cohort_of(10, images=4)
-    drawn = list(module._poisson(cohort, private(10, steps=40, rate=0.5), np.random.default_rng(0)))
+    drawn = list(module.private_batches(cohort, private(10, steps=40, rate=0.5), np.random.default_rng(0)))
     assert len(drawn) == 40
     for index_B in drawn:
         patients = cohort.samples.patient_N[index_B]
