@@ -62,7 +62,7 @@ def train(
     """Trains `model` from `weights` for one round on the cohort's training patients.
 
     Without privacy an epoch takes every training sample once, in batches of near-equal size. Under
-    privacy each step takes a Poisson sample of the patients and one random sample of each. The proximal
+    privacy each step takes a Poisson sample of the patients and `privacy.views` random samples of each. The proximal
     term, weight decay and momentum act on the gradient after noise.
 
     Given recipe, round, site and weights the result on a CPU is the same to the bit, unless noise is secret.
@@ -86,7 +86,7 @@ def train(
         steps, batches = _epochs(cohort, recipe.training, rng, at_least=2 if _mixes(model) else 1)
         engine = None
     else:
-        steps, batches = private.sampling.steps, private_batches(cohort, private, rng)
+        steps, batches = private.sampling.steps, private_batches(cohort, private, rng, recipe.privacy.views)
         engine = private_gradient(model, loss_B, recipe, private)
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -135,21 +135,29 @@ def private_gradient(model: nn.Module, loss_B: Loss, recipe: Recipe, private: Pr
         expected_batch=recipe.training.batch_size,
         physical_batch=recipe.privacy.physical_batch,
         noise=private.noise,
+        views=recipe.privacy.views,
     )
 
 
-def private_batches(cohort: Cohort, private: Private, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """Samples of every step of a round: each training patient with chance `sampling.rate`, one sample of each drawn.
+def private_batches(
+    cohort: Cohort, private: Private, rng: np.random.Generator, views: int = 1
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Samples of every step of a round: each training patient with chance `sampling.rate`, `views` samples of each drawn.
 
     Args:
         rng: Chooses among the samples of a drawn patient; who is drawn comes from the site's secret source.
+        views: The samples of a patient lie together: different ones as long as there are some, then the same again.
     """
     indices = cohort.indices("train")
     patient_n = cohort.samples.patient_N[indices]
     of_patient = [indices[patient_n == patient] for patient in np.unique(patient_n)]
     for _ in range(private.sampling.steps):
         drawn = poisson_patients(len(of_patient), private.sampling.rate, private.noise)
-        yield np.array([rng.choice(of_patient[patient]) for patient in drawn], dtype=np.int64)
+        yield np.array([_views(of_patient[patient], views, rng) for patient in drawn], dtype=np.int64).reshape(-1)
+
+
+def _views(samples: npt.NDArray[np.int64], views: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    return rng.choice(samples, 1) if views == 1 else np.resize(rng.permutation(samples), views)
 
 
 def seed_of(purpose: str, recipe: Recipe, round_: int, site: str) -> int:

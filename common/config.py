@@ -209,8 +209,10 @@ class Privacy:
     """Noise standard deviation in units of `clip_norm`, instead of `epsilon`."""
     clip_norm: Positive = 1.0
     """Bound on the L2 norm of one patient's gradient."""
+    views: Annotated[int, Ge(1), Le(64)] = 1
+    """Images of each drawn patient in a step, averaged before the clip; a patient with fewer gives them again."""
     physical_batch: Count = 64
-    """Patients whose gradients are held in memory at once; changes memory, not the result."""
+    """Images in memory at once (at least the views of one patient); changes memory, not the result."""
     secure_rng: bool = False
     """Noise from a ChaCha20 keystream instead of a generator seeded by the operating system."""
     unsafe_seeded_noise: bool = False

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import Signature, signature
 from typing import Any
 
@@ -28,8 +29,32 @@ from common.errors import PrivacyError
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 """(model output, targets) -> losses, shape (B,)."""
 
-Contraction = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""(clip factors of some records, their rows or None for all) -> sum over them of factor x gradient."""
+
+@dataclass(frozen=True)
+class Factors:
+    """What each gradient is multiplied by; rows are None when all of them count."""
+
+    patients: torch.Tensor
+    rows: torch.Tensor | None
+    """Patients with a finite gradient."""
+    views: int
+
+    def of_patients(self, values_P: torch.Tensor) -> torch.Tensor:
+        return values_P if self.rows is None else values_P[self.rows]
+
+    def of_records(self, values_B: torch.Tensor) -> torch.Tensor:
+        if self.rows is None:
+            return values_B
+        return values_B.unflatten(0, (-1, self.views))[self.rows].flatten(0, 1)
+
+    def scale(self, values_B: torch.Tensor) -> torch.Tensor:
+        """The counted records, each times its patient's factor."""
+        factors_B = self.patients.repeat_interleave(self.views) if self.views > 1 else self.patients
+        return self.of_records(values_B) * factors_B.view(-1, *[1] * (values_B.dim() - 1))
+
+
+Contraction = Callable[[Factors], torch.Tensor]
+"""Sum over the patients of factor x gradient."""
 
 
 class NoRuleError(Exception):
@@ -37,30 +62,33 @@ class NoRuleError(Exception):
 
 
 def clipped_sum(
-    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float, views: int = 1
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Sum over the records of their gradients, each scaled down to `clip_norm`.
+    """Sum over the patients of their gradients, each scaled down to `clip_norm`.
+
+    A patient's gradient is the mean over its `views` records.
 
     Args:
         model: No record may influence another one's output.
         loss_B: One loss a record.
-        x_B: (B, ...), B at least 1.
+        x_B: (B, ...), B = P x views, at least 1; the records of a patient lie together.
         target_B: (B, ...).
         clip_norm: Above 0.
+        views: Records of each patient.
 
     Returns:
-        Sums in the order of `trainable(model)`, and the norms before the clip (B,). A record with a norm that is not
+        Sums in the order of `trainable(model)`, and the norms before the clip (P,). A patient with a norm that is not
         finite is in none of the sums.
 
     Raises:
         NoRuleError: Take another way; nothing was changed.
         PrivacyError: The loss is not one number a record.
     """
-    book = _Book(trainable(model).values(), len(x_B))
+    book = _Book(trainable(model).values(), len(x_B), views)
     with book:
         losses = per_record(loss_B(model(x_B), target_B), len(x_B))
     with _full_precision(x_B.device):
-        torch.autograd.backward(losses.sum())
+        torch.autograd.backward(losses.sum() / views)
         with torch.no_grad():  # what was booked belongs to a graph, the sums must not
             return book.close(clip_norm)
 
@@ -84,37 +112,30 @@ def per_record(losses: torch.Tensor, records: int) -> torch.Tensor:
     return losses
 
 
-def clip_factors(squares_B: torch.Tensor, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Factors that bring every gradient to at most `clip_norm`, for the records with a finite norm.
+def clip_factors(squares_P: torch.Tensor, clip_norm: float, views: int = 1) -> Factors:
+    """Factors in (0, 1] that bring every gradient to at most `clip_norm`, for the patients with a finite norm.
 
     The factor is a hair (64 roundings) below the exact one, so that rounding cannot lift a clipped
     gradient above the bound.
-
-    Args:
-        squares_B: Squared norms, (B,).
-        clip_norm: Above 0.
-
-    Returns:
-        Factors in (0, 1] of the finite records, and their rows; rows are None when all are finite.
     """
-    finite = torch.isfinite(squares_B)
+    finite = torch.isfinite(squares_P)
     rows = None if bool(finite.all()) else finite.nonzero().squeeze(1)
-    norms = (squares_B if rows is None else squares_B[rows]).sqrt()
+    norms = (squares_P if rows is None else squares_P[rows]).sqrt()
     below = clip_norm * (1 - 64 * torch.finfo(norms.dtype).eps)
-    return (below / norms).clamp(max=1.0), rows
+    return Factors((below / norms).clamp(max=1.0), rows, views)
 
 
 class _Book(TorchFunctionMode):
-    """What one forward and backward pass says about the gradients of each record."""
+    """What one forward and backward pass says about the gradients of each patient."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], records: int) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], records: int, views: int) -> None:
         super().__init__()
         self._parameters = list(parameters)
-        self._records = records
+        self._records, self.views = records, views
         # The tensor is held too: its id is its key and must not be used again.
         self._tracked: dict[int, tuple[torch.Tensor, int]] = {id(p): (p, i) for i, p in enumerate(self._parameters)}
         self._claimed: set[int] = set()
-        self._squares_B = self._parameters[0].new_zeros(records)
+        self._squares_P = self._parameters[0].new_zeros(records // views)
         self._contractions: dict[int, Contraction] = {}
 
     def __torch_function__(
@@ -171,32 +192,34 @@ class _Book(TorchFunctionMode):
             if not tensor.dim() or tensor.shape[0] != self._records:
                 raise NoRuleError(f"a layer sees shape {tuple(tensor.shape)} for {self._records} records")
 
-    def keep(self, index: int | None, gradients_B: torch.Tensor) -> None:
-        """Books the gradient of each record, (B, ...) in the order of the parameter's elements."""
+    def keep(self, index: int | None, gradients: torch.Tensor) -> None:
+        """Books the gradients of the records, or of the patients, in the order of the parameter's elements."""
         if index is None:
             return
-        flat = gradients_B.reshape(self._records, -1)
+        patients = self._records // self.views
+        flat = gradients.reshape(patients, len(gradients) // patients, -1)
+        flat_P = flat.sum(1) if flat.shape[1] > 1 else flat.squeeze(1)
+        self.defer(
+            index,
+            flat_P.square().sum(1),
+            lambda factors: torch.mv(factors.of_patients(flat_P).T, factors.patients),
+        )
 
-        def contract(factors: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-            return torch.mv((flat if rows is None else flat[rows]).T, factors)
-
-        self.defer(index, flat.square().sum(1), contract)
-
-    def defer(self, index: int, squares_B: torch.Tensor, contract: Contraction) -> None:
+    def defer(self, index: int, squares_P: torch.Tensor, contract: Contraction) -> None:
         """Books the squared norms and how to form the sum once the factors are known."""
-        self._squares_B = self._squares_B + squares_B
+        self._squares_P = self._squares_P + squares_P
         self._contractions[index] = contract
 
     def close(self, clip_norm: float) -> tuple[list[torch.Tensor], torch.Tensor]:
-        factors, rows = clip_factors(self._squares_B, clip_norm)
+        factors = clip_factors(self._squares_P, clip_norm, self.views)
         sums = []
         for index, parameter in enumerate(self._parameters):
             contract = self._contractions.pop(index, None)  # popped: frees its tensors
-            if contract is None or (rows is not None and not len(rows)):
+            if contract is None or not len(factors.patients):
                 sums.append(torch.zeros_like(parameter))
             else:
-                sums.append(contract(factors, rows).view(parameter.shape))
-        return sums, self._squares_B.sqrt()
+                sums.append(contract(factors).view(parameter.shape))
+        return sums, self._squares_P.sqrt()
 
 
 class _Convolution(torch.autograd.Function):
@@ -213,19 +236,17 @@ class _Convolution(torch.autograd.Function):
         book, shape, (index_w, index_b) = ctx.book, ctx.shape, ctx.indices
         book.keep(index_b, _over_positions(gy))
         if index_w is not None:
-            gradients_B, squares_B = layers.convolution_gradients(x, gy, weight, shape)
-            if gradients_B is not None:
-                book.keep(index_w, gradients_B)
+            gradients_P, squares_P = layers.convolution_gradients(x, gy, weight, shape, views=book.views)
+            if gradients_P is not None:
+                book.keep(index_w, gradients_P)
             else:
-                assert squares_B is not None
+                assert squares_P is not None
 
-                def contract(factors: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-                    some_x, some_gy = (x, gy) if rows is None else (x[rows], gy[rows])
-                    scaled = some_gy * factors.view(-1, *[1] * (gy.dim() - 1))
-                    gradient: torch.Tensor = shape.weight_gradient(some_x, scaled, weight)
+                def contract(factors: Factors) -> torch.Tensor:
+                    gradient: torch.Tensor = shape.weight_gradient(factors.of_records(x), factors.scale(gy), weight)
                     return gradient
 
-                book.defer(index_w, squares_B, contract)
+                book.defer(index_w, squares_P, contract)
         gx = shape.input_gradient(x, gy, weight) if ctx.needs_input_grad[3] else None
         return None, None, None, gx, None, None
 
@@ -242,21 +263,21 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         book, (index_w, index_b) = ctx.book, ctx.indices
-        x_BTD, gy_BTP = x.reshape(len(x), -1, x.shape[-1]), gy.reshape(len(gy), -1, gy.shape[-1])
-        book.keep(index_b, gy_BTP.sum(1))
+        patients = len(x) // book.views  # the views of a patient are further positions
+        x_PTD, gy_PTQ = x.reshape(patients, -1, x.shape[-1]), gy.reshape(patients, -1, gy.shape[-1])
+        book.keep(index_b, gy_PTQ.sum(1))
         if index_w is not None:
-            gradients_B, squares_B = layers.linear_gradients(x_BTD, gy_BTP)
-            if gradients_B is not None:
-                book.keep(index_w, gradients_B)
+            gradients_P, squares_P = layers.linear_gradients(x_PTD, gy_PTQ)
+            if gradients_P is not None:
+                book.keep(index_w, gradients_P)
             else:
-                assert squares_B is not None
+                assert squares_P is not None
 
-                def contract(factors: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-                    some_x, some_gy = (x_BTD, gy_BTP) if rows is None else (x_BTD[rows], gy_BTP[rows])
-                    scaled = some_gy * factors[:, None, None]
-                    return torch.mm(scaled.flatten(0, 1).T, some_x.flatten(0, 1))
+                def contract(factors: Factors) -> torch.Tensor:
+                    scaled = factors.of_patients(gy_PTQ) * factors.patients[:, None, None]
+                    return torch.mm(scaled.flatten(0, 1).T, factors.of_patients(x_PTD).flatten(0, 1))
 
-                book.defer(index_w, squares_B, contract)
+                book.defer(index_w, squares_P, contract)
         return None, None, gy @ weight if ctx.needs_input_grad[2] else None, None, None
 
 

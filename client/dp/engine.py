@@ -20,19 +20,20 @@ from common.errors import PrivacyError
 
 log = logging.getLogger(__name__)
 
-_SELF_TEST_RECORDS = 3
+_SELF_TEST_PATIENTS = 3
 _SELF_TEST_ERROR = 1e-4  # the loss alone is float32; a wrong gradient is off by far more
 
 
 class PrivateGradient:
     """DP-SGD's gradient for a model whose records do not influence each other.
 
-    Each call of `step` takes the patients that were drawn, one record of each, so the bound per
-    record is a bound per patient. What is released is
+    Each call of `step` takes the patients that were drawn, `views` records of each. A patient's gradient is the mean
+    over its records and is clipped after the mean, so what a patient can change does not depend on the number of its
+    records. What is released is
 
         (sum of clipped gradients + normal(0, noise_multiplier * clip_norm)) / expected_batch
 
-    A record whose gradient is not finite (a NaN voxel, an overflow) contributes exactly zero: the
+    A patient whose gradient is not finite (a NaN voxel, an overflow) contributes exactly zero: the
     bound holds, and no error tells anybody that such a patient was drawn. Always float32 (or the
     parameters' type); autocast is switched off inside.
 
@@ -52,6 +53,7 @@ class PrivateGradient:
         expected_batch: float,
         physical_batch: int,
         noise: Noise,
+        views: int = 1,
         fast: bool = True,
     ) -> None:
         """Checks the settings and the layers; the first step runs `self_test`.
@@ -62,8 +64,9 @@ class PrivateGradient:
             clip_norm: Largest L2 norm of one record's gradient, above 0.
             noise_multiplier: Noise standard deviation in units of `clip_norm`; 0 means no privacy.
             expected_batch: Public denominator; never the number that was drawn.
-            physical_batch: Records at once; changes memory, not the result.
+            physical_batch: Records at once (at least those of one patient); changes memory, not the result.
             noise: The site's own source.
+            views: Records of each drawn patient in a step.
             fast: False forces the `torch.func` way.
 
         Raises:
@@ -73,6 +76,7 @@ class PrivateGradient:
             ("clip_norm", clip_norm, 0.0),
             ("expected_batch", expected_batch, 0.0),
             ("physical_batch", physical_batch, 0.0),
+            ("views", views, 0.0),
             ("noise_multiplier", noise_multiplier, -1e-300),
         ):
             if not (math.isfinite(value) and value > least):
@@ -84,6 +88,7 @@ class PrivateGradient:
         self.model, self.loss_B = model, loss_B
         self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
         self.expected_batch, self.physical_batch = float(expected_batch), int(physical_batch)
+        self.views = int(views)
         self._noise = noise
         self._fast = fast
         self._tested = False
@@ -98,25 +103,29 @@ class PrivateGradient:
         """Sets `.grad` of every trainable parameter to a private gradient.
 
         Args:
-            x_B: Records of the drawn patients, (B, ...); B may be 0, then the gradient is noise alone.
-            target_B: Their targets, (B, ...).
+            x_B: Records of the drawn patients, (P x views, ...), those of a patient together; with no patient the
+                gradient is noise alone.
+            target_B: Their targets, (P x views, ...).
 
         Returns:
-            Gradient norms before the clip, (B,); private, not for release.
+            Gradient norms before the clip, (P,); private, not for release.
 
         Raises:
             PrivacyError: The self-test of the first step failed, or a layer changed its buffers.
         """
         if len(x_B) != len(target_B):
             raise PrivacyError(f"got {len(x_B)} records and {len(target_B)} targets; expected one target a record")
+        if len(x_B) % self.views:
+            raise PrivacyError(f"got {len(x_B)} records, expected {self.views} of every patient (views)")
         if not self._tested and len(x_B):
             self.self_test(x_B, target_B)
         settle_norms(self.model)
         sums: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
         with _buffers_unchanged(self.model):
-            for start in range(0, len(x_B), self.physical_batch):
-                part = slice(start, start + self.physical_batch)
+            at_once = max(1, self.physical_batch // self.views) * self.views
+            for start in range(0, len(x_B), at_once):
+                part = slice(start, start + at_once)
                 chunk, chunk_norms = self._clipped_sum(self.model, self.loss_B, x_B[part], target_B[part])
                 if sums:
                     torch._foreach_add_(sums, chunk)
@@ -130,7 +139,7 @@ class PrivateGradient:
         return torch.cat(norms)
 
     def self_test(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        """Compares three records with a loop over them, and the noise with its variance.
+        """Compares three patients with a loop over them, and the noise with its variance.
 
         The records are random numbers of the shape and memory format of `x_B`, so the outcome says nothing about a
         patient. In float64 and on a copy without dropout: there a right gradient agrees to many digits, while in
@@ -152,12 +161,13 @@ class PrivateGradient:
         def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return self.loss_B(output.to(dtype), target)  # it may hold class weights of this type
 
-        rows = torch.arange(_SELF_TEST_RECORDS, device=x_B.device) % len(x_B)
-        values = torch.randn((_SELF_TEST_RECORDS, *x_B.shape[1:]), generator=torch.Generator().manual_seed(0))
+        records = _SELF_TEST_PATIENTS * self.views
+        rows = torch.arange(records, device=x_B.device) % len(x_B)
+        values = torch.randn((records, *x_B.shape[1:]), generator=torch.Generator().manual_seed(0))
         x = values.to(x_B.device, torch.float64).to(memory_format=memory_format(x_B))
         with _buffers_unchanged(model):
             sums, norms = self._clipped_sum(model, loss, x, target_B[rows])
-            expected_sums, expected_norms = loop(model, loss, x, target_B[rows], self.clip_norm)
+            expected_sums, expected_norms = loop(model, loss, x, target_B[rows], self.clip_norm, self.views)
         for what, error in (
             ("norms", _distance([norms], [expected_norms])),
             ("clipped sum", _distance(sums, expected_sums)),
@@ -177,11 +187,11 @@ class PrivateGradient:
         with torch.autocast(x_B.device.type, enabled=False):
             if self._fast:
                 try:
-                    return bookkeeping.clipped_sum(model, loss_B, x_B, target_B, self.clip_norm)
+                    return bookkeeping.clipped_sum(model, loss_B, x_B, target_B, self.clip_norm, self.views)
                 except bookkeeping.NoRuleError as missing:
                     self._fast = False
                     log.info("per-sample gradients by torch.func: %s", missing)
-            return vectorised(model, loss_B, x_B, target_B, self.clip_norm)
+            return vectorised(model, loss_B, x_B, target_B, self.clip_norm, self.views)
 
     def _release(self, sums: list[torch.Tensor]) -> None:
         scale = self.noise_multiplier * self.clip_norm
@@ -212,34 +222,34 @@ class PrivateGradient:
 
 
 def vectorised(
-    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float, views: int = 1
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Clipped sum and norms by `torch.func`: right for every model that `vmap` takes; B gradients in memory."""
+    """Clipped sum and norms by `torch.func`: right for every model that `vmap` takes; P gradients in memory."""
     parameters = {name: parameter.detach() for name, parameter in trainable(model).items()}
 
-    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        losses = loss_B(functional_call(model, weights, (x.unsqueeze(0),)), target.unsqueeze(0))
-        return bookkeeping.per_record(losses, 1)[0]
+    def loss(weights: dict[str, torch.Tensor], x_V: torch.Tensor, target_V: torch.Tensor) -> torch.Tensor:
+        return bookkeeping.per_record(loss_B(functional_call(model, weights, (x_V,)), target_V), views).mean()
 
     # different: every record has its own dropout
-    per_record = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")
-    gradients, _ = per_record(parameters, x_B, target_B)
+    per_patient = vmap(grad_and_value(loss), in_dims=(None, 0, 0), randomness="different")
+    gradients, _ = per_patient(parameters, x_B.unflatten(0, (-1, views)), target_B.unflatten(0, (-1, views)))
     squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
-    factors, rows = clip_factors(squares, clip_norm)
-    sums = [torch.tensordot(factors, g if rows is None else g[rows], 1) for g in gradients.values()]
+    factors = clip_factors(squares, clip_norm)
+    sums = [torch.tensordot(factors.patients, factors.of_patients(g), 1) for g in gradients.values()]
     return sums, squares.sqrt()
 
 
 def loop(
-    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float, views: int = 1
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Clipped sum and norms by one backward pass a record: the reference, slow and plain."""
+    """Clipped sum and norms by one backward pass a patient: the reference, slow and plain."""
     parameters = list(trainable(model).values())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     norms = []
-    for i in range(len(x_B)):
-        losses = bookkeeping.per_record(loss_B(model(x_B[i : i + 1]), target_B[i : i + 1]), 1)
-        found = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    for start in range(0, len(x_B), views):
+        part = slice(start, start + views)
+        losses = bookkeeping.per_record(loss_B(model(x_B[part]), target_B[part]), views)
+        found = torch.autograd.grad(losses.mean(), parameters, allow_unused=True)
         gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         norm = torch.stack([g.detach().square().sum() for g in gradient]).sum().sqrt()
         norms.append(norm)

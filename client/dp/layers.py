@@ -81,43 +81,46 @@ class Shape:
 
 
 def convolution_gradients(
-    x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, *, method: str | None = None
+    x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, *, views: int = 1, method: str | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of a convolution's weight for every record, or only their squared norms.
+    """Gradients of a convolution's weight for every patient, or only their squared norms.
 
     Args:
-        x: Input, (B, C, ...).
-        gy: Gradient of the output, (B, P, ...).
-        weight: (P, C / groups, ...).
+        x: Input, (B, C, ...); each `views` records are one patient, whose gradient is the sum over them.
+        gy: Gradient of the output, (B, Q, ...).
+        weight: (Q, C / groups, ...).
         shape: Of the convolution.
-        method: One of `loop`, `grouped`, `unfold`, `gram`, `norms`; None takes the cheapest.
+        method: One of `loop`, `grouped`, `unfold`, `gram` (of one view only), `norms`; None takes the cheapest.
 
     Returns:
-        Either gradients (B, *weight.shape) and None, or None and squared norms (B,).
+        Either gradients (B / views, *weight.shape) and None, or None and squared norms (B / views,).
     """
-    method = method or convolution_method(x, gy, weight, shape)
+    method = method or convolution_method(x, gy, weight, shape, views)
     if method == "gram":
         return None, _gram_squares(x, gy, shape)
     if method == "grouped":
-        return _grouped(x, gy, weight, shape), None
+        return _grouped(x, gy, weight, shape, views), None
     if method == "unfold":
-        return _unfolded(x, gy, weight, shape), None
-    one_by_one = (shape.weight_gradient(x[i : i + 1], gy[i : i + 1], weight) for i in range(len(x)))
+        return _unfolded(x, gy, weight, shape, views), None
+    one_by_one = (
+        shape.weight_gradient(x[i : i + views], gy[i : i + views], weight) for i in range(0, len(x), views)
+    )  # fmt: skip
     if method == "norms":
         return None, torch.stack([gradient.square().sum() for gradient in one_by_one])
-    gradients = x.new_empty((len(x), *weight.shape))
+    gradients = x.new_empty((len(x) // views, *weight.shape))
     for i, gradient in enumerate(one_by_one):
         gradients[i] = gradient
     return gradients, None
 
 
-def convolution_method(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape) -> str:
+def convolution_method(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int = 1) -> str:
     """The cheapest way by a count of operations, bytes and calls."""
     machine = _CPU if x.device.type == "cpu" else _GPU
     records, positions = len(x), gy[0, 0].numel()
     flops = 2.0 * records * positions * weight.numel()  # of one pass that forms the gradients
     item = x.element_size()
-    kept = float(records * weight.numel() * item)
+    patients = records // views
+    kept = float(patients * weight.numel() * item)
     padded = math.prod(n + 2 * p for n, p in zip(x.shape[2:], shape.padding, strict=True))
     squares = records * shape.groups * (2.0 * x[0, 0].numel() ** 2 * x.shape[1] + 2.0 * positions**2 * gy.shape[1])
     passes = 3 + 2 * sum(k for k in shape.kernel if k > 1)
@@ -126,11 +129,13 @@ def convolution_method(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, 
     costs = {
         # these two need a second pass for the sum
         "gram": flops + squares / shape.groups + machine.byte * moved + 10 * machine.call,
-        "norms": 2.4 * flops + machine.byte * kept + machine.call * records,
+        "norms": 2.4 * flops + machine.byte * kept + machine.call * patients,
     }
+    if views > 1:  # the Gram matrix grows with the square of the views
+        del costs["gram"]
     if kept <= _KEPT_BYTES:
         # 1.4: one record at a time uses the kernels less well
-        costs["loop"] = 1.4 * flops + 3 * machine.byte * kept + machine.call * records
+        costs["loop"] = 1.4 * flops + 3 * machine.byte * kept + machine.call * patients
         if unfolded <= _KEPT_BYTES:
             costs["unfold"] = flops + machine.byte * (3 * kept + 4 * unfolded) + 10 * machine.call
     if kept <= _GROUPED_BYTES and (shape.groups > 1 or weight.shape[1] > 4):
@@ -213,15 +218,15 @@ def _gram_part(x: torch.Tensor, gy: torch.Tensor, shape: Shape) -> torch.Tensor:
     return _inner(gram.reshape(-1, positions, positions), torch.bmm(gy_BPT.transpose(1, 2), gy_BPT))
 
 
-def _grouped(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """Every record a group of its own in one convolution."""
-    records = len(x)
-    many = weight.repeat(records, *[1] * (weight.dim() - 1))
-    wide = [v.reshape(1, -1, *v.shape[2:]) for v in (x, gy)]
-    return shape.weight_gradient(wide[0], wide[1], many, groups=records * shape.groups).view(records, *weight.shape)
+def _grouped(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int) -> torch.Tensor:
+    """Every patient a group of its own in one convolution over the views."""
+    patients = len(x) // views
+    many = weight.repeat(patients, *[1] * (weight.dim() - 1))
+    wide = [v.unflatten(0, (patients, views)).transpose(0, 1).reshape(views, -1, *v.shape[2:]) for v in (x, gy)]
+    return shape.weight_gradient(wide[0], wide[1], many, groups=patients * shape.groups).view(patients, *weight.shape)
 
 
-def _unfolded(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _unfolded(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int) -> torch.Tensor:
     """The sum of outer products as one matrix product a record (and group)."""
     dims, groups = len(shape.kernel), shape.groups
     x = F.pad(x, [n for p in reversed(shape.padding) for n in (p, p)])
@@ -233,7 +238,8 @@ def _unfolded(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Sh
     channels_first = x.permute(0, 1, *taps, *places)
     u_BDT = channels_first.reshape(len(x) * groups, -1, gy[0, 0].numel())
     gy_BPT = gy.reshape(len(gy) * groups, -1, u_BDT.shape[2])
-    return torch.bmm(gy_BPT, u_BDT.transpose(1, 2)).view(len(x), *weight.shape)
+    gradients = torch.bmm(gy_BPT, u_BDT.transpose(1, 2)).view(len(x), *weight.shape)
+    return gradients if views == 1 else gradients.unflatten(0, (-1, views)).sum(1)
 
 
 def _each(value: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:

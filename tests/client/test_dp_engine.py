@@ -140,6 +140,13 @@ def test_every_method_gives_the_gradient_of_each_record_for_any_convolution(
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
         else:
             torch.testing.assert_close(got_squares, squares, rtol=1e-9, atol=1e-9)
+        if method != "gram":  # one patient of three views
+            got, got_squares = layers.convolution_gradients(x, gy, weight, shape, views=3, method=method)
+            whole = expected.sum(0, keepdim=True)
+            if got is not None:
+                torch.testing.assert_close(got, whole, rtol=1e-10, atol=1e-10)
+            else:
+                torch.testing.assert_close(got_squares, whole.flatten(1).square().sum(1), rtol=1e-9, atol=1e-9)
     assert layers.convolution_method(x, gy, weight, shape) in ("loop", "grouped", "unfold", "gram", "norms")
 
 
@@ -207,6 +214,39 @@ def test_the_physical_batch_changes_memory_and_not_the_result(fast: bool) -> Non
         results.append([*gradients(model), norms])
     for other in results[1:]:
         assert distance(other, results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_views_of_a_patient_are_averaged_before_the_clip(fast: bool) -> None:
+    # gradients of w * x: patient one has (3 + 5) / 2 = 4, clipped to 1; patient two (1 - 0.6) / 2 = 0.2
+    model = nn.Linear(1, 1, bias=False)
+    private = engine(model, loss=lambda y, t: y[:, 0] * t, expected_batch=10, views=2, fast=fast)
+    norms = private.step(torch.tensor([[3.0], [5.0], [1.0], [-0.6]]), torch.ones(4))
+    assert norms.tolist() == pytest.approx([4.0, 0.2])
+    assert model.weight.grad is not None
+    assert model.weight.grad.item() == pytest.approx(0.12, rel=1e-5)
+    with pytest.raises(PrivacyError, match="got 3 records, expected 2 of every patient"):
+        private.step(torch.ones(3, 1), torch.ones(3))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_views_change_neither_the_bound_of_a_patient_nor_the_loop_and_chunks_keep_them_together(fast: bool) -> None:
+    x, target = batch(12)
+    x[9:] *= 1e4
+    found = []
+    for physical in (64, 7, 1):
+        model = small()
+        private = engine(model, clip_norm=0.01, expected_batch=1, views=3, physical_batch=physical, fast=fast)
+        private.step(x[:9], target[:9])
+        without = [gradient.clone() for gradient in gradients(model)]
+        norms = private.step(x, target)
+        assert norms.shape == (4,)
+        found.append(gradients(model))
+        moved = [a - b for a, b in zip(found[-1], without, strict=True)]
+        assert math.sqrt(sum(float(m.double().square().sum()) for m in moved)) == pytest.approx(0.01, rel=1e-3)
+        assert distance(found[-1], loop(model, cross_entropy, x, target, 0.01, 3)[0]) < 1e-4
+    assert distance(found[1], found[0]) < 1e-5
+    assert distance(found[2], found[0]) < 1e-5
 
 
 def test_an_empty_batch_is_noise_alone_with_the_accounted_variance() -> None:
@@ -531,6 +571,7 @@ def test_an_unused_parameter_gets_noise_like_every_other() -> None:
         ({"noise_multiplier": math.nan}, "noise_multiplier: got nan"),
         ({"expected_batch": 0}, "expected_batch: got 0"),
         ({"physical_batch": 0}, "physical_batch: got 0"),
+        ({"views": 0}, "views: got 0"),
     ],
 )
 def test_settings_that_break_the_bound_are_refused(change: dict[str, object], why: str) -> None:

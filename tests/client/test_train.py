@@ -328,6 +328,25 @@ def test_a_step_draws_one_image_of_each_patient() -> None:
     assert 4 < np.mean([len(index_B) for index_B in drawn]) < 6  # half of ten
 
 
+def test_views_are_different_images_of_one_patient_and_repeat_evenly_when_there_are_too_few() -> None:
+    cohort = cohort_of(10, images=4)
+    for views, each in ((3, {1}), (8, {2}), (6, {1, 2})):
+        for index_B in module.private_batches(cohort, private(10, steps=5, rate=0.5), np.random.default_rng(0), views):
+            for index_V in index_B.reshape(-1, views):
+                assert len(set(cohort.samples.patient_N[index_V])) == 1
+                assert set(np.unique(index_V, return_counts=True)[1]) == each
+    assert len(next(module.private_batches(cohort, private(10, rate=1e-9), np.random.default_rng(0), 3))) == 0
+
+
+def test_views_leave_the_bound_of_a_patient_as_it_is() -> None:
+    clip, batch = 0.05, 4
+    recipe = dp(clip, batch)
+    recipe = replace(recipe, privacy=replace(recipe.privacy, views=4, physical_batch=9))
+    with_, without = cohort_of(7, images=3), cohort_of(6, images=3)
+    moved = (go(recipe, with_, private=private(7)).delta - go(recipe, without, private=private(6)).delta).norm
+    assert moved == pytest.approx(clip / batch, rel=1e-3)
+
+
 def test_the_noise_has_the_variance_that_is_accounted_and_no_loss_is_told() -> None:
     sigma, clip, batch = 2.0, 0.5, 4
     recipe, cohort = dp(clip, batch), cohort_of(4)
