@@ -142,7 +142,7 @@ def private_gradient(model: nn.Module, loss_B: Loss, recipe: Recipe, private: Pr
 def private_batches(
     cohort: Cohort, private: Private, rng: np.random.Generator, views: int = 1
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """Samples of every step of a round: each training patient with chance `sampling.rate`, `views` samples of each drawn.
+    """Samples of every step of a round: each training patient with chance `sampling.rate`, `views` samples of each.
 
     Args:
         rng: Chooses among the samples of a drawn patient; who is drawn comes from the site's secret source.

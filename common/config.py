@@ -146,8 +146,10 @@ class ModelConfig:
     weights_file: str | None = None
     """Local safetensors file to start from; never downloaded."""
     weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    freeze: Literal["none", "backbone"] = "none"
-    """backbone: only the classification head is trained and exchanged."""
+    trainable: Literal["all", "head", "norm_bias", "lora"] = "all"
+    """What is trained and exchanged: all; the head; it and biases and norms; it and low-rank additions (lora)."""
+    lora_rank: Annotated[int, Ge(1), Le(256)] = 4
+    """Of the additions of trainable=lora."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -159,8 +161,10 @@ class ModelConfig:
             raise ValueError(
                 "weights_file and weights_sha256 go together: the file's hash is part of what a site approves"
             )
-        if self.freeze == "backbone" and self.weights_file is None:
-            raise ValueError("freeze=backbone needs weights_file: a frozen random backbone learns nothing")
+        if self.trainable != "all" and self.weights_file is None:
+            raise ValueError(
+                f"trainable={self.trainable} needs weights_file: over a frozen random backbone little is learnt"
+            )
         return self
 
 
@@ -273,10 +277,18 @@ class Federation:
     """krum, multikrum, bulyan: how many sites may lie."""
     max_update_norm: Positive = 1e4
     """Updates with a larger L2 norm are refused."""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """The final model is the exponential moving average of the rounds' models, with this decay a round; 0: the last."""
     early_stopping: EarlyStopping = EarlyStopping()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.ema_decay and self.early_stopping.patience_rounds:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay:g} and early_stopping.patience_rounds is "
+                f"{self.early_stopping.patience_rounds}, but only one can decide which model is the final one; "
+                "set the other to 0"
+            )
         if self.quorum > self.sites:
             raise ValueError(f"quorum {self.quorum} is above the number of sites {self.sites}")
         needed = {"krum": 2, "multikrum": 2, "bulyan": 4}.get(self.strategy)

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from common import adaptation
 from common.config import ModelConfig, Recipe, Training
 from common.errors import ConfigError, ExchangeError
 from common.weights import Weights
@@ -48,8 +48,8 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     where its authors put it).
 
     Batch norm becomes group norm when `model.norm` is `group`, and for `auto` under privacy. The
-    exception is a frozen backbone: its batch norms keep the statistics of the weights file in
-    evaluation mode, look at no patient, and stay as they are.
+    exception is a frozen backbone (`model.trainable` other than all): its batch norms keep the statistics of the
+    weights file in evaluation mode, look at no patient, and stay as they are.
 
     Args:
         recipe: Decides everything but the seed.
@@ -68,7 +68,7 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
                 f"model.name: cannot build {config.family} network {config.name!r} for images of "
                 f"{_times(recipe.data.size)}: {_first_line(error)}"
             ) from error
-    if config.norm == "group" or (config.norm == "auto" and recipe.privacy.active and config.freeze == "none"):
+    if config.norm == "group" or (config.norm == "auto" and recipe.privacy.active and config.trainable == "all"):
         model = _with_group_norm(model)
     if recipe.privacy.active:
         for module in model.modules():
@@ -76,8 +76,9 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
                 module.inplace = False  # type: ignore[assignment]
     if config.weights_file is not None:
         _load_weights(model, config)
-    if config.freeze == "backbone":
-        _freeze_backbone(model)
+    if config.trainable != "all":
+        with _own_randomness(recipe.seed if seed is None else seed):
+            adaptation.adapt(model, config, _head_prefixes(model))
     _check_fit(model, recipe)
     return model
 
@@ -86,7 +87,7 @@ def exchanged(model: nn.Module) -> tuple[str, ...]:
     """Names of `state_dict` that cross the wire: trainable parameters and the float buffers beside them.
 
     Integer counters never cross. In a partly frozen network a buffer crosses only where its
-    own module is trained.
+    own module is trained and its statistics are not frozen.
     """
     trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
     frozen = any(not value.requires_grad for value in model.parameters())
@@ -96,8 +97,10 @@ def exchanged(model: nn.Module) -> tuple[str, ...]:
         if name in parameters:
             return name in trained
         owner = model.get_submodule(name.rpartition(".")[0])
-        return value.is_floating_point() and (
-            not frozen or any(parameter.requires_grad for parameter in owner.parameters(recurse=False))
+        return (
+            value.is_floating_point()
+            and not adaptation.keeps_statistics(owner)
+            and (not frozen or any(parameter.requires_grad for parameter in owner.parameters(recurse=False)))
         )
 
     return tuple(name for name, value in model.state_dict().items() if crosses(name, value))
@@ -358,7 +361,7 @@ def _groups(channels: int) -> int:
     return groups // 2 if groups == channels > 1 else groups
 
 
-# Weights from a file, and freezing
+# Weights from a file
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
@@ -426,23 +429,6 @@ def _load_weights(model: nn.Module, config: ModelConfig) -> None:
             f"model.weights_file does not fit {config.family} network {config.name!r} ({len(problems)} tensors): "
             f"{'; '.join(problems[:3])}; check model.name, stem, width, norm, channels and data.size"
         )
-
-
-def _freeze_backbone(model: nn.Module) -> None:
-    heads = _head_prefixes(model)
-    if not heads:
-        raise ConfigError("model.freeze: this network has no classification layer to train; use freeze=none")
-    for name, value in model.named_parameters():
-        value.requires_grad_(name.startswith(heads))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not f"{name}.".startswith(heads):
-            # A frozen batch norm in training mode would still learn the statistics of private images.
-            module.train = MethodType(_stay_in_evaluation, module)  # type: ignore[method-assign]
-            module.train()
-
-
-def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, False)
 
 
 # Shape

@@ -39,8 +39,7 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
         StorageError: The disk is full or not writable; earlier checkpoints are untouched.
     """
     parts = {"weights": state.weights} | {f"memory/{kind}": weights for kind, weights in state.memory.items()}
-    if state.best is not None:
-        parts["best"] = state.best
+    parts |= {part: kept for part in ("best", "average") if (kept := getattr(state, part)) is not None}
     tensors: dict[str, np.ndarray[Any, Any]] = {
         f"{part}/{name}": array for part, weights in parts.items() for name, array in weights.items()
     }
@@ -148,4 +147,5 @@ def _read(path: Path, key: Secret | None = None) -> ServerState:
         history=_HISTORY.validate_json(json.dumps(head["history"])),
         done=head["done"],
         best=parts.get("best"),
+        average=parts.get("average"),
     )

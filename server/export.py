@@ -20,6 +20,7 @@ import onnx
 import torch
 from torch import nn
 
+from common.adaptation import merge
 from common.config import Recipe
 from common.errors import ExportError
 from common.inference import logits
@@ -196,6 +197,7 @@ def _with_weights(model: nn.Module, weights: Weights) -> nn.Module:
         raise ExportError("the weights hold numbers that are not finite; training diverged, export an earlier round")
     network = copy.deepcopy(model).cpu().float().eval()
     set_weights(network, weights)
+    merge(network)
     network.requires_grad_(False)  # after set_weights, which goes by it; halves the tracing time
     if 4 * sum(p.numel() for p in network.parameters()) > _LIMIT_BYTES:
         raise ExportError("the model is over 2 GB, more than one ONNX file can hold; choose a smaller network")

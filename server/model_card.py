@@ -18,6 +18,12 @@ from server.export import Exported
 from server.report import RunReport, SiteSummary
 
 ABSENT = "not given"
+_TRAINED = {
+    "all": "all",
+    "head": "the classification head; all else as in the file",
+    "norm_bias": "the classification head, biases and scales of norms; all else as in the file",
+    "lora": "the classification head and low-rank additions, merged into the weights; all else as in the file",
+}
 _LABELS = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
@@ -83,7 +89,8 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
                 f"{model.family} `{_text(model.name)}`, {model.dimensions}D, norm {model.norm}, stem {model.stem}, "
                 f"width {model.width:g}",
             ),
-            ("Initial weights", start + ("; backbone frozen" if model.freeze == "backbone" else "")),
+            ("Initial weights", start),
+            ("Trained parameters", _TRAINED[model.trainable]),
             ("Task", f"{task.kind}: {', '.join(_text(name) for name in task.classes)}"),
             ("Input", f"float32 (batch, 1, {', '.join(map(str, data.size))}), one channel"),
             ("Preprocessing", _preprocessing(report)),

@@ -64,6 +64,8 @@ class ServerState:
     history: tuple[RoundReport, ...] = ()
     done: bool = False
     """Training and the closing evaluation are behind us."""
+    average: Weights | None = None
+    """Exponential moving average of the global weights, with `federation.ema_decay`; it becomes the final model."""
     best: Weights | None = None
     """The weights with the best federated validation so far, when they are not the present ones; kept only with
     early stopping."""
@@ -149,10 +151,13 @@ def _step(
             f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is "
             f"{recipe.federation.quorum}; the model is as it was. Refused: {refused}"
         )
-    weights, memory = state.weights, state.memory
+    weights, memory, average = state.weights, state.memory, state.average
     if work == "train":
         step, memory = aggregate(list(accepted.values()), recipe.federation, memory, round_=plan.round, buffers=buffers)
         weights = state.weights + step
+        average = _average(average, weights, recipe.federation.ema_decay, plan.round)
+        if average is not None and plan.round == recipe.rounds:
+            weights = average
     report = RoundReport(
         round=plan.round,
         work=work,
@@ -164,7 +169,18 @@ def _step(
         seconds=round(time.monotonic() - began, 3),
         heads={site: head for site, reply in replies.items() if (head := getattr(reply, "audit_head", ""))},
     )
-    return _after(state, recipe, report, weights, memory), report
+    return _after(replace(state, average=average), recipe, report, weights, memory), report
+
+
+def _average(before: Weights | None, weights: Weights, decay: float, round_: int) -> Weights | None:
+    """The moving average after a round; None without one.
+
+    The decay rises to its value, so that the first rounds are soon forgotten (as in De et al. 2022).
+    """
+    if not decay or before is None:
+        return weights if decay else None
+    decay = min(decay, (1 + round_) / (10 + round_))
+    return before * decay + weights * (1 - decay)
 
 
 def _after(state: ServerState, recipe: Recipe, report: RoundReport, weights: Weights, memory: Memory) -> ServerState:

@@ -45,7 +45,8 @@ class Factors:
     def of_records(self, values_B: torch.Tensor) -> torch.Tensor:
         if self.rows is None:
             return values_B
-        return values_B.unflatten(0, (-1, self.views))[self.rows].flatten(0, 1)
+        by_patient = values_B.view(-1, self.views, *values_B.shape[1:])
+        return by_patient[self.rows].flatten(0, 1)
 
     def scale(self, values_B: torch.Tensor) -> torch.Tensor:
         """The counted records, each times its patient's factor."""
@@ -311,6 +312,31 @@ class _GroupNorm(torch.autograd.Function):
         return None, None, gx, None, None, None, None
 
 
+class _FixedNorm(torch.autograd.Function):
+    """Batch norm in evaluation: scale and shift by channel over fixed statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, book: _Book, indices: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> Any:
+        each = (1, -1, *[1] * (x.dim() - 2))
+        scale = rstd if weight is None else rstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        ctx.book, ctx.indices, ctx.each = book, indices, each
+        ctx.save_for_backward(x if indices[0] is not None else None, mean, rstd, scale)
+        return x * scale.view(each) + shift.view(each)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: torch.Tensor) -> Any:
+        x, mean, rstd, scale = ctx.saved_tensors
+        book, (index_w, index_b) = ctx.book, ctx.indices
+        bias_BC = _over_positions(gy)
+        if index_w is not None:
+            book.keep(index_w, (_over_positions(gy * x) - mean * bias_BC) * rstd)
+        book.keep(index_b, bias_BC)
+        gx = gy * scale.view(ctx.each) if ctx.needs_input_grad[2] else None
+        return None, None, gx, None, None, None, None
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, book: _Book, indices: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
@@ -427,6 +453,25 @@ def _group_norm(
     return _run(_GroupNorm, book, (book.claim(weight), book.claim(bias)), input, num_groups, weight, bias, eps)
 
 
+def _batch_norm(
+    book: _Book,
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    book.plain(input)
+    book.batched(input)
+    if training or running_mean is None or running_var is None:
+        raise NoRuleError("a batch norm over the batch mixes its records")
+    indices = (book.claim(weight), book.claim(bias))
+    return _run(_FixedNorm, book, indices, input, running_mean, (running_var + eps).rsqrt(), weight, bias)
+
+
 def _layer_norm(
     book: _Book,
     input: torch.Tensor,
@@ -479,6 +524,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
     F.linear: _linear,
     F.group_norm: _group_norm,
+    F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     **dict.fromkeys((torch.Tensor.mul, torch.mul), _elementwise(True)),
     **dict.fromkeys((torch.Tensor.add, torch.add), _elementwise(False)),

@@ -418,6 +418,19 @@ def test_group_norm_is_booked_for_any_number_of_axes(shape: tuple[int, ...]) -> 
     assert distance(bookkeeping.clipped_sum(model, cross_entropy, x, target, 1.0)[0], sums) < 1e-12
 
 
+def test_a_batch_norm_with_fixed_statistics_is_booked() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    norm(torch.randn(8, 4, 6, 6) * 3 + 1)
+    nn.init.normal_(norm.weight)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3)).double().eval()
+    x, target = batch(5)
+    sums, norms = loop(model, cross_entropy, x.double(), target, 1.0)
+    got, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x.double(), target, 1.0)
+    assert distance(got, sums) < 1e-12
+    assert distance([got_norms], [norms]) < 1e-12
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()

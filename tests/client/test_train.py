@@ -225,7 +225,7 @@ def test_a_frozen_backbone_stays_and_only_the_head_travels(tmp_path: Path) -> No
     save_file({k: v.contiguous() for k, v in build(plain).state_dict().items()}, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     recipe = replace(
-        plain, model=replace(plain.model, norm="auto", freeze="backbone", weights_file=str(file), weights_sha256=digest)
+        plain, model=replace(plain.model, norm="auto", trainable="head", weights_file=str(file), weights_sha256=digest)
     )
     model = build(recipe)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -234,6 +234,29 @@ def test_a_frozen_backbone_stays_and_only_the_head_travels(tmp_path: Path) -> No
     assert trained.delta.norm > 0
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"fc.weight", "fc.bias"}  # no running mean either
+
+
+@pytest.mark.parametrize("trainable", ["head", "norm_bias", "lora"])
+def test_over_a_frozen_backbone_only_what_is_trained_gets_noise_and_travels(tmp_path: Path, trainable: str) -> None:
+    import hashlib
+
+    plain = recipe_of(norm="batch")
+    file = tmp_path / "start.safetensors"
+    save_file({k: v.contiguous() for k, v in build(plain).state_dict().items()}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    start = replace(plain.model, norm="auto", trainable=trainable, weights_file=str(file), weights_sha256=digest)  # type: ignore[arg-type]
+    recipe = replace(dp(), model=start)
+    model = build(recipe)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = train(
+        model, get_weights(model), cohort_of(), recipe, round_=1, site="north", device=CPU, private=private(12, sigma=1)
+    )
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == set(trained.delta)
+    assert changed == {name for name, value in model.named_parameters() if value.requires_grad}
+    assert any(
+        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+    )  # its fixed statistics mix nobody
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(3, 2), (5, 2), (9, 8), (33, 32), (4, 1), (2, 32), (7, 3)])

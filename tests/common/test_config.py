@@ -40,7 +40,7 @@ GOLDEN = Recipe(
     model=ModelConfig(name="resnet18"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5),
 )
-GOLDEN_ID = "4932fdea2e82095be5f47802cbbf27de8c1e9c81b28a8af3fbcad36bda3db927"
+GOLDEN_ID = "4c5e6dcdd54a735096741278f3e75a7f0caaed22012a6b57178a90d01ef2554c"
 """Changes when a field is added, renamed or gets another default: every site has to approve its recipes again."""
 
 
@@ -113,6 +113,10 @@ def refusal(*overrides: str) -> str:
             ["privacy=none", "federation.early_stopping.patience_rounds=2", "evaluation.validation_fraction=0"],
             ["patience_rounds is 2", "validation_fraction is 0"],
         ),
+        (
+            ["privacy=none", "federation.early_stopping.patience_rounds=2", "federation.ema_decay=0.9"],
+            ["ema_decay is 0.9", "set the other to 0"],
+        ),
         (["federation.quorum=9"], ["federation", "quorum 9", "sites 4"]),
         (["federation.sites=1"], ["federation", "quorum 2", "sites 1"]),
         (["federation.strategy=krum"], ["federation", "quorum of at least 3, got 2"]),
@@ -123,7 +127,7 @@ def refusal(*overrides: str) -> str:
         (["federation.strategy=fedtrimmedavg", "federation.quorum=4"], ["trim_fraction 0.2 cuts nobody from 4"]),
         (["federation.strategy=fedprox"], ["proximal_mu"]),
         (["model.weights_file=w.safetensors"], ["model", "weights_sha256"]),
-        (["model.freeze=backbone"], ["model", "weights_file"]),
+        (["model.trainable=head"], ["model", "weights_file"]),
         # not name=value
         (["rounds"], ["'rounds'", "name=value"]),
         (["rounds=1,2"], ["rounds", "several values", "[1,2]"]),

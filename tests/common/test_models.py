@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common import models
+from common import adaptation, models
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task, Training, groups, load_recipe
 from common.errors import ConfigError, ExchangeError
 from common.weights import Weights
@@ -352,7 +352,7 @@ def test_a_tensor_that_does_not_fit_is_named(colour_file, tmp_path, change, mess
 
 @pytest.mark.parametrize("private", [False, True])
 def test_a_frozen_backbone_exchanges_its_head_alone_and_never_learns_statistics(colour_file, private):
-    model = models.build(recipe(freeze="backbone", private=private, **colour_file[0]))
+    model = models.build(recipe(trainable="head", private=private, **colour_file[0]))
     assert models.exchanged(model) == ("fc.weight", "fc.bias")
     assert models.buffers(model) == frozenset()
     assert len(norms(model)) > 0  # fixed public statistics mix no patients, also under privacy
@@ -363,6 +363,51 @@ def test_a_frozen_backbone_exchanges_its_head_alone_and_never_learns_statistics(
         network(torch.randn(4, 1, 16, 16) + 5).sum().backward()
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
         assert [name for name, p in network.named_parameters() if p.grad is not None] == ["fc.weight", "fc.bias"]
+
+
+def test_norms_and_biases_over_a_frozen_backbone_leave_its_weights_and_statistics_alone(colour_file):
+    model = models.build(recipe(trainable="norm_bias", private=True, **colour_file[0]))
+    names = set(models.exchanged(model))
+    assert names == {name for name, p in model.named_parameters() if p.ndim == 1} | {"fc.weight"}
+    assert "layer1.0.bn1.weight" in names
+    assert models.buffers(model) == frozenset()
+    assert not any(norm.train().training for norm in norms(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "some"),
+    [
+        ("monai", "resnet10", (16, 16), "layer1.0.conv1"),
+        ("monai", "resnet10", (12, 12, 12), "layer4.0.conv2"),
+        ("timm", "vit_tiny_patch16_224", (32, 32), "blocks.3.attn.qkv"),
+    ],
+)
+def test_low_rank_additions_start_at_nothing_and_merge_into_the_plain_network(family, name, size, some, tmp_path):
+    source = saved(tmp_path / "start.safetensors", models.build(recipe(family, name, size), seed=5).state_dict())
+    plain = models.build(recipe(family, name, size, **source)).eval()
+    low = models.build(recipe(family, name, size, trainable="lora", lora_rank=3, **source)).eval()
+    x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(low(x), plain(x))
+    again = models.build(recipe(family, name, size, trainable="lora", lora_rank=3, **source))
+    assert all(torch.equal(a, b) for a, b in zip(low.state_dict().values(), again.state_dict().values(), strict=True))
+    names = models.exchanged(low)
+    assert f"{some}.lora_up" in names
+    assert all(name.endswith("lora_up") or name.startswith(models._head_prefixes(low)) for name in names)
+    generator = np.random.default_rng(1)
+    moved = {key: 0.1 * generator.normal(size=shape) for key, shape in models.get_weights(low).shapes.items()}
+    models.set_weights(low, Weights({key: value.astype(np.float32) for key, value in moved.items()}))
+    expected = low(x)
+    assert not torch.allclose(expected, plain(x), atol=1e-2)
+    merged = copy.deepcopy(low)
+    adaptation.merge(merged)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)
+    assert list(merged.state_dict()) == list(plain.state_dict())
+    assert [type(a) for a in merged.modules()] == [type(b) for b in plain.modules()]
+
+
+def test_an_addition_as_wide_as_every_layer_is_refused(colour_file):
+    with pytest.raises(ConfigError, match=r"model.lora_rank: 256 is too large for every layer"):
+        models.build(recipe(trainable="lora", lora_rank=256, **colour_file[0]))
 
 
 # Learning rates

@@ -39,8 +39,9 @@ def state(round_: int = 1) -> ServerState:
     )  # fmt: skip
     memory = {"m_t": Weights({"z.w": weights(5)["z.w"]}), "v_t": Weights({"z.w": weights(6)["z.w"]})}
     return ServerState(
-        recipe_id=RECIPE, round=round_, weights=weights(round_), memory=memory, history=(report,), best=weights(9)
-    )
+        recipe_id=RECIPE, round=round_, weights=weights(round_), memory=memory, history=(report,), best=weights(9),
+        average=weights(10),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
+from safetensors.torch import save_file
 
 from common.config import ModelConfig, Preprocessing, Recipe, Task, recipe_from_json
 from common.errors import ExchangeError, ExportError
@@ -69,6 +71,33 @@ def small(tmp_path_factory):
         privacy={"mechanism": "none"},
     )
     return model, weights, made
+
+
+def test_low_rank_additions_are_merged_into_the_file(tmp_path):
+    start = tmp_path / "start.safetensors"
+    save_file({name: value.contiguous() for name, value in build(SMALL).state_dict().items()}, start)
+    model = dataclasses.replace(
+        SMALL.model,
+        trainable="lora",
+        weights_file=str(start),
+        weights_sha256=hashlib.sha256(start.read_bytes()).hexdigest(),
+    )
+    recipe = dataclasses.replace(SMALL, model=model)
+    network = build(recipe)
+    rng = np.random.default_rng(0)
+    shapes = get_weights(network).shapes
+    weights = Weights(
+        {name: np.float32(0.1) * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    )
+    path = tmp_path / "model.onnx"
+    export.export_onnx(network, recipe, weights, path, reference_x=reference(recipe))
+    names = {value.name for value in onnx.load(path).graph.initializer}
+    assert not any("lora" in name for name in names)
+    export.set_weights(network, weights)
+    x = reference(recipe, n=4, seed=7)
+    with torch.inference_mode():
+        expected = network.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(OnnxModel(path).run(x)[0], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -296,3 +296,23 @@ def test_a_site_below_its_own_count_of_patients_is_refused_and_the_others_are_ag
     state, report = ran(wanted, Weighed(), sites=lambda: here)[0]
     assert report.refused == {"s3": "declared weight 9, but the site came with 8 training patients"}
     assert state.weights["w"].tolist() == [1.5] * 5  # (9 * 1 + 9 * 2) / 18
+
+
+def test_the_final_model_is_the_moving_average_of_the_rounds_models_and_training_goes_on_from_the_last_one(tmp_path):
+    plain, averaged = Sites(), Sites()
+    models = [state.weights for state, _ in ran(recipe(4), plain)][:4]
+    steps = ran(recipe(4, ema_decay=0.3), averaged)
+    assert [plan.weights for plan in averaged.plans[:4]] == [plan.weights for plan in plain.plans[:4]]
+    # the decay rises: 2/11, 3/12, then 0.3; the first model stands alone
+    expected = models[0]
+    for decay, model in zip((3 / 12, 0.3, 0.3), models[1:], strict=True):
+        expected = expected * decay + model * (1 - decay)
+    final, closing = steps[-1]
+    for name in expected:
+        np.testing.assert_allclose(final.weights[name], expected[name], rtol=1e-5)
+    assert averaged.plans[-1].weights == final.weights  # what the closing evaluation measures
+    assert steps[3][1].after == closing.before == final.weights.digest
+    # and a run that was interrupted ends in the same bits
+    checkpoint.write(steps[1][0], tmp_path)
+    state = checkpoint.load(tmp_path, recipe(4, ema_decay=0.3).id)
+    assert ran(recipe(4, ema_decay=0.3), Sites(), state)[-1][0].weights == final.weights
