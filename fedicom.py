@@ -19,6 +19,7 @@ _VERBS = {
     "recipe": ("common.recipe_cli", "recipe_verb", "look at a recipe before it runs, sign it, verify it"),
     "predict": ("common.cli", "predict_verb", "run an exported model over a DICOM folder"),
     "data": ("client.data_cli", "data_verb", "index, inspect and check a hospital's images"),
+    "privacy": ("simulations.privacy_cli", "privacy_verb", "test the privacy mechanism; attack its models"),
     "audit": ("common.audit_cli", "audit_verb", "check the signed logs of a run, report on them, trace a model"),
     "provision": ("server.provision_cli", "provision_verb", "make keys, certificates and kits for a federation"),
     "server": ("server.cli", "server_verb", "coordinate a federation: start, run, status, stop, resume"),

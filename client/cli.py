@@ -38,6 +38,7 @@ _VERBS = {
     "preflight": ("client.cli", "preflight_verb", "check machine, keys, network and images; says what to mend"),
     "review": ("client.cli", "review_verb", "read what a recipe would do here, on which patients, at what epsilon"),
     "approve": ("client.cli", "approve_verb", "allow a recipe; before this, nothing of it runs"),
+    "selftest": ("client.selftest", "selftest_verb", "test this machine's privacy mechanism with a recipe"),
     "withdraw": ("client.cli", "withdraw_verb", "end an approval; counts from the next message on"),
     "approvals": ("client.cli", "approvals_verb", "list the recipes that are allowed here"),
     "start": ("client.cli", "start_verb", "run the node until it is stopped; outgoing connections only"),
@@ -126,7 +127,7 @@ def review_verb(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
     home, console = _site(arguments), Console()
-    signed = _signed(home, arguments.recipe)
+    signed = signed_recipe(home, arguments.recipe)
     config, trouble = home.config, ""
     cohort: Cohort | None = None
     if not arguments.no_count and config.data is not None:
@@ -167,7 +168,7 @@ def approve_verb(words: Sequence[str]) -> int:
     home, console = _site(arguments), Console()
     from client.approvals import Approvals
 
-    signed = _signed(home, arguments.recipe)
+    signed = signed_recipe(home, arguments.recipe)
     recipe = signed.recipe
     _say(console, f"Recipe {recipe.name}, {_count(recipe.rounds, 'round')}, {_promise(recipe)}")
     _say(console, f"Hash {recipe.id}")
@@ -429,11 +430,14 @@ def _by(parser: argparse.ArgumentParser) -> None:
 
 
 def _site(arguments: argparse.Namespace) -> SiteHome:
-    home = SiteHome(arguments.home)
+    return site_home(arguments.home)
+
+
+def site_home(folder: Path) -> SiteHome:
+    """Raises ConfigError when the folder is not a site's."""
+    home = SiteHome(folder)
     if not (home.path / "site.yaml").is_file():
-        raise ConfigError(
-            f"{arguments.home} is no site's folder: it holds no site.yaml; say --home DIR or set FEDICOM_HOME"
-        )
+        raise ConfigError(f"{folder} is no site's folder: it holds no site.yaml; say --home DIR or set FEDICOM_HOME")
     return home
 
 
@@ -471,7 +475,7 @@ def _cohort(home: SiteHome, signed: SignedRecipe, told: Told) -> Cohort:
     return open_cohort(Path(config.data), signed.recipe, cache=home.cache, key=key, progress=told)
 
 
-def _signed(home: SiteHome, named: str) -> SignedRecipe:
+def signed_recipe(home: SiteHome, named: str) -> SignedRecipe:
     """A recipe from a file, or an approved one by the beginning of its hash."""
     from client.approvals import Approvals
     from common.signed import read_recipe

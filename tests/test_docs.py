@@ -109,7 +109,7 @@ def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
         elif program == "fedicom" and rest[0] == "hospitals":
             _hospitals_parser().parse_args(rest[1:])
         elif program == "fedicom":
-            verbs = rest[0] in ("recipe", "audit", "site", "server", "data")
+            verbs = rest[0] in ("recipe", "audit", "privacy", "site", "server", "data")
             verbs = verbs or (rest[0] == "provision" and rest[1].isalpha())  # the plain verb takes a file first
             path = tuple(rest[: 2 if verbs else 1])
             if path not in helps:

@@ -21,6 +21,7 @@ from client.words import in_words
 from common.accounting import Event, epsilon_pld
 from common.audit import verify
 from common.chain import Event as Logged
+from common.config import ModelConfig
 from common.identity import Signer
 from common.signed import sign_recipe
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
@@ -316,3 +317,14 @@ def test_start_refuses_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("FEDICOM_ALLOW_ROOT", raising=False)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "--allow-root" in site("start", code=2)
+
+
+def test_a_site_tests_its_own_mechanism(house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    signed = house.sign(recipe_of(model=ModelConfig(family="monai", name="resnet10", width=0.0625, stem="small")))
+    signed.write(tmp_path / "recipe.json")
+    words = ["site", "selftest", str(tmp_path / "recipe.json"), "--home", str(house.home.path), "--json"]
+    assert fedicom.main([*words, "--out", str(tmp_path / "found.json")]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain == json.loads((tmp_path / "found.json").read_text())
+    assert plain["recipe_id"] == signed.recipe.id
+    assert plain["patients"] == {"north": 300}

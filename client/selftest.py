@@ -1,0 +1,50 @@
+"""`fedicom site selftest`: a site tests the privacy mechanism that is installed on its own machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+_PATIENTS = 300
+
+
+def selftest_verb(words: Sequence[str]) -> int:
+    """`fedicom site selftest`: exit 1 when a test fails."""
+    parser = argparse.ArgumentParser(
+        prog="fedicom site selftest",
+        description="Test what would train a recipe on this machine: size and secrecy of the noise, the clip, the "
+        "draws, the account. No image is read, nothing is sent and no budget is spent. Exit code 1 when a test fails.",
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="file of `fedicom recipe sign`; or the hash of an approved one"
+    )
+    parser.add_argument(
+        "--home", type=Path, default=Path(os.environ.get("FEDICOM_HOME", ".")), help="this site's folder"
+    )
+    parser.add_argument(
+        "--patients", type=int, default=_PATIENTS, metavar="N", help=f"training patients here; {_PATIENTS} without it"
+    )
+    parser.add_argument("--canaries", type=int, default=0, metavar="M", help="also a one-run audit with M canaries")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result, for the coordinator")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args(words)
+    from client.cli import signed_recipe, site_home
+    from client.privacy_audit import privacy_audit
+    from common.privacy_table import show_audit
+
+    home = site_home(arguments.home)
+    recipe = signed_recipe(home, arguments.recipe).recipe
+    found = privacy_audit(recipe, {home.config.site: arguments.patients}, canaries=arguments.canaries, steps=60)
+    if arguments.out is not None:
+        found.write(arguments.out)
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=1, sort_keys=True))  # noqa: T201
+    else:
+        show_audit(found, Console())
+    return 0 if found.passed else 1

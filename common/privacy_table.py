@@ -1,0 +1,36 @@
+"""A privacy audit on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.privacy_audit import PrivacyAudit
+
+
+def show_audit(found: PrivacyAudit, console: Console) -> None:
+    """The checks as a table, then the verdict."""
+    table = Table(title=f"Privacy audit of {found.recipe} {found.recipe_id[:12]}", title_justify="left")
+    for column in ("", "check", "found", "expected"):
+        table.add_column(column)
+    for check in found.checks:
+        sign = Text("ok", "green") if check.passed else Text("FAIL", "bold red")
+        table.add_row(sign, Text(check.name), Text(check.found), Text(check.expected))
+    bound = found.bound
+    if bound is not None:
+        sign = Text("ok", "green") if bound.passed else Text("FAIL", "bold red")
+        says = f"epsilon is at least {bound.lower:.2f}: {bound.right} of {bound.guesses} guesses right about "
+        says += f"{bound.canaries} canaries"
+        table.add_row(
+            sign, f"one-run audit, {bound.steps} steps", says,
+            f"at most {bound.upper:.2f} (PLD of the same steps); {bound.confidence:.0%} confidence",
+        )  # fmt: skip
+    console.print(table)
+    alarm = sum(check.false_alarm for check in found.checks)
+    if found.passed:
+        line = f"Passed. An honest mechanism fails one audit in {1 / max(alarm, 1e-9):,.0f} by chance"
+        line += ", the one-run audit one in 20 at most." if bound is not None else "."
+        console.print(line, style="green", highlight=False)
+    else:
+        console.print(f"FAILED: {', '.join(found.failed)}. Do not train or release with this.", style="bold red")

@@ -1,0 +1,148 @@
+"""`fedicom privacy`: test the mechanism, and attack what it protects."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from common.cli import SETTINGS_HELP
+from common.errors import ConfigError
+
+# The rooms behind these verbs take seconds to import (torch): a typo shall be answered at once.
+if TYPE_CHECKING:
+    from common.config import Recipe
+
+_PATIENTS = 300
+_STEPS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is audited."""
+
+    recipe: Recipe
+    patients: Mapping[str, int]
+    """Site to training patients."""
+    weights: str = ""
+    """Digest of the final weights of a run; empty for a recipe."""
+    folder: Path
+    """Where the results go unless told otherwise."""
+
+
+def privacy_verb(words: Sequence[str]) -> int:
+    """`fedicom privacy audit`."""
+    parser = argparse.ArgumentParser(
+        prog="fedicom privacy", description="Test the privacy mechanism of this installation, and attack its models."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(_VERBS) + "}")
+    for name, (_, says) in _VERBS.items():
+        verbs.add_parser(name, help=says, add_help=False)
+    verb = parser.parse_args(words[:1]).verb
+    return _VERBS[verb][0](words[1:])
+
+
+def _audit(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fedicom privacy audit",
+        description="Test what trains this recipe here: the size, shape and secrecy of the noise, the clip, the draws, "
+        "the account; then train once with made-up patients and bound epsilon from below (one-run audit). Exit "
+        "code 1 when a test fails or the bound passes the accountant's epsilon. No images are read.",
+        epilog=SETTINGS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "what", nargs="*", metavar="RUN|RECIPE", help="folder of a run, file of a signed recipe, or name=value words"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON and the page go; without it, the run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--patients", type=int, nargs="+", metavar="N",
+        help=f"training patients of each site of a recipe; without it, one site of {_PATIENTS}",
+    )  # fmt: skip
+    parser.add_argument("--canaries", type=int, default=1000, metavar="M", help="of the one-run audit; 0 leaves it out")
+    parser.add_argument(
+        "--steps", type=int, default=_STEPS, metavar="T",
+        help=f"noised steps of the one-run audit, {_STEPS} without it; 0: all of the run",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="of coins and made-up images; the noise is secret all the same")
+    arguments = parser.parse_intermixed_args(words)
+    from client.privacy_audit import privacy_audit
+    from common.privacy_audit import FILE
+    from common.privacy_table import show_audit
+    from simulations.privacy_page import write_audit_page
+
+    subject = subject_of(arguments.what, arguments.patients)
+    console = Console()
+    told = None if arguments.json else lambda what: console.print(f"{what} ...", style="dim", highlight=False)
+    found = privacy_audit(
+        subject.recipe, subject.patients, weights=subject.weights, canaries=arguments.canaries,
+        steps=arguments.steps or None, seed=arguments.seed, show=told or (lambda what: None),
+    )  # fmt: skip
+    out = arguments.out or subject.folder
+    out.mkdir(parents=True, exist_ok=True)
+    found.write(out / FILE)
+    write_audit_page(found, out / "privacy_audit.html")
+    if arguments.json:
+        print(json.dumps(asdict(found), indent=1, sort_keys=True))  # noqa: T201
+    else:
+        show_audit(found, console)
+        console.print(f"Written to {out / FILE} and .html", highlight=False, soft_wrap=True)
+    return 0 if found.passed else 1
+
+
+def subject_of(what: Sequence[str], patients: Sequence[int] | None) -> Subject:
+    """Reads a run's folder, a signed recipe, or composes a recipe.
+
+    Raises:
+        ConfigError: It is none of them, or its parts do not fit.
+    """
+    from common.config import load_recipe
+    from common.signed import read_recipe
+
+    if len(what) == 1 and Path(what[0]).is_dir():
+        if patients:
+            raise ConfigError("--patients is for a recipe: the folder of a run tells the patients of its sites")
+        return _of_run(Path(what[0]))
+    if len(what) == 1 and Path(what[0]).is_file():
+        recipe = read_recipe(Path(what[0]), None).recipe
+    elif odd := [word for word in what if "=" not in word]:
+        raise ConfigError(f"{odd[0]} is no folder of a run and no file of a recipe; recipes are said as recipe=NAME")
+    else:
+        recipe = load_recipe(what)
+    counts = {f"site {n}" if n else "one site": count for n, count in enumerate(patients or [_PATIENTS])}
+    if patients and len(patients) > 1:
+        counts = {f"site {n}": count for n, count in enumerate(patients, start=1)}
+    return Subject(recipe=recipe, patients=counts, folder=Path("runs") / f"{recipe.name}-privacy")
+
+
+def _of_run(folder: Path) -> Subject:
+    from common.config import recipe_from_json
+    from common.signed import read_recipe
+    from common.storage import storing
+
+    if not (folder / "summary.json").is_file():
+        raise ConfigError(f"{folder} holds no summary.json: it is no run, or one that has not ended")
+    with storing("the run"):
+        summary = json.loads((folder / "summary.json").read_text())
+        record = json.loads((folder / "run.json").read_text())
+    if "recipe" in record:
+        recipe = recipe_from_json(json.dumps(record["recipe"]))
+    else:
+        recipe = read_recipe(folder / "recipe.json", None).recipe
+    if recipe.id != summary["recipe_id"]:
+        raise ConfigError(f"{folder}: summary.json is of another recipe than the run; make the run again")
+    # a site too small to count is tested as the smallest that would have been
+    least = recipe.evaluation.min_cell
+    patients = {name: max(site["train_patients"], least) for name, site in summary["sites"].items()}
+    return Subject(recipe=recipe, patients=patients, weights=summary["weight_digest"], folder=folder)
+
+
+_VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "audit": (_audit, "test noise, clip, draws and account of a recipe, and bound epsilon from below"),
+}

@@ -1,0 +1,108 @@
+"""Pages of `fedicom privacy`: one HTML file each, without network and script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.html import Child, Html, items, join, table, tag
+from common.storage import write_whole
+from common.style import CSS
+
+if TYPE_CHECKING:
+    from common.privacy_audit import PrivacyAudit
+
+
+def document(title: str, eyebrow: str, lead: Child, meta: str, *sections: tuple[str, Html]) -> str:
+    """A whole page; images may stand in it, nothing is fetched."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+        ),
+        tag("title", title),
+        tag("style", Html(CSS)),
+    )
+    header = tag(
+        "header",
+        tag("p", eyebrow, class_="eyebrow"),
+        tag("h1", title),
+        tag("p", meta, class_="meta"),
+        tag("p", lead, class_="lead"),
+        class_="top",
+    )
+    main = tag("main", *(tag("section", tag("h2", name), body) for name, body in sections))
+    footer = tag("footer", "Written by Fedicom. This file needs no network and runs no script.")
+    return "<!doctype html>\n" + tag("html", head, tag("body", header, main, footer), lang="en") + "\n"
+
+
+def write_audit_page(found: PrivacyAudit, path: Path) -> None:
+    """Raises StorageError when the file cannot be written."""
+    write_whole(path, _audit(found).encode())
+
+
+def _audit(found: PrivacyAudit) -> str:
+    verdict = (
+        "The mechanism passed every test."
+        if found.passed
+        else f"The mechanism FAILED: {', '.join(found.failed)}. Do not train or release with it."
+    )
+    bound = found.bound
+    if bound is not None:
+        verdict += (
+            f" An attacker who sees every released gradient proved an epsilon of at least {bound.lower:.2f}; "
+            f"the account allows {bound.upper:.2f}."
+        )
+    rows: list[list[Child]] = [
+        [check.name, "passed" if check.passed else tag("strong", "FAILED"), check.found, check.expected,
+         f"{check.false_alarm:.0e}" if check.false_alarm else "exact"]
+        for check in found.checks
+    ]  # fmt: skip
+    sections: list[tuple[str, Html]] = [
+        (
+            "Self-tests",
+            table(
+                ("Check", "Result", "Found", "Expected", "False alarm"), rows, numbers_from=9,
+                caption="The functions that train here, asked with made-up images; chance of failing without a fault",
+            ),
+        )
+    ]  # fmt: skip
+    if bound is not None:
+        cells: list[tuple[Child, Child]] = [
+            ("Epsilon at least", f"{bound.lower:.3f} with {bound.confidence:.0%} confidence"),
+            ("Epsilon at most", f"{bound.upper:.3f} at delta {bound.delta:g}, by PLD, of the same {bound.steps} steps"),
+            ("Guesses", f"{bound.right} of {bound.guesses} right, about {bound.canaries} canaries"),
+        ]
+        text = (
+            "Canaries are made-up patients who are in the training, or not, by the toss of a coin. Who sees every "
+            "gradient guesses the coins; so many right guesses are impossible below some epsilon. A bound far below "
+            "the account is no proof that the account is loose: one training sees only so much."
+        )
+        sections.append(("One-run audit", join(tag("p", text), pairs(*cells))))
+    what = (
+        ("Recipe", tag("span", found.recipe_id, class_="hash")),
+        ("Model", tag("span", found.weights, class_="hash") if found.weights else "none: a recipe was audited"),
+        ("Training patients", ", ".join(f"{name} {count:,}" for name, count in found.patients.items())),
+        *((f"Code of {name}", tag("span", value, class_="hash")) for name, value in sorted(found.code.items())),
+    )
+    sections.append(("What was audited", pairs(*what)))
+    limits = items(
+        "That patients resemble each other, or that one person is a patient of several sites.",
+        "Scores and counts, which a site sends without noise unless its policy says otherwise.",
+        "Code that is installed elsewhere: every site tests its own.",
+    )
+    sections.append(("What this cannot find", limits))
+    return document(
+        f"Privacy audit: {found.recipe}", "Fedicom privacy audit", verdict, f"{found.made} · on {found.device}",
+        *sections,
+    )  # fmt: skip
+
+
+def pairs(*cells: tuple[Child, Child]) -> Html:
+    """Names and values."""
+    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in cells))
