@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from common import wire
 from common.errors import ExchangeError
-from common.exchange import Hello, Question, Refusal, RoundPlan, Update
+from common.exchange import Answer, Ask, Hello, Masking, Question, Refusal, RoundPlan, Update
 from common.identity import Signer
 
 
@@ -22,6 +22,9 @@ class Node(Protocol):
 
     def visit(self, plan: RoundPlan) -> Update | Refusal:
         """Does what the plan asks, or says why not."""
+
+    def step(self, ask: Ask) -> Answer | Refusal:
+        """Takes a step of a secure sum, or says why not."""
 
     def misunderstood(self, why: str) -> Refusal:
         """The answer to a message that is none of ours."""
@@ -40,19 +43,21 @@ def client_app(
     """
     app = ClientApp()
 
-    def answer(message: Message, context: Context, work: Literal["question", "train", "evaluate"]) -> Message:
+    def answer(message: Message, context: Context, work: Literal["query", "train", "evaluate"]) -> Message:
         node = node_of(context)
         try:
             if coordinator is not None:
                 wire.check_signature(message.content, coordinator())
-            reply: Hello | Update | Refusal
-            if work == "question":
-                reply = node.hello(wire.decode(message.content, Question))
+            asked = wire.decode_request(message.content)
+            reply: Hello | Update | Answer | Refusal
+            if (expected := _work(asked)) != work:
+                raise ExchangeError(f"what belongs into a message to {expected} came as one to {work}")
+            if isinstance(asked, Question):
+                reply = node.hello(asked)
+            elif isinstance(asked, RoundPlan):
+                reply = node.visit(asked)
             else:
-                plan = wire.decode(message.content, RoundPlan)
-                if plan.work != work:
-                    raise ExchangeError(f"a plan to {plan.work} came as a message to {work}")
-                reply = node.visit(plan)
+                reply = node.step(asked)
         except ExchangeError as error:
             reply = node.misunderstood(str(error))
         return Message(wire.encode(reply, signer), reply_to=message)
@@ -67,6 +72,13 @@ def client_app(
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return answer(message, context, "question")
+        return answer(message, context, "query")
 
     return app
+
+
+def _work(asked: wire.Request) -> str:
+    """The kind of Flower message that such a request comes in."""
+    if isinstance(asked, RoundPlan):
+        return asked.work
+    return "train" if isinstance(asked, Masking) else "query"

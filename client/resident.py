@@ -23,12 +23,25 @@ from client.approvals import Approval, Approvals
 from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
+from client.secure import Sums
 from client.site import Code, Site, package_versions
 from common.chain import GENESIS, Event, parts, verify
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig, SiteHome
 from common.errors import ConfigError, DataError, FedicomError, PrivacyError, StorageError
-from common.exchange import Hello, Question, Refusal, RoundPlan, Update
+from common.exchange import (
+    Agreement,
+    Answer,
+    Ask,
+    Dealing,
+    Hello,
+    MaskedUpdate,
+    Question,
+    Refusal,
+    RoundPlan,
+    Shares,
+    Update,
+)
 from common.identity import Signer, read_private
 from common.installed import code_hashes
 from common.journal import Log, SharedLog
@@ -38,7 +51,7 @@ from common.storage import private_folder
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T", Hello, Update)
+T = TypeVar("T", bound=Hello | Update | Dealing | MaskedUpdate | Agreement | Shares)
 Doing = Literal["idle", "reading images", "training", "evaluating"]
 
 _NO_RECIPE = "0" * 64
@@ -100,6 +113,8 @@ class Resident:
         self._audit_file = home.audit_file
         self._log: Log = SharedLog(self._audit_file, self._signer)
         self._approvals = Approvals(home)
+        # Outlives the site of one recipe: two recipes may have sums under way side by side.
+        self._sums = Sums(self._name, home.state / "sums", self._signer, self._members)
         self._configuration = ""
         self._ledger_head = GENESIS
         self._site: Site | None = None
@@ -165,6 +180,19 @@ class Resident:
         reply = self._answer(plan.recipe_id, plan.round, work)
         seconds = time.monotonic() - began
         self._set(last_visit_s=seconds, busy_s=self.state.busy_s + seconds)
+        return reply
+
+    def step(self, ask: Ask) -> Answer | Refusal:
+        """Takes a step of a secure sum, or says why not."""
+
+        def work(site: Site) -> Answer | Refusal:
+            answer = site.step(ask)
+            if isinstance(answer, MaskedUpdate):
+                self._set(updates=self.state.updates + 1, bytes_sent=self.state.bytes_sent + answer.values.nbytes)
+            return answer
+
+        reply = self._answer(ask.recipe_id, ask.round, work)
+        assert not isinstance(reply, Hello | Update)
         return reply
 
     def misunderstood(self, why: str) -> Refusal:
@@ -238,10 +266,9 @@ class Resident:
         if self._approvals.find(plan.recipe_id) is None:  # withdrawn while it was trained
             self._approvals.forget(plan.recipe_id)
             return self._refuse(plan.recipe_id, plan.round, "recipe", "the approval was withdrawn meanwhile")
-        trained = len(reply.delta) > 0
         self._set(
-            updates=self.state.updates + trained,
-            evaluations=self.state.evaluations + (not trained),
+            updates=self.state.updates + (len(reply.delta) > 0),  # a secure sum's goes later, in a step
+            evaluations=self.state.evaluations + (plan.work == "evaluate"),
             bytes_sent=self.state.bytes_sent + reply.delta.nbytes,
         )
         return reply
@@ -285,6 +312,7 @@ class Resident:
             device=device,
             policy=config.policy,
             keep=True,
+            sums=self._sums,
             now=self._now,
         )
 
@@ -331,6 +359,9 @@ class Resident:
             "the privacy ledger is older than this site's log remembers: lines were lost, or an old copy was put back; "
             "nothing private is trained until the newest ledger is back in its place"
         )
+
+    def _members(self) -> Mapping[str, str]:
+        return {name: member.signing for name, member in self._home.registry.members.items()}
 
     # What is written down
 

@@ -183,11 +183,13 @@ def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
         lines.append(f"{_count(sum(cohort.refused.values()), 'file')} of the folder not used: {codes}")
     else:
         lines.append("Every file of the folder is used.")
-    cell = _cell(recipe, policy)
-    lines.append(
-        f"These numbers were counted here. The coordinator is told the patients of each group, and 0 where they are "
-        f"fewer than {cell}."
-    )
+    if recipe.privacy.secure_aggregation and recipe.federation.site_weights == "patients":
+        lines.append("These numbers were counted here. The coordinator is not told them.")
+    else:
+        lines.append(
+            f"These numbers were counted here. The coordinator is told the patients of each group, and 0 where they "
+            f"are fewer than {_cell(recipe, policy)}."
+        )
     return Section(title="On which of your patients", lines=tuple(lines))
 
 
@@ -198,7 +200,9 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int 
         if recipe.privacy.active
         else "WITHOUT noise: parts of the images that it was trained on may be computed back from it"
     )
-    scores = _scores(recipe, policy, cohort)
+    scores, secure = _scores(recipe, policy, cohort), recipe.privacy.secure_aggregation
+    if secure:
+        noised += "; under masks, so that the coordinator reads the sum over all sites alone (secure aggregation)"
     lines = [
         "Once: this site's name, the patients of each group as above, versions of the programs, hash of the data.",
         f"In each round: one update of the network, {size}, {noised}.",
@@ -207,9 +211,11 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int 
     ]
     if recipe.privacy.active:
         lines.append("In each round: epsilon spent, noise, sampling rate, number of steps.")
-    else:
+    elif not secure:
         lines.append("In each round: the mean training loss and the number of steps.")
-    if recipe.federation.site_weights == "patients":
+    if secure:
+        lines.append("In each round: the size (norm) of the update, in the open; keys, and encrypted shares of them.")
+    elif recipe.federation.site_weights == "patients":
         lines.append("In each round: the exact number of training patients, by which the update is weighted.")
     lines.append("With every message: hashes of the recipe, of the weights and of this site's log.")
     if numbers is not None:

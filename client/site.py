@@ -18,13 +18,29 @@ from client.cohort import SPLITS, Cohort, Split
 from client.dp import check_delta, sampling
 from client.ledger import Ledger, Reservation
 from client.policy import objections
+from client.secure import Sums, noise_norm
 from client.train import Private, site_noise, train
 from common import wire
 from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
 from common.deployment import Policy
-from common.errors import ConfigError, DataError, ExchangeError, FedicomError, PrivacyError
-from common.exchange import Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
+from common.errors import ConfigError, DataError, ExchangeError, FedicomError, PrivacyError, SecureAggregationError
+from common.exchange import (
+    Agreement,
+    Answer,
+    Ask,
+    Gathering,
+    Hello,
+    MaskedUpdate,
+    Masking,
+    Question,
+    Refusal,
+    RoundPlan,
+    Scores,
+    Spent,
+    Survivors,
+    Update,
+)
 from common.inference import logits
 from common.journal import Log
 from common.metrics import probabilities, score
@@ -62,6 +78,7 @@ class Site:
         device: torch.device,
         policy: Policy,
         keep: bool = False,
+        sums: Sums | None = None,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """Wires a site.
@@ -73,12 +90,14 @@ class Site:
             ledger: The cohort's privacy ledger; None only for a recipe without privacy.
             policy: What this site allows, whatever the recipe says.
             keep: Keep every reply until the next one, so that a question asked again after a crash costs no second
-                training. Under privacy this is always so.
+                training. Under privacy and secure aggregation this is always so.
+            sums: This site's secure sums; None where no recipe asks for one.
             now: The local time, for the opening hours.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device = audit, ledger, device
-        self._model, self._keep, self._now = model, keep or recipe.privacy.active, now
+        self._secure, self._sums = recipe.privacy.secure_aggregation, sums
+        self._model, self._keep, self._now = model, keep or recipe.privacy.active or self._secure, now
         self._outbox = private_folder(folder / "outbox")
         audit.append(
             "site started",
@@ -100,7 +119,7 @@ class Site:
             site=self.name,
             recipe_id=self.recipe.id,
             versions=package_versions(),
-            patients={split: self._cell(self.cohort.patients(split)) for split in SPLITS},
+            patients={split: self._count(self.cohort.patients(split)) for split in SPLITS},
             manifest=self.cohort.manifest,
             audit_head=self.audit.head,
         )
@@ -143,6 +162,18 @@ class Site:
                 plan.recipe_id, plan.round, "training", f"{type(error).__name__} at the site; see its own log"
             )
 
+    def step(self, ask: Ask) -> Answer | Refusal:
+        """Takes a step of a secure sum, or says why not. Never raises, as `visit`."""
+        try:
+            self._agree(ask.recipe_id)
+            return self._step(ask)
+        except FedicomError as error:
+            return self._refuse(ask.recipe_id, ask.round, "message", str(error))
+        except Exception as error:
+            log.exception("a step of the sum of round %d failed at site %s", ask.round, self.name)
+            why = f"{type(error).__name__} at the site; see its own log"
+            return self._refuse(ask.recipe_id, ask.round, "message", why)
+
     def _permit(self, plan: RoundPlan) -> None:
         self._agree(plan.recipe_id)
         last = self.recipe.rounds if plan.work == "train" else self.recipe.rounds + 1
@@ -158,6 +189,8 @@ class Site:
             raise PrivacyError("; ".join(found))
         if recipe.privacy.delta is not None:
             check_delta(recipe.privacy.delta, patients)
+        if self._secure and self._sums is None:
+            raise PrivacyError("the recipe demands secure aggregation, for which this site has no keys")
 
     def _open(self) -> None:
         """Asked before work begins; a kept reply may leave at any hour."""
@@ -190,6 +223,8 @@ class Site:
             validation=validation,
             spent=spent,
         )
+        if self._secure:
+            self.recipe.fixed_point.check(update.delta, round(update.weight))
         # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
         if self._keep:
             self._store(plan, update)
@@ -198,22 +233,58 @@ class Site:
         return self._sent("update sent", update)
 
     def _sent(self, kind: str, update: Update, **facts: Any) -> Update:
-        """Writes down that the update leaves; it carries the log's head from then on."""
-        spent = update.spent
+        """Writes down that the update leaves; it carries the log's head from then on.
+
+        For a secure sum the update stays, and what leaves is all else, with new keys.
+        """
+        if self._sums is not None and self._secure:
+            offer, norm = self._sums.offer(self.recipe, update), update.delta.norm
+            head = self.audit.append("update kept", **_facts(update), **facts)
+            kept = replace(update, delta=Weights({}), weight=1.0, steps=0, train_loss=None)
+            return replace(kept, norm=norm, offer=offer, audit_head=head)
         head = self.audit.append(
-            kind,
-            recipe_id=update.recipe_id,
-            round=update.round,
-            digest=update.delta.digest,
-            bytes=update.delta.nbytes,
-            norm=update.delta.norm,
-            clip_norm=spent.clip_norm if spent else None,
-            noise_multiplier=spent.noise_multiplier if spent else None,
-            epsilon=spent.epsilon if spent else None,
-            scores=_told(update.validation),
-            **facts,
-        )
+            kind, digest=update.delta.digest, bytes=update.delta.nbytes, **_facts(update), **facts
+        )  # fmt: skip
         return replace(update, audit_head=head)
+
+    def _step(self, ask: Ask) -> Answer:
+        assert self._sums is not None
+        match ask:
+            case Gathering():
+                dealing = self._sums.deal(ask)
+                head = self.audit.append(
+                    "sum joined", recipe_id=ask.recipe_id, round=ask.round, session=dealing.session,
+                    sites=sorted(ask.offers),
+                )  # fmt: skip
+                return replace(dealing, audit_head=head)
+            case Masking():
+                update = self._kept(ask.recipe_id, ask.round, ask.base)
+                if update is None:
+                    raise SecureAggregationError(f"this site has no update of round {ask.round} to be summed")
+                masked = self._sums.mask(ask, self.recipe, update)
+                head = self.audit.append(
+                    "update sent again" if masked.again else "update sent",
+                    digest=masked.values.digest,
+                    bytes=masked.values.nbytes,
+                    session=ask.session,
+                    **_facts(update),
+                )
+                return MaskedUpdate(
+                    site=self.name, recipe_id=ask.recipe_id, round=ask.round, session=ask.session,
+                    values=masked.values, audit_head=head,
+                )  # fmt: skip
+            case Survivors():
+                return Agreement(
+                    site=self.name, recipe_id=ask.recipe_id, round=ask.round, session=ask.session,
+                    signature=self._sums.agree(ask), audit_head=self.audit.head,
+                )  # fmt: skip
+            case _:
+                shares = self._sums.open(ask)
+                head = self.audit.append(
+                    "sum opened", recipe_id=ask.recipe_id, round=ask.round, session=ask.session,
+                    sites=sorted(shares.seeds), left=sorted(shares.keys),
+                )  # fmt: skip
+                return replace(shares, audit_head=head)
 
     def _evaluate(self, plan: RoundPlan) -> Update:
         bootstraps = self.recipe.evaluation.bootstraps
@@ -255,6 +326,13 @@ class Site:
             assert privacy.epsilon is not None
             noise_multiplier = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
         event = Event(noise_multiplier=noise_multiplier, sampling_rate=drawn.rate, steps=drawn.steps)
+        if self._secure:
+            norm, limit = noise_norm(recipe, noise_multiplier, drawn.steps, plan.weights.size), recipe.fixed_point.limit
+            if norm > limit:
+                raise ConfigError(
+                    f"the noise of a round alone may move the model by {norm:.3g}, and a secure sum takes updates up "
+                    f"to federation.max_update_norm {limit:g}; nothing was trained: lower training.lr or raise it"
+                )
         try:
             reserved = self._budget.reserve(recipe.id, round=plan.round, base=plan.weights.digest, event=event)
         except PrivacyError as error:
@@ -301,18 +379,25 @@ class Site:
     # Replies are kept until the next one: asked again, the same update goes out.
 
     def _path(self, plan: RoundPlan) -> Path:
-        return self._outbox / f"{plan.recipe_id[:16]}-{plan.round:06d}-{plan.weights.digest[:16]}.bin"
+        return self._file(plan.recipe_id, plan.round, plan.weights.digest)
 
-    def _stored(self, plan: RoundPlan) -> Update | None:
-        path = self._path(plan)
-        if plan.work != "train" or not path.exists():
+    def _file(self, recipe_id: str, round_: int, base: str) -> Path:
+        return self._outbox / f"{recipe_id[:16]}-{round_:06d}-{base[:16]}.bin"
+
+    def _kept(self, recipe_id: str, round_: int, base: str) -> Update | None:
+        path = self._file(recipe_id, round_, base)
+        if not path.exists():
             return None
         try:
             update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
         except ExchangeError:  # of another version: what is trained anew is paid anew
-            log.warning("the kept reply of round %d cannot be read any more", plan.round)
+            log.warning("the kept reply of round %d cannot be read any more", round_)
             return None
-        if (update.recipe_id, update.round, update.base) != (plan.recipe_id, plan.round, plan.weights.digest):
+        return update if (update.recipe_id, update.round, update.base) == (recipe_id, round_, base) else None
+
+    def _stored(self, plan: RoundPlan) -> Update | None:
+        update = self._kept(plan.recipe_id, plan.round, plan.weights.digest) if plan.work == "train" else None
+        if update is None:
             return None
         # A crash came between keeping and settling: left open, a later training could take the reservation over.
         if self.recipe.privacy.active:
@@ -351,7 +436,7 @@ class Site:
             replace(evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
             seed=self.recipe.seed,
         )
-        return Scores(patients=patients, values=dict(result.values))
+        return Scores(patients=self._count(patients), values=dict(result.values))
 
     @property
     def _min_cell(self) -> int:
@@ -359,6 +444,11 @@ class Site:
 
     def _cell(self, patients: int) -> int:
         return patients if patients >= self._min_cell else 0
+
+    def _count(self, patients: int) -> int:
+        """What the coordinator is told; nothing where the weight of the site goes under masks."""
+        masked = self._secure and self.recipe.federation.site_weights == "patients"
+        return 0 if masked else self._cell(patients)
 
     def _refuse(self, recipe_id: str, round_: int, code: Code, why: str) -> Refusal:
         why = why[:500]
@@ -368,6 +458,20 @@ class Site:
             log.exception("the refusal could not be logged")
             head = ""
         return Refusal(site=self.name, recipe_id=recipe_id, round=round_, code=code, why=why, audit_head=head)
+
+
+def _facts(update: Update) -> dict[str, Any]:
+    """What the log says of an update, wherever it goes."""
+    spent = update.spent
+    return {
+        "recipe_id": update.recipe_id,
+        "round": update.round,
+        "norm": update.delta.norm,
+        "clip_norm": spent.clip_norm if spent else None,
+        "noise_multiplier": spent.noise_multiplier if spent else None,
+        "epsilon": spent.epsilon if spent else None,
+        "scores": _told(update.validation),
+    }
 
 
 def _told(*scores: Scores | None) -> bool:

@@ -31,7 +31,8 @@ RUNNING = (
     "run concluded", "run stopped", "configuration", "code", CLOCK, CONTINUED,
 )  # fmt: skip
 TOLD = (
-    "question received", "plan received", "budget reserved", "update sent", "update sent again", "evaluation sent",
+    "question received", "plan received", "budget reserved", "update kept", "sum joined", "update sent",
+    "update sent again", "sum opened", "evaluation sent",
     "sites present", "sites joined", "round aggregated", "evaluation received", "central evaluation", "model exported",
 )  # fmt: skip
 """Kinds that the tables of the runs are made of."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from common.errors import ConfigError
+from common.fixed import FixedPoint, fewest
+from common.wrong_fields import RUN_KEYS, sentences, shown
 
 T = TypeVar("T")
 
@@ -221,6 +222,8 @@ class Privacy:
     """Noise from a ChaCha20 keystream instead of a generator seeded by the operating system."""
     unsafe_seeded_noise: bool = False
     """Simulation and tests only: noise that anybody with the recipe can subtract. Deployed sites refuse it."""
+    secure_aggregation: bool = False
+    """The coordinator learns the sum of the updates alone (docs/secure-aggregation.md); with three sites or more."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -239,6 +242,8 @@ class Privacy:
         return self.mechanism != "none"
 
 
+_MEANS = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
+"""Strategies that need no more than the mean of the updates."""
 Strategy = Literal[
     "fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
@@ -276,9 +281,11 @@ class Federation:
     malicious_sites: Annotated[int, Ge(0)] = 0
     """krum, multikrum, bulyan: how many sites may lie."""
     max_update_norm: Positive = 1e4
-    """Updates with a larger L2 norm are refused."""
+    """Updates with a larger L2 norm are refused; under secure aggregation by the site, before anything leaves."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The final model is the exponential moving average of the rounds' models, with this decay a round; 0: the last."""
+    max_patients: Count | None = None
+    """With secure aggregation and site_weights=patients, which need it: the most that a site may weigh."""
     early_stopping: EarlyStopping = EarlyStopping()
 
     @model_validator(mode="after")
@@ -376,7 +383,18 @@ class Recipe:
                     f"federation.early_stopping.patience_rounds is {patience}, but choosing the model by validation "
                     "scores, which carry no noise, is outside the promise of epsilon; under privacy use 0"
                 )
+        if privacy.secure_aggregation and (objection := _secure_objection(self)):
+            raise ValueError(objection)
         return self
+
+    @property
+    def fixed_point(self) -> FixedPoint:
+        """How updates become whole numbers under secure aggregation."""
+        federation = self.federation
+        weighted = federation.site_weights == "patients" and federation.max_patients
+        return FixedPoint(
+            sites=federation.sites, limit=federation.max_update_norm, max_weight=weighted or 1
+        )  # fmt: skip
 
     @cached_property
     def canonical(self) -> bytes:
@@ -435,8 +453,28 @@ class Settings:
     """Also write model.ts.pt."""
 
 
-_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
-_RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript")
+def _secure_objection(recipe: Recipe) -> str | None:
+    """Why the recipe's updates cannot go into a secure sum; None when they can."""
+    federation = recipe.federation
+    sites, least = federation.sites, fewest(federation.sites)
+    if not 3 <= sites <= 1000:
+        return f"federation.sites is {sites}; secure aggregation needs 3 to 1000 (of two sites each knows the other's)"
+    if federation.strategy not in _MEANS:
+        return (
+            f"federation.strategy={federation.strategy} looks at single updates, which secure aggregation hides; say "
+            f"one of {', '.join(_MEANS)}, or privacy.secure_aggregation=false"
+        )
+    if federation.quorum < least:
+        return (
+            f"federation.quorum is {federation.quorum}; with secure aggregation over {sites} sites it is at least "
+            f"{least}, more than two thirds: it is also how many sites can open a sum"
+        )
+    if federation.site_weights == "patients" and federation.max_patients is None:
+        return (
+            "federation.max_patients is needed with site_weights=patients under secure aggregation: it sets the range"
+        )
+    objection = recipe.fixed_point.objection()
+    return f"federation.max_update_norm {objection}" if objection else None
 
 
 def as_plain(value: Any) -> Any:
@@ -469,7 +507,7 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
         ConfigError: A field is unknown or its value is not allowed; the message names its path.
     """
     plain = _compose(overrides)
-    run = {key: plain.pop(key) for key in _RUN_KEYS if key in plain}
+    run = {key: plain.pop(key) for key in RUN_KEYS if key in plain}
     return validate_json(Settings, json.dumps({"recipe": plain, **run}))
 
 
@@ -520,7 +558,7 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
             chosen = override.value()
             if chosen not in choices[key]:
                 raise ConfigError(
-                    f"{key}: got {_shown(chosen)}; expected one of {', '.join(choices[key])} "
+                    f"{key}: got {shown(chosen)}; expected one of {', '.join(choices[key])} "
                     f"(single fields are set as {key}.name=value)"
                 )
             words.append(word)
@@ -549,56 +587,4 @@ def validate_json(kind: type[T], text: bytes | str) -> T:
         # Strict JSON: no bool as int, no text as number, but lists become tuples.
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ConfigError(_sentences(kind, error)) from None
-
-
-def _sentences(kind: type, error: ValidationError) -> str:
-    """One line for each wrong field."""
-    lines: dict[tuple[str, ...], str] = {}
-    for problem in error.errors(include_url=False):
-        # Pydantic puts the branches of a union into the path, for example `literal['balanced']`. An unknown name stands
-        # last; it comes from the text, brackets or not.
-        names = [str(part) for part in problem["loc"]]
-        known = len(names) - (problem["type"] in _UNKNOWN)
-        place = (*(name for name in names[:known] if not {"[", "("} & set(name)), *names[known:])
-        got, reason = _reason(kind, place, dict(problem))
-        if place not in lines:
-            # ascii: a name out of somebody else's file must not move the cursor of a terminal
-            shown = ascii(".".join(place[1:] if place[:1] == ("recipe",) else place))[1:-1]
-            lines[place] = (f"{shown}: " if shown else "") + got + reason
-        elif reason not in lines[place]:
-            lines[place] += f", or {reason}"
-    # A wrong item makes its list wrong as well; the item is the cause.
-    causes = [place for place in lines if not any(other[: len(place)] == place != other for other in lines)]
-    return "\n".join(lines[place] for place in causes)
-
-
-def _reason(kind: type, place: tuple[str, ...], problem: dict[str, Any]) -> tuple[str, str]:
-    if problem["type"] in _UNKNOWN:
-        allowed = _fields_at(kind, place[:-1])
-        if place[:-1] == ("recipe",):
-            allowed = (*allowed, *_RUN_KEYS)
-        close = get_close_matches(place[-1], allowed, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return "", f"no such field.{hint} Expected one of {', '.join(allowed)}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return "", "missing; it has no default"
-    reason = str(problem["msg"]).removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
-    if problem["type"] in ("value_error", "json_invalid"):
-        return "", reason
-    return f"got {_shown(problem['input'])}; ", reason
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def _fields_at(kind: type, path: Sequence[str]) -> tuple[str, ...]:
-    current: Any = kind
-    for part in path:
-        current = get_type_hints(current).get(part)
-        if current is None:
-            return ()
-    return tuple(field.name for field in fields(current)) if is_dataclass(current) else ()
+        raise ConfigError(sentences(kind, error)) from None

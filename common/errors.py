@@ -35,6 +35,10 @@ class QuorumError(FedicomError):
     """Too few usable replies in a round; the model was left as it was."""
 
 
+class SecureAggregationError(FedicomError):
+    """A secure sum that somebody's lie, an unequal list, a number out of range or too few sites have stopped."""
+
+
 class StorageError(FedicomError):
     """Something that had to be kept could not be written or read back."""
 

@@ -14,9 +14,10 @@ from annotated_types import Ge, Gt, Le, Len
 from pydantic import ConfigDict, StringConstraints
 from pydantic.dataclasses import dataclass
 
+from common.fixed import Residues
 from common.weights import Weights
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -33,6 +34,14 @@ Round = Annotated[int, Ge(1), Le(1_000_000)]
 Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
 Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$")]
 """No control characters: the other side prints it on a terminal."""
+PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64,64}$")]
+"""X25519, 64 hexadecimal digits."""
+Signature = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+"""Ed25519, 128 hexadecimal digits."""
+Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{66}$")]
+"""One holder's share of a secret, 66 hexadecimal digits."""
+Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{164}$")]
+"""Two shares, encrypted to their holder, 164 hexadecimal digits."""
 Version = Annotated[str, StringConstraints(pattern=r"^[ -~]{0,40}$")]
 
 
@@ -85,6 +94,134 @@ class Spent:
     """Noised steps so far, over all rounds."""
 
 
+# Secure aggregation, docs/secure-aggregation.md. All of it is about one update: recipe, round, base weights.
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Offer:
+    """Site to all sites: its two X25519 keys for one sum, made for it and never used again."""
+
+    mask_key: PublicKey
+    """For the masks that two sites share."""
+    share_key: PublicKey
+    """For what is encrypted to this site."""
+    signature: Signature
+    """The site's, under both keys, its name, recipe, round and base weights."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Box:
+    """Site to site, through the coordinator: one holder's shares of the sender's two secrets."""
+
+    sealed: Sealed
+    """The shares, encrypted to the holder (ChaCha20-Poly1305)."""
+    seed_share: Digest
+    """Hash that commits the sender to the share of its own mask's seed."""
+    key_share: Digest
+    """The same for the share of its `mask_key`'s private half."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Gathering:
+    """Coordinator to site: these sites make a sum; share your secrets out to them."""
+
+    recipe_id: Digest
+    round: Round
+    base: Digest
+    offers: Annotated[Mapping[Name, Offer], Len(3, 1000)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Dealing:
+    """Site to coordinator: shares of the site's two secrets, each encrypted to its holder."""
+
+    site: Name
+    recipe_id: Digest
+    round: Round
+    session: Digest
+    """Hash of recipe, round, base weights and all offers: every later step names it."""
+    seed: Digest
+    """Hash that commits to the seed of the site's own mask."""
+    boxes: Annotated[Mapping[Name, Box], Len(3, 1000)]
+    audit_head: MaybeDigest = ""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Masking:
+    """Coordinator to site: send the update under masks with the sites whose boxes are here."""
+
+    recipe_id: Digest
+    round: Round
+    base: Digest
+    session: Digest
+    boxes: Annotated[Mapping[Name, Box], Len(3, 1000)]
+    """Sender to its box for this site."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class MaskedUpdate:
+    """Site to coordinator: the update as whole numbers modulo 2^32 and its weight, all under masks."""
+
+    site: Name
+    recipe_id: Digest
+    round: Round
+    session: Digest
+    values: Residues
+    """By itself as good as random: the masks go only in the sum over all sites."""
+    audit_head: MaybeDigest = ""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Survivors:
+    """Coordinator to site: these masked updates came; is that the one list that you will open?"""
+
+    recipe_id: Digest
+    round: Round
+    base: Digest
+    session: Digest
+    masked: Annotated[Mapping[Name, Digest], Len(3, 1000)]
+    """Site to digest of its masked update."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Agreement:
+    """Site to coordinator and all sites: the site has been shown this list, and signs no other."""
+
+    site: Name
+    recipe_id: Digest
+    round: Round
+    session: Digest
+    signature: Signature
+    audit_head: MaybeDigest = ""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Opening:
+    """Coordinator to site: so many have signed the list; open the sum."""
+
+    recipe_id: Digest
+    round: Round
+    base: Digest
+    session: Digest
+    masked: Annotated[Mapping[Name, Digest], Len(3, 1000)]
+    signatures: Annotated[Mapping[Name, Signature], Len(3, 1000)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Shares:
+    """Site to coordinator: of every site one share, of the seed or of the key, never of both."""
+
+    site: Name
+    recipe_id: Digest
+    round: Round
+    session: Digest
+    seeds: Annotated[Mapping[Name, Share], Len(0, 1000)]
+    """Of the sites whose masked updates are in the sum."""
+    keys: Annotated[Mapping[Name, Share], Len(0, 1000)]
+    """Of the sites that left after they had shared out."""
+    audit_head: MaybeDigest = ""
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Hello:
     """Site to coordinator: who is there, asked before the first round and of every site that joins later."""
@@ -111,10 +248,11 @@ class Update:
     base: Digest
     """Digest of the weights that training started from."""
     delta: Weights
-    """Trained minus incoming weights; empty after an evaluation."""
+    """Trained minus incoming weights; empty after an evaluation, and where it goes into a secure sum."""
     weight: Annotated[float, Gt(0), Le(1e9)]
-    """Share in weighted averages: training patients, or 1."""
+    """Share in weighted averages: training patients, or 1; under secure aggregation 1, the true one is masked."""
     steps: Annotated[int, Ge(0)]
+    """Steps of training; 0 under secure aggregation."""
     train_loss: Annotated[float, Ge(0)] | None = None
     """Mean loss of the round; absent under privacy, where it would leak."""
     validation: Scores | None = None
@@ -122,6 +260,10 @@ class Update:
     test: Scores | None = None
     """Of the final model, on the site's test patients."""
     spent: Spent | None = None
+    norm: Annotated[float, Ge(0)] | None = None
+    """Under secure aggregation: the L2 norm of the update, as the site says."""
+    offer: Offer | None = None
+    """Under secure aggregation: the update is kept at the site, ready for a sum with these keys."""
     audit_head: MaybeDigest = ""
 
 
@@ -147,3 +289,6 @@ class Failure:
 
 
 Reply = Update | Refusal | Failure
+Ask = Gathering | Masking | Survivors | Opening
+"""A step of a secure sum."""
+Answer = Dealing | MaskedUpdate | Agreement | Shares

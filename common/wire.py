@@ -11,32 +11,62 @@ import json
 import math
 import re
 from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
 from common.errors import ExchangeError
-from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import (
+    WIRE_VERSION,
+    Agreement,
+    Answer,
+    Ask,
+    Box,
+    Dealing,
+    Gathering,
+    Hello,
+    MaskedUpdate,
+    Masking,
+    Offer,
+    Opening,
+    Question,
+    Refusal,
+    RoundPlan,
+    Scores,
+    Shares,
+    Spent,
+    Survivors,
+    Update,
+)
+from common.fixed import Residues
 from common.identity import Signer, signed_by
 from common.weights import Weights
 
-T = TypeVar("T", Question, RoundPlan, Hello, Update, Refusal)
+T = TypeVar("T")
+
+Request = Question | RoundPlan | Ask
+Reply = Hello | Update | Refusal | Answer
 
 _KINDS: dict[str, type] = {
     "question": Question, "plan": RoundPlan, "hello": Hello, "update": Update, "refusal": Refusal,
+    "gathering": Gathering, "dealing": Dealing, "masking": Masking, "masked": MaskedUpdate,
+    "survivors": Survivors, "agreement": Agreement, "opening": Opening, "shares": Shares,
 }  # fmt: skip
-_PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent}
+_PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent, "offer": Offer}
+_MAPS: dict[str, type] = {"offers": Offer, "boxes": Box}
+"""Fields that map names to a part."""
 _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
-_STYPE = "fedicom.flat.f4"
+_FORMS = {Weights: ("float32", "fedicom.flat.f4"), Residues: ("uint32", "fedicom.flat.u4")}
+"""Of a type that travels as one flat array of four bytes each: dtype, and how the bytes lie."""
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
-def encode(value: Question | RoundPlan | Hello | Update | Refusal, signer: Signer | None = None) -> RecordDict:
-    """One record of JSON and, where the type carries weights, one flat little-endian float32 array.
+def encode(value: Request | Reply, signer: Signer | None = None) -> RecordDict:
+    """One record of JSON and, where the type carries weights, one flat little-endian array of float32 or uint32.
 
     Args:
         signer: Puts its signature to the whole message; None where both ends are one process.
@@ -49,6 +79,9 @@ def encode(value: Question | RoundPlan | Hello | Update | Refusal, signer: Signe
         if isinstance(part, Weights):
             body[name] = {key: list(shape) for key, shape in part.shapes.items()}
             record["weights"] = ArrayRecord({name: _flat(part)})
+        elif isinstance(part, Residues):
+            body[name] = len(part)
+            record["weights"] = ArrayRecord({name: _array(part.words.tobytes(), Residues)})
         else:
             body[name] = _plain(part)
     record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body)})
@@ -83,14 +116,25 @@ def decode(record: RecordDict, kind: type[T]) -> T:
     return value
 
 
-def decode_reply(record: RecordDict) -> Hello | Update | Refusal:
-    """A site's answer to a question or a plan.
+def decode_request(record: RecordDict) -> Request:
+    """What a coordinator asks.
 
     Raises:
         ExchangeError: As `decode`.
     """
-    value = _decode(record, (Hello, Update, Refusal))
-    assert isinstance(value, Hello | Update | Refusal)
+    value = _decode(record, get_args(Request))
+    assert isinstance(value, Request)
+    return value
+
+
+def decode_reply(record: RecordDict) -> Reply:
+    """A site's answer to a question, a plan or a step of a secure sum.
+
+    Raises:
+        ExchangeError: As `decode`.
+    """
+    value = _decode(record, get_args(Reply))
+    assert isinstance(value, Reply)
     return value
 
 
@@ -116,7 +160,8 @@ def from_bytes(data: bytes) -> RecordDict:
         name = head.pop("array")
         record = RecordDict({"message": ConfigRecord(head)})
         if name:
-            record["weights"] = ArrayRecord({name: _array(data[end:])})
+            form = Residues if head["kind"] == "masked" else Weights
+            record["weights"] = ArrayRecord({name: _array(data[end:], form)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExchangeError("these bytes are no message") from None
     return record
@@ -136,7 +181,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
-    expected = {"message", "weights"} if Weights in get_type_hints(cls).values() else {"message"}
+    expected = {"message", "weights"} if {Weights, Residues} & set(get_type_hints(cls).values()) else {"message"}
     if set(record) != expected or set(message) - {"signature"} != {"kind", "version", "body"}:
         raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
@@ -151,14 +196,18 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
         for name, hint in get_type_hints(cls).items():
             if hint is Weights:
                 body[name] = _weights(record, name, body.get(name))
+            elif hint is Residues:
+                body[name] = _residues(record, name, body.get(name))
             elif name in _PARTS and isinstance(body.get(name), dict):
                 body[name] = _PARTS[name](**body[name])
+            elif name in _MAPS and isinstance(body.get(name), dict):
+                body[name] = {key: _MAPS[name](**part) for key, part in body[name].items()}
         return cls(**body)
     except TypeError:
         raise ExchangeError(f"{cls.__name__} with fields that are no names") from None
     except ValidationError as error:
         wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
-        known = {field.name for kind in (cls, *_PARTS.values()) for field in fields(kind)}
+        known = {field.name for kind in (cls, *_PARTS.values(), *_MAPS.values()) for field in fields(kind)}
         where = sorted(wrong & known) + ["a field that it has not"] * bool(wrong - known)
         raise ExchangeError(f"{cls.__name__} with fields out of bounds: {', '.join(where)}") from None
 
@@ -182,12 +231,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _flat(weights: Weights) -> Array:
-    return _array(b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values()))
+    data = b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values())
+    return _array(data, Weights)
 
 
-def _array(data: bytes) -> Array:
+def _array(data: bytes, form: type) -> Array:
     # Given as bytes: Flower's own ndarray path writes an .npy copy of each array.
-    return Array(dtype="float32", shape=(len(data) // 4,), stype=_STYPE, data=data)
+    dtype, stype = _FORMS[form]
+    return Array(dtype=dtype, shape=(len(data) // 4,), stype=stype, data=data)
 
 
 def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
@@ -207,15 +258,27 @@ def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
     total = sum(sizes)
     if total > _MAX_NUMBERS:
         raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
-    arrays = record.array_records.get("weights", ArrayRecord())
-    if set(arrays) != {name}:
-        raise ExchangeError(f"{name}: expected one array of this name in the message")
-    data, dtype, stype = arrays[name].data, arrays[name].dtype, arrays[name].stype
-    if stype != _STYPE or dtype != "float32" or not isinstance(data, bytes) or len(data) != 4 * total:
-        raise ExchangeError(f"{name}: expected {4 * total} bytes of flat float32")
+    data = _bytes(record, name, total, Weights)
     flat = np.frombuffer(data, dtype="<f4")
     ends = np.cumsum([0, *sizes])
     return Weights({key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())})
+
+
+def _residues(record: RecordDict, name: str, size: object) -> Residues:
+    if type(size) is not int or not 0 <= size <= _MAX_NUMBERS:
+        raise ExchangeError(f"{name}: expected how many numbers there are, at most {_MAX_NUMBERS}")
+    return Residues(np.frombuffer(_bytes(record, name, size, Residues), dtype="<u4"))
+
+
+def _bytes(record: RecordDict, name: str, numbers: int, form: type) -> bytes:
+    arrays = record.array_records.get("weights", ArrayRecord())
+    if set(arrays) != {name}:
+        raise ExchangeError(f"{name}: expected one array of this name in the message")
+    data, (dtype, stype) = arrays[name].data, _FORMS[form]
+    given = (arrays[name].dtype, arrays[name].stype)
+    if given != (dtype, stype) or not isinstance(data, bytes) or len(data) != 4 * numbers:
+        raise ExchangeError(f"{name}: expected {4 * numbers} bytes of flat {dtype}")
+    return data
 
 
 def _plain(value: Any) -> Any:

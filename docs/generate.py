@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import StringConstraints
 
 from common import config, deployment, exchange, metrics, wire
+from common.fixed import Residues
 from common.weights import Weights
 
 DOCS = Path(__file__).parent
@@ -34,6 +35,10 @@ _PATTERNS = {
     r"^[^\x00-\x1f\x7f]{1,200}$": "text of 1 to 200 characters on one line",
     r"^[0-9a-f]{64}$": "SHA-256",
     r"^([0-9a-f]{64})?$": "SHA-256 or empty",
+    r"^[0-9a-f]{64,64}$": "X25519 public key",
+    r"^[0-9a-f]{66}$": "66 hexadecimal digits",
+    r"^[0-9a-f]{128}$": "Ed25519 signature",
+    r"^[0-9a-f]{164}$": "164 hexadecimal digits",
     r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$": "text of at most 500 characters, no control characters",
     r"^[ -~]{0,40}$": "ASCII text of at most 40 characters",
     r"^[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?$": "DNS name or IP address",
@@ -74,14 +79,15 @@ _EXCHANGE_HEAD = """# What leaves the site
 
 This is the whole list. The types below are the only messages between a hospital and the coordinator;
 each is checked and bounded when it is made and again when it arrives, and a field that is not listed
-is refused. There is no field for an image, an identifier or a path. The one sentence among them,
+is refused. There is no field for an image, an identifier of a patient or a path. The one sentence among them,
 `Refusal.why`, is a message of Fedicom's own, which may hold counts and settings.
 
 What these numbers can still tell about patients, and which of them epsilon covers, is in
 [privacy.md](privacy.md).
 
 Version of the messages: {version}. A message is one JSON text of at most {mebibytes} MiB and at most one flat
-float32 array of {numbers:,} numbers. In a deployed federation every message carries its sender's Ed25519 signature.
+array of {numbers:,} numbers of four bytes. In a deployed federation every message carries its sender's Ed25519
+signature.
 """
 
 
@@ -99,7 +105,11 @@ def pages() -> dict[Path, str]:
 def exchange_page() -> str:
     """What may cross between a site and the coordinator, type by type."""
     leaves = [exchange.Hello, exchange.Update, exchange.Scores, exchange.Spent, exchange.Refusal]
-    _complete(exchange, [*leaves, exchange.Question, exchange.RoundPlan, exchange.Failure])
+    summed = [exchange.Offer, exchange.Dealing, exchange.Box, exchange.MaskedUpdate, exchange.Agreement,
+              exchange.Shares]  # fmt: skip
+    asked = [exchange.Question, exchange.RoundPlan]
+    steps = [exchange.Gathering, exchange.Masking, exchange.Survivors, exchange.Opening]
+    _complete(exchange, [*leaves, *summed, *asked, *steps, exchange.Failure])
     head = _EXCHANGE_HEAD.format(
         version=exchange.WIRE_VERSION, mebibytes=wire._MAX_BODY_BYTES >> 20, numbers=wire._MAX_NUMBERS
     )
@@ -112,10 +122,17 @@ def exchange_page() -> str:
             *(line for kind in leaves for line in _section(exchange, kind)),
             f"The names in `Scores.values` are {scalars}, each also with `_low` and `_high`.",
             "",
+            "### In a secure sum",
+            "",
+            "Only with `privacy.secure_aggregation`; [secure-aggregation.md](secure-aggregation.md) has the steps.",
+            "",
+            *(line for kind in summed for line in _section(exchange, kind, "####")),
             "## From the coordinator to the site",
             "",
-            *_section(exchange, exchange.Question),
-            *_section(exchange, exchange.RoundPlan),
+            *(line for kind in asked for line in _section(exchange, kind)),
+            "### Steps of a secure sum",
+            "",
+            *(line for kind in steps for line in _section(exchange, kind, "####")),
             "## Never on the wire",
             "",
             *_section(exchange, exchange.Failure),
@@ -168,8 +185,8 @@ def _settings(prefix: str, kind: type, module: ModuleType = config, file: str = 
     yield ""
 
 
-def _section(module: ModuleType, kind: type) -> Iterator[str]:
-    yield from (f"### {kind.__name__}", "", _one_line(kind.__doc__ or ""), "")
+def _section(module: ModuleType, kind: type, level: str = "###") -> Iterator[str]:
+    yield from (f"{level} {kind.__name__}", "", _one_line(kind.__doc__ or ""), "")
     yield from ("| field | content | |", "|---|---|---|")
     docs, types = _field_docs(module, kind.__name__), get_type_hints(kind, include_extras=True)
     for field in fields(kind):
@@ -181,6 +198,8 @@ def _words(kind: Any) -> str:
     """A type and its bounds, as a reader says them."""
     if kind is Weights:
         return "named arrays of float32"
+    if kind is Residues:
+        return "flat array of uint32"
     if is_dataclass(kind) and isinstance(kind, type):
         return f"[{kind.__name__}](#{kind.__name__.lower()})"
     if kind in _PLAIN:
@@ -212,7 +231,7 @@ def _bounded(kind: Any, bounds: Sequence[object]) -> str:
                 elif get_origin(kind) is tuple:
                     words = words.replace("list of ", f"list of {_range(least, most)}, each a ", 1)
                 else:
-                    words = f"at most {most}: {words}"
+                    words = f"{f'{least} to' if least else 'at most'} {most}: {words}"
             case StringConstraints(pattern=str(pattern)):
                 words = _PATTERNS.get(pattern, f"text like `{pattern}`")
             case StringConstraints(max_length=int(most)):

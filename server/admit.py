@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.config import Recipe
 from common.exchange import Failure, Hello, Refusal, Reply, RoundPlan, Update
+from common.weights import Weights
 
 
 def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str | None:
@@ -35,6 +36,10 @@ def _identity(update: Update, plan: RoundPlan) -> str | None:
 def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str | None:
     if plan.work == "evaluate":
         return f"evaluation came with {len(update.delta)} arrays, expected none" if len(update.delta) else None
+    if recipe.privacy.secure_aggregation:
+        return _ready(update, recipe)
+    if update.offer is not None or update.norm is not None:
+        return "the update is kept for a secure sum, which this recipe has not"
     got, expected = update.delta.shapes, plan.weights.shapes
     if got != expected:
         odd = sorted(name for name in {**got, **expected} if got.get(name) != expected.get(name))
@@ -50,6 +55,31 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> s
         return f"declared weight {update.weight:g}, but the site came with {patients} training patients"
     if update.steps < 1:
         return "no training step was made"
+    return None
+
+
+def _ready(update: Update, recipe: Recipe) -> str | None:
+    if len(update.delta):
+        return "the update came in the open, expected one that is kept for the secure sum"
+    if update.offer is None or update.norm is None:
+        return "the update came without keys for the secure sum, or without its norm"
+    if update.norm > (limit := recipe.federation.max_update_norm):
+        return f"update norm {update.norm:.4g} exceeds federation.max_update_norm {limit:.4g}"
+    if update.weight != 1.0 or update.steps or update.train_loss is not None:
+        return "weight, steps or loss of a single site came along, which secure aggregation hides"
+    return None
+
+
+def sum_refusal(mean: Weights, recipe: Recipe) -> str | None:
+    """Why a secure sum's mean may not change the model, or None when it may.
+
+    All that can be seen of a sum: with every honest update within `federation.max_update_norm`, so is their mean.
+    """
+    if not mean.finite:
+        return "the mean of the secure sum holds NaN or infinity"
+    norm, limit = mean.norm, recipe.federation.max_update_norm
+    if norm > limit * (1 + 1e-3):  # every number is rounded
+        return f"the mean of the secure sum has norm {norm:.4g}, above federation.max_update_norm {limit:.4g}"
     return None
 
 

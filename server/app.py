@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -16,9 +16,21 @@ from flwr.serverapp import Grid, ServerApp
 from common import wire
 from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
-from common.exchange import Failure, Hello, Question, Refusal, Reply, RoundPlan, Update
+from common.exchange import (
+    Answer,
+    Ask,
+    Failure,
+    Hello,
+    Masking,
+    Question,
+    Refusal,
+    Reply,
+    RoundPlan,
+    Update,
+)
 from common.identity import Signer
 from server.rounds import Transport
+from server.secure import Take
 
 _POLL_S = (0.05, 0.3)
 _LOOK_S = 1.0
@@ -144,26 +156,58 @@ class FlowerTransport:
         again until then or, once the quorum has answered, until it has been so for `federation.offline_s`.
         """
         kind = MessageType.TRAIN if plan.work == "train" else MessageType.EVALUATE
-        record, began = wire.encode(plan, self._signer), time.monotonic()
-        visits = [_Visit(site, plan.round, f"no reply within {timeout_s:g} s") for site in sites]
+        record, why = wire.encode(plan, self._signer), f"no reply within {timeout_s:g} s"
+        visits = [_Visit(site, plan.round, record, (Update,), why) for site in sites]
+        self._converse(visits, kind, timeout_s)
+        return [cast(Reply, visit.reply) for visit in visits]
+
+    def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
+        """Sends each site its own step of a secure sum, and hands every answer to `take` as it comes.
+
+        A site asked twice answers twice the same. Once the quorum has answered, the others get `offline_s` more.
+        """
+        kind = MessageType.TRAIN if any(isinstance(ask, Masking) for ask in asks.values()) else "query"
+        records: dict[int, RecordDict] = {}  # what all are asked is encoded once
+        visits = []
+        for site, ask in sorted(asks.items()):
+            if id(ask) not in records:
+                records[id(ask)] = wire.encode(ask, self._signer)
+            why = f"no answer to the {type(ask).__name__.lower()} within {timeout_s:g} s"
+            visits.append(_Visit(site, ask.round, records[id(ask)], get_args(Answer), why, take=take))
+        self._converse(visits, kind, timeout_s, hurry=True)
+        return {visit.site: cast(Answer | Refusal | Failure, visit.reply) for visit in visits}
+
+    def _converse(self, visits: Sequence[_Visit], kind: str, timeout_s: float, *, hurry: bool = False) -> None:
+        """Asks until every visit has its reply.
+
+        Args:
+            hurry: Once the quorum has answered, nobody is waited for longer than `offline_s`, connected or not.
+        """
+        began, end = time.monotonic(), time.monotonic() + timeout_s
         while True:
             now = time.monotonic()
             if self._patient:  # a site may be back under another node
                 self._greet(self._federation.timeout_s, only_new=True)
             due = [visit for visit in visits if self._due(visit)]
-            letters = [(visit.node, partial(self._heard, visit)) for visit in due]
-            sent = self._net.send(record, kind, letters, began + timeout_s - now, group=str(plan.round))
-            for visit, message_id in zip(due, sent, strict=True):
-                visit.asked, visit.again_at = message_id, now + _PAUSE_S[0]
-                visit.letters.append(message_id)
-                self._watch(visit.site, "asked", f"round {plan.round}")
+            for record in {id(visit.record): visit.record for visit in due}.values():
+                same = [visit for visit in due if visit.record is record]
+                letters = [(visit.node, partial(self._heard, visit)) for visit in same]
+                sent = self._net.send(record, kind, letters, end - now, group=str(same[0].round))
+                for visit, message_id in zip(same, sent, strict=True):
+                    visit.asked, visit.again_at = message_id, now + _PAUSE_S[0]
+                    visit.letters.append(message_id)
+                    self._watch(visit.site, "asked", f"round {visit.round}")
             self._net.collect()
             self._give_up(visits)
-            if all(visit.reply for visit in visits) or time.monotonic() >= began + timeout_s:
+            if hurry and sum(_usable(visit) for visit in visits) >= self._federation.quorum:
+                hurry, end = False, min(end, time.monotonic() + self._federation.offline_s)
+            if all(visit.reply for visit in visits) or time.monotonic() >= end:
                 break
-            _pause(began, began + timeout_s)
+            _pause(began, end)
         self._net.forget(name for visit in visits for name in visit.letters)
-        return [visit.reply or self._late(visit) for visit in visits]
+        for visit in visits:
+            if not visit.reply:
+                self._late(visit)
 
     # Who is there
 
@@ -219,7 +263,8 @@ class FlowerTransport:
             raise ExchangeError(_error(message))
         answer = wire.decode_reply(message.content)
         self._check(message, answer.site)
-        if isinstance(answer, Update) or (isinstance(answer, Hello) and answer.recipe_id != self._recipe_id):
+        other = isinstance(answer, Hello) and answer.recipe_id != self._recipe_id
+        if not isinstance(answer, Hello | Refusal) or other:
             raise ExchangeError("the answer is none to the question who is there")
         return answer
 
@@ -274,10 +319,11 @@ class FlowerTransport:
             return
         if not message.has_error():
             visit.reply = self._read(message, visit)
-            if isinstance(visit.reply, Update):
+            if _usable(visit):
                 self._watch(visit.site, "answered", f"round {visit.round}")
             else:
-                self._watch(visit.site, "refused" if isinstance(visit.reply, Refusal) else "failed", visit.reply.why)
+                why = str(getattr(visit.reply, "why", ""))
+                self._watch(visit.site, "refused" if isinstance(visit.reply, Refusal) else "failed", why)
             return
         if message.metadata.reply_to_message_id != visit.asked:
             return  # of the time before it came back
@@ -294,7 +340,7 @@ class FlowerTransport:
 
     def _give_up(self, visits: Iterable[_Visit]) -> None:
         """Once the quorum has answered, nobody waits longer than `offline_s` for who is away or only fails."""
-        usable = sum(isinstance(visit.reply, Update) for visit in visits)
+        usable = sum(_usable(visit) for visit in visits)
         if not self._patient or usable < self._federation.quorum:
             return
         latest = time.monotonic() - self._federation.offline_s
@@ -304,23 +350,23 @@ class FlowerTransport:
             if not visit.reply and not visit.asked and any(begin is not None and begin <= latest for begin in since):
                 self._late(visit)
 
-    def _late(self, visit: _Visit) -> Reply:
+    def _late(self, visit: _Visit) -> Failure:
         away = self._away.get(visit.site)
         return self._fail(visit, f"offline since {away.at}" if away else visit.why, "late")
 
     def _fail(self, visit: _Visit, why: str, state: State = "failed") -> Failure:
-        visit.reply = Failure(site=visit.site, round=visit.round, why=why)
+        visit.reply = failure = Failure(site=visit.site, round=visit.round, why=why)
         self._watch(visit.site, state, why)
-        return visit.reply
+        return failure
 
-    def _read(self, message: Message, visit: _Visit) -> Reply:
-        why = "the reply is no answer to a plan"
+    def _read(self, message: Message, visit: _Visit) -> Reply | Answer:
+        why = f"the reply is no answer to {'a plan' if visit.expected == (Update,) else 'this step of a secure sum'}"
         try:
             self._check(message, visit.site)
             reply = wire.decode_reply(message.content)
-            if not isinstance(reply, Hello):
+            if isinstance(reply, (Refusal, *visit.expected)):
                 if reply.site == visit.site:
-                    return reply
+                    return reply if isinstance(reply, Refusal) else visit.take(reply)
                 why = "the reply is in another site's name"
         except ExchangeError as error:
             why = f"unreadable reply: {error}"
@@ -357,9 +403,15 @@ class _Visit:
 
     site: str
     round: int
+    record: RecordDict
+    """What it is asked."""
+    expected: tuple[type, ...]
+    """Types of its answer."""
     why: str
     """Why there is no reply yet."""
-    reply: Reply | None = None
+    take: Callable[[Any], Any] = lambda answer: answer
+    """Told the answer; gives what is kept of it."""
+    reply: Reply | Answer | None = None
     asked: str = ""
     """Id of the question that is under way at a connected node."""
     letters: list[str] = field(default_factory=list)
@@ -432,6 +484,10 @@ class _Net:
         """Waits no more for the answers to these."""
         for name in ids:
             self._waiting.pop(name, None)
+
+
+def _usable(visit: _Visit) -> bool:
+    return visit.reply is not None and not isinstance(visit.reply, Refusal | Failure)
 
 
 def _pause(began: float, end: float) -> None:

@@ -152,6 +152,7 @@ def _record(audit: Log, report: RoundReport) -> None:
         },
         refused=dict(report.refused),
         heads=dict(report.heads),
+        **({"session": report.session} if report.session else {}),
     )
 
 

@@ -9,14 +9,17 @@ from statistics import fmean
 from typing import Literal, Protocol
 
 from common.config import Recipe
-from common.errors import QuorumError
-from common.exchange import Failure, Hello, Reply, RoundPlan, Scores, Spent, Update
+from common.errors import QuorumError, SecureAggregationError
+from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan, Scores, Spent, Update
 from common.weights import Weights
-from server.admit import refusal
+from server.admit import refusal, sum_refusal
 from server.aggregate import Memory, aggregate
+from server.secure import SecureSum, Take, secure_sum
 
 METRIC = "auroc"
 """The validation score that early stopping watches."""
+_SUMS = 3
+"""Attempts at a secure sum, each with new keys, before the round is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +27,16 @@ class SiteRound:
     """What one admitted site reported in a round."""
 
     steps: int
+    """Of training; 0 under secure aggregation, which tells neither steps nor weight (1)."""
     weight: float
     update_norm: float
+    """Under secure aggregation as the site says."""
     train_loss: float | None
     validation: Scores | None
     test: Scores | None
     spent: Spent | None
     update_digest: str
+    """Under secure aggregation of the masked update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class RoundReport:
     seconds: float
     heads: Mapping[str, str] = field(default_factory=dict)
     """Site to the head of its audit chain, of refusals too."""
+    session: str = ""
+    """Name of the round's secure sum; empty where each update was seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +90,9 @@ class Transport(Protocol):
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
         """One reply for every site asked; silence is a `Failure`, never missing."""
+
+    def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
+        """A step of a secure sum, each site its own; answers go to `take` as they come."""
 
 
 def start(recipe: Recipe, weights: Weights) -> ServerState:
@@ -136,7 +147,57 @@ def _step(
         weights=state.weights,
         audit_head=audit_head,
     )
-    replies = {reply.site: reply for reply in transport.ask(plan, sorted(sites), recipe.federation.timeout_s)}
+    secure = recipe.privacy.secure_aggregation and work == "train"
+    failed: list[str] = []
+    while True:
+        replies = {reply.site: reply for reply in transport.ask(plan, sorted(sites), recipe.federation.timeout_s)}
+        accepted, refused = _admitted(replies, plan, recipe, sites)
+        if not secure:
+            total = None
+            break
+        try:
+            total = _summed(plan, recipe, accepted, transport)
+            break
+        except SecureAggregationError as error:
+            failed.append(str(error))
+            if len(failed) == _SUMS:
+                raise QuorumError(
+                    f"round {plan.round}: no secure sum in {_SUMS} attempts; the model is as it was. "
+                    + ". ".join(f"{number}: {why}" for number, why in enumerate(failed, 1))
+                ) from None
+    weights, memory, average = state.weights, state.memory, state.average
+    if total is not None:
+        refused |= {site: "not in the secure sum" for site in accepted if site not in total.masked} | dict(total.left)
+        accepted = {site: update for site, update in accepted.items() if site in total.masked}
+    if work == "train":
+        updates = list(accepted.values()) if total is None else [_as_one(total, plan)]
+        step, memory = aggregate(updates, recipe.federation, memory, round_=plan.round, buffers=buffers)
+        weights = state.weights + step
+        average = _average(average, weights, recipe.federation.ema_decay, plan.round)
+        if average is not None and plan.round == recipe.rounds:
+            weights = average
+    report = RoundReport(
+        round=plan.round,
+        work=work,
+        accepted={
+            site: _site_round(update, "" if total is None else total.masked[site]) for site, update in accepted.items()
+        },
+        refused=refused,
+        validation=_mean_score(accepted.values()),
+        before=state.weights.digest,
+        after=weights.digest,
+        seconds=round(time.monotonic() - began, 3),
+        heads={site: head for site, reply in replies.items() if (head := getattr(reply, "audit_head", ""))}
+        | (dict(total.heads) if total is not None else {}),
+        session="" if total is None else total.session,
+    )
+    return _after(replace(state, average=average), recipe, report, weights, memory), report
+
+
+def _admitted(
+    replies: Mapping[str, Reply], plan: RoundPlan, recipe: Recipe, sites: Mapping[str, Hello]
+) -> tuple[dict[str, Update], dict[str, str]]:
+    """The updates that may change the model, and why the others may not."""
     accepted: dict[str, Update] = {}
     refused: dict[str, str] = {}
     for site in sorted(sites):
@@ -151,25 +212,23 @@ def _step(
             f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is "
             f"{recipe.federation.quorum}; the model is as it was. Refused: {refused}"
         )
-    weights, memory, average = state.weights, state.memory, state.average
-    if work == "train":
-        step, memory = aggregate(list(accepted.values()), recipe.federation, memory, round_=plan.round, buffers=buffers)
-        weights = state.weights + step
-        average = _average(average, weights, recipe.federation.ema_decay, plan.round)
-        if average is not None and plan.round == recipe.rounds:
-            weights = average
-    report = RoundReport(
-        round=plan.round,
-        work=work,
-        accepted={site: _site_round(update) for site, update in accepted.items()},
-        refused=refused,
-        validation=_mean_score(accepted.values()),
-        before=state.weights.digest,
-        after=weights.digest,
-        seconds=round(time.monotonic() - began, 3),
-        heads={site: head for site, reply in replies.items() if (head := getattr(reply, "audit_head", ""))},
-    )
-    return _after(replace(state, average=average), recipe, report, weights, memory), report
+    return accepted, refused
+
+
+def _summed(plan: RoundPlan, recipe: Recipe, accepted: Mapping[str, Update], transport: Transport) -> SecureSum:
+    most = recipe.federation.sites  # no site takes part in a sum of more
+    total = secure_sum(plan, recipe, dict(sorted(accepted.items())[:most]), transport)
+    if why := sum_refusal(total.mean, recipe):
+        raise SecureAggregationError(why)
+    return total
+
+
+def _as_one(total: SecureSum, plan: RoundPlan) -> Update:
+    """The mean of all as if one site had sent it: every strategy that is allowed takes a mean first."""
+    return Update(
+        site="sum", recipe_id=plan.recipe_id, round=plan.round, base=plan.weights.digest, delta=total.mean,
+        weight=1.0, steps=1,
+    )  # fmt: skip
 
 
 def _average(before: Weights | None, weights: Weights, decay: float, round_: int) -> Weights | None:
@@ -227,14 +286,14 @@ def _mean_score(updates: Iterable[Update]) -> float | None:
     return fmean(scores) if scores else None
 
 
-def _site_round(update: Update) -> SiteRound:
+def _site_round(update: Update, masked: str) -> SiteRound:
     return SiteRound(
         steps=update.steps,
         weight=update.weight,
-        update_norm=update.delta.norm,
+        update_norm=update.delta.norm if update.norm is None else update.norm,
         train_loss=update.train_loss,
         validation=update.validation,
         test=update.test,
         spent=update.spent,
-        update_digest=update.delta.digest,
+        update_digest=masked or update.delta.digest,
     )

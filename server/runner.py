@@ -28,7 +28,7 @@ import torch
 from common.config import Recipe
 from common.deployment import ServerHome, read_status
 from common.errors import ConfigError, DataError, ExchangeError, FedicomError, QuorumError, StorageError
-from common.exchange import Hello, Reply, RoundPlan
+from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer, read_private
 from common.journal import Log, SharedLog
 from common.samples import Samples, prepare_folder
@@ -38,6 +38,7 @@ from server.conclude import Circumstances, conclude
 from server.coordinator import Federated, coordinate
 from server.rounds import Transport
 from server.runs import Order, Run, RunStatus
+from server.secure import Take
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +215,9 @@ class _Told:
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
         self._status.change(state="training" if plan.work == "train" else "evaluating", error=None)
         return self._transport.ask(plan, sites, timeout_s)
+
+    def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
+        return self._transport.step(asks, timeout_s, take)
 
 
 class _Tagged:

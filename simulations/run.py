@@ -26,12 +26,13 @@ from client.app import client_app
 from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
+from client.secure import Sums
 from client.site import Site, package_versions
 from common.audit import AuditLog
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.deployment import Policy
 from common.errors import ConfigError, DataError, StorageError
-from common.exchange import NAME_PATTERN, Hello, Reply, RoundPlan
+from common.exchange import NAME_PATTERN, Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer
 from common.models import build
 from common.samples import Samples, prepare_folder
@@ -41,6 +42,7 @@ from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
 from server.report import Baselines
 from server.rounds import RoundReport, ServerState, Transport
+from server.secure import Take
 from simulations.baselines import baselines
 from simulations.grid import InProcessGrid, Worker
 from simulations.hospitals import CENTRAL
@@ -197,7 +199,7 @@ class _Shown:
 
     def __init__(self, show: Show, rounds: int) -> None:
         self._show, self._rounds = show, rounds
-        self._what, self._done, self._total = "Calling the sites", 0, 0
+        self._what, self._done, self._total, self._quiet = "Calling the sites", 0, 0, False
 
     def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         self._total = recipe.federation.sites
@@ -215,7 +217,16 @@ class _Shown:
         self._show.step(self._what, self._done, self._total)
         return self.transport.ask(plan, sites, timeout_s)
 
+    def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
+        self._quiet = True  # of a round, training is what takes time
+        try:
+            return self.transport.step(asks, timeout_s, take)
+        finally:
+            self._quiet = False
+
     def answered(self, site: str) -> None:
+        if self._quiet:
+            return
         self._done += 1
         self._show.step(self._what, self._done, self._total)
 
@@ -268,9 +279,19 @@ def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device:
             ledger=_ledger(recipe, folder, name),
             device=device,
             policy=_policy(recipe),
+            sums=_sums(out, name, folder),
         )
 
     return site
+
+
+def _sums(out: Path, name: str, folder: Path) -> Sums:
+    """The site's secure sums; the key of each site is made when it is first asked for, by whoever comes first."""
+
+    def keys() -> Mapping[str, str]:
+        return {path.stem: Signer.load(path).public for path in (out / "keys").glob("*.key") if path.stem != "server"}
+
+    return Sums(name, folder / "sums", Signer.load_or_create(out / "keys" / f"{name}.key"), keys)
 
 
 def _ledger(recipe: Recipe, folder: Path, name: str) -> Ledger | None:

@@ -195,6 +195,17 @@ def test_without_privacy_it_says_so_loudly() -> None:
     assert "exact number of training patients" in text(reviewed(weighted, cohort_of(), require_privacy=False))
 
 
+def test_secure_aggregation_says_who_sees_what() -> None:
+    federation = Federation(sites=4, quorum=3, max_update_norm=100.0, site_weights="patients", max_patients=500)
+    secure = recipe_of(privacy=Privacy(secure_aggregation=True), federation=federation)
+    said = text(reviewed(secure, cohort_of(), require_privacy=False))
+    assert "WITHOUT noise" in said
+    assert "the coordinator reads the sum over all sites alone" in said
+    assert "The coordinator is not told them" in said
+    assert "exact number of training patients" not in said
+    assert "mean training loss" not in said
+
+
 def test_patients_that_were_not_counted_are_not_guessed() -> None:
     found = reviewed(recipe_of())
     assert (found.plain["patients"], found.plain["privacy"]) == (None, None)

@@ -40,7 +40,7 @@ GOLDEN = Recipe(
     model=ModelConfig(name="resnet18"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5),
 )
-GOLDEN_ID = "4c5e6dcdd54a735096741278f3e75a7f0caaed22012a6b57178a90d01ef2554c"
+GOLDEN_ID = "27b5dbd67ea2f01cbe63fc3c6cc31e486592a8d14b7e2a7d5e782182fcce25b5"
 """Changes when a field is added, renamed or gets another default: every site has to approve its recipes again."""
 
 

@@ -13,7 +13,27 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.errors import ExchangeError
-from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import (
+    WIRE_VERSION,
+    Agreement,
+    Box,
+    Dealing,
+    Gathering,
+    Hello,
+    MaskedUpdate,
+    Masking,
+    Offer,
+    Opening,
+    Question,
+    Refusal,
+    RoundPlan,
+    Scores,
+    Shares,
+    Spent,
+    Survivors,
+    Update,
+)
+from common.fixed import Residues
 from common.identity import Signer
 from common.weights import Weights
 
@@ -50,11 +70,37 @@ PLAN = st.builds(
     RoundPlan, recipe_id=DIGEST, round=ROUND, work=st.sampled_from(["train", "evaluate"]), weights=WEIGHTS,
     audit_head=HEAD,
 )  # fmt: skip
+SIGNATURE = st.from_regex(r"[0-9a-f]{128}", fullmatch=True)
+SHARE = st.from_regex(r"[0-9a-f]{66}", fullmatch=True)
+OFFER = st.builds(Offer, mask_key=DIGEST, share_key=DIGEST, signature=SIGNATURE)
+BOX = st.builds(
+    Box, sealed=st.from_regex(r"[0-9a-f]{164}", fullmatch=True), seed_share=DIGEST, key_share=DIGEST
+)  # fmt: skip
+
+
+def named(kind, least=3):
+    return st.dictionaries(NAME, kind, min_size=least, max_size=4)
+
+
+ABOUT = {"recipe_id": DIGEST, "round": ROUND}
+SECURE = st.one_of(
+    st.builds(Gathering, **ABOUT, base=DIGEST, offers=named(OFFER)),
+    st.builds(Dealing, **ABOUT, site=NAME, session=DIGEST, seed=DIGEST, boxes=named(BOX), audit_head=HEAD),
+    st.builds(Masking, **ABOUT, base=DIGEST, session=DIGEST, boxes=named(BOX)),
+    st.builds(
+        MaskedUpdate, **ABOUT, site=NAME, session=DIGEST, audit_head=HEAD,
+        values=st.binary(max_size=40).map(lambda data: Residues(np.frombuffer(data[: len(data) & ~3], "<u4"))),
+    ),
+    st.builds(Survivors, **ABOUT, base=DIGEST, session=DIGEST, masked=named(DIGEST)),
+    st.builds(Agreement, **ABOUT, site=NAME, session=DIGEST, signature=SIGNATURE, audit_head=HEAD),
+    st.builds(Opening, **ABOUT, base=DIGEST, session=DIGEST, masked=named(DIGEST), signatures=named(SIGNATURE)),
+    st.builds(Shares, **ABOUT, site=NAME, session=DIGEST, seeds=named(SHARE, 0), keys=named(SHARE, 0), audit_head=HEAD),
+)  # fmt: skip
 UPDATE = st.builds(
     Update, site=NAME, recipe_id=DIGEST, round=ROUND, base=DIGEST, delta=WEIGHTS, weight=st.floats(1e-6, 1e9),
     steps=st.integers(0, 10**6), train_loss=st.one_of(st.none(), st.floats(0, 1e6)),
     validation=st.one_of(st.none(), SCORES), test=st.one_of(st.none(), SCORES), spent=st.one_of(st.none(), SPENT),
-    audit_head=HEAD,
+    norm=st.one_of(st.none(), st.floats(0, 1e6)), offer=st.one_of(st.none(), OFFER), audit_head=HEAD,
 )  # fmt: skip
 HELLO = st.builds(
     Hello, site=NAME, recipe_id=DIGEST,
@@ -99,12 +145,49 @@ def flat(data=bytes(28), shape=(7,), stype="fedicom.flat.f4", dtype="float32") -
     return Array(dtype=dtype, shape=shape, stype=stype, data=data)
 
 
-@given(st.one_of(QUESTION, PLAN, UPDATE, HELLO, REFUSAL))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.one_of(QUESTION, PLAN, UPDATE, HELLO, REFUSAL, SECURE))
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_is_encoded_decodes_to_the_same_value_also_through_bytes(value):
     record = wire.encode(value)
     assert wire.decode(record, type(value)) == value
     assert wire.decode(wire.from_bytes(wire.to_bytes(record)), type(value)) == value
+
+
+def masked(**changes) -> RecordDict:
+    """The record of a masked update with some of it replaced."""
+    plain = {"site": "north", "recipe_id": "a" * 64, "round": 1, "session": "b" * 64, "values": 2, "audit_head": ""}
+    array = changes.pop("array", flat(bytes(8), (2,), "fedicom.flat.u4", "uint32"))
+    text = json.dumps(plain | changes)
+    message = {"kind": "masked", "version": WIRE_VERSION, "body": text}
+    return RecordDict({"message": ConfigRecord(message), "weights": ArrayRecord({"values": array})})
+
+
+def test_a_masked_update_is_words_of_the_length_that_it_says():
+    assert len(wire.decode_reply(masked()).values) == 2
+    for wrong in (
+        masked(values=3), masked(values=-1), masked(values=True), masked(values=2.0), masked(values=None),
+        masked(values=1 << 40), masked(array=flat(bytes(8), (2,))), masked(values={"w": [2]}),
+        masked(array=flat(bytes(7), (2,), "fedicom.flat.u4", "uint32")),
+        masked(array=flat(bytes(8), (2,), "fedicom.flat.u4", "float32")),
+    ):  # fmt: skip
+        with pytest.raises(ExchangeError):
+            wire.decode_reply(wrong)
+    with pytest.raises(ExchangeError, match="expected Question"):
+        wire.decode_request(masked())
+
+
+def test_boxes_and_offers_are_read_with_their_own_bounds():
+    box = Box(sealed="0" * 164, seed_share="a" * 64, key_share="b" * 64)
+    masking = Masking(recipe_id="a" * 64, round=1, base="b" * 64, session="c" * 64, boxes=dict.fromkeys("xyz", box))
+    record = wire.encode(masking)
+    assert wire.decode_request(record) == masking
+    text = record.config_records["message"]["body"]
+    for old, new in (("0" * 164, "0" * 162), ("key_share", "patient"), ('"z"', '"z z"'), ("c" * 64, "C" * 64)):
+        wrong = text.replace(old, new)
+        assert wrong != text
+        record["message"] = ConfigRecord({"kind": "masking", "version": WIRE_VERSION, "body": wrong})
+        with pytest.raises(ExchangeError, match=r"Masking|fields"):
+            wire.decode_request(record)
 
 
 def test_weights_keep_their_order_and_bits():

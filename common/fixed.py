@@ -1,0 +1,173 @@
+"""Fixed point modulo 2^32: how an update becomes whole numbers whose sum over all sites cannot wrap."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import SecureAggregationError
+from common.weights import Weights
+
+Words = npt.NDArray[np.uint32]
+
+RANGE = 2**31 - 1
+"""Largest size of a sum: beyond it a positive number would read as a negative one."""
+COARSEST = 2.0**-20
+"""A recipe is refused when 32 bits would leave coarser steps."""
+_MOST_BITS = 40
+_CHUNK = 1 << 18
+"""Numbers converted at once: 2 MiB in float64."""
+
+
+class Residues:
+    """A flat vector of whole numbers modulo 2^32, as it crosses the wire; immutable."""
+
+    __slots__ = ("_digest", "words")
+
+    def __init__(self, words: npt.NDArray[np.unsignedinteger]) -> None:
+        """Copies nothing that is already a flat uint32 array; later writes to it are forbidden.
+
+        Raises:
+            ValueError: It is not flat, or not of 32-bit words.
+        """
+        if words.ndim != 1 or words.dtype.newbyteorder("=") != np.uint32:
+            raise ValueError(f"got {words.dtype} of {words.ndim} axes, expected a flat array of uint32")
+        self.words: Words = np.ascontiguousarray(words, dtype="<u4").view()
+        self.words.flags.writeable = False
+        self._digest = ""
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Residues) and self.digest == other.digest
+
+    __hash__ = None  # type: ignore[assignment]  # compared by content, used as no key
+
+    def __repr__(self) -> str:
+        return f"Residues({len(self)} words, {self.digest[:12]})"
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * len(self.words)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the little-endian words."""
+        if not self._digest:
+            self._digest = hashlib.sha256(self.words.data).hexdigest()
+        return self._digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint:
+    """A number times its site's weight as a multiple of 2^-`bits`, modulo 2^32.
+
+    `bits` is the most for which the sum over all sites stays in range, whatever they send. The mean that comes out is
+    off by at most 2^-bits / 2 times the number of summed sites over their weight, and a rounding to float32.
+    """
+
+    sites: int
+    """Most that are ever summed."""
+    limit: float
+    """Largest L2 norm of one update, hence of each number in it."""
+    max_weight: int = 1
+    """Largest weight of a site."""
+
+    @property
+    def bits(self) -> int:
+        """Binary places behind the point; negative when not even whole numbers fit."""
+        bits = min(_MOST_BITS, math.floor(math.log2(RANGE / (self.sites * self.max_weight * self.limit))))
+        return bits if self.sites * self._bound(bits) <= RANGE else bits - 1
+
+    def objection(self) -> str | None:
+        """Why the range of 32 bits is too small, with the numbers; None when it is not."""
+        if self.sites * self.max_weight > RANGE:
+            return f"{self.sites} sites of weight {self.max_weight} each sum to more than 32 bits hold"
+        step = self.sites * self.limit / RANGE  # of a site of full weight
+        if step <= COARSEST:
+            return None
+        return (
+            f"is {self.limit:g}: sums of {self.sites} numbers up to that size leave steps of {step:.2g} in 32 bits, "
+            f"{COARSEST:.2g} is the coarsest allowed; say at most {math.floor(RANGE * COARSEST / self.sites)}"
+        )
+
+    def encode(self, delta: Weights, weight: int) -> Words:
+        """The words of an update: each number times the weight, then the weight itself.
+
+        Raises:
+            SecureAggregationError: The update is not finite, its norm is above the limit, or the weight is not in
+                1..`max_weight`. Nothing is cut off and nothing wraps.
+        """
+        self.check(delta, weight)
+        bits, at, words = self.bits, 0, np.empty(delta.size + 1, "<u4")
+        scale, bound = weight * 2.0**bits, self._bound(bits)
+        for array in delta.values():
+            flat = array.reshape(-1)
+            for start in range(0, flat.size, _CHUNK):
+                part = np.rint(flat[start : start + _CHUNK].astype(np.float64) * scale).astype(np.int64)
+                if int(np.abs(part).max()) > bound:
+                    raise SecureAggregationError("a number of the update does not fit into the fixed point")
+                words[at : at + part.size] = part.astype(np.uint32)
+                at += part.size
+        words[at] = weight
+        return words
+
+    def check(self, delta: Weights, weight: int) -> None:
+        """`encode` without the work.
+
+        Raises:
+            SecureAggregationError: As there.
+        """
+        norm = delta.norm
+        if not norm <= self.limit:
+            raise SecureAggregationError(
+                f"the update has norm {norm:.4g}, and federation.max_update_norm is {self.limit:g}: larger numbers "
+                "would wrap in the secure sum; the coordinator lowers training.lr or raises the limit"
+            )
+        if not 1 <= weight <= self.max_weight:
+            raise SecureAggregationError(
+                f"this site's weight is above {self.max_weight}, the recipe's federation.max_patients"
+            )
+
+    def decode(self, words: Words, count: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Weights, int]:
+        """The mean over `count` sites by weight, and the sum of their weights.
+
+        Raises:
+            SecureAggregationError: A sum is of a size that so many honest updates cannot give.
+        """
+        size = sum(math.prod(shape) for shape in shapes.values())
+        if len(words) != size + 1:
+            raise SecureAggregationError(f"the secure sum has {len(words)} words, expected {size + 1}")
+        weight, bound = int(words[-1]), count * self._bound(self.bits)
+        if not count <= weight <= count * self.max_weight:
+            raise SecureAggregationError(f"the secure sum's weight is {weight}, impossible for {count} sites")
+        arrays, at, scale = {}, 0, 2.0**-self.bits / weight
+        for name, shape in shapes.items():
+            flat = np.empty(math.prod(shape), np.float32)
+            for start in range(0, flat.size, _CHUNK):
+                part = words[at : at + min(_CHUNK, flat.size - start)].astype(np.uint32).view(np.int32)
+                wide = part.astype(np.int64)
+                if int(np.abs(wide).max()) > bound:
+                    raise SecureAggregationError(
+                        f"the secure sum of {count} sites has a number outside of its range: some site sent what is "
+                        "no masked update"
+                    )
+                flat[start : start + part.size] = wide * scale
+                at += part.size
+            arrays[name] = flat.reshape(shape)
+        return Weights(arrays), weight
+
+    def _bound(self, bits: int) -> int:
+        """Largest size of one site's whole number."""
+        return math.ceil(self.max_weight * self.limit * 2.0**bits)
+
+
+def fewest(sites: int) -> int:
+    """Least quorum of a secure sum over so many sites: more than two thirds of them."""
+    return 2 * sites // 3 + 1
