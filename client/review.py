@@ -234,7 +234,8 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         )  # fmt: skip
     lines = [
         "Epsilon says how much what leaves can depend on any one patient: 0 is not at all, and every training adds.",
-        f"Each patient's share in a step is clipped to {privacy.clip_norm:g} before noise is added.",
+        f"Each patient's share in a step is clipped to {privacy.clip_norm:g} before noise is added."
+        + ("" if privacy.clip_quantile is None else " The bound then follows the patients, by a noised count."),
     ]
     if cost is None:
         asked = f"up to epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise {privacy.noise_multiplier:g}"

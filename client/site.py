@@ -210,7 +210,7 @@ class Site:
             device=self.device,
             private=private,
         )
-        spent = self._spent() if reserved is not None else None
+        spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(
             site=self.name,
             recipe_id=plan.recipe_id,
@@ -300,7 +300,7 @@ class Site:
             steps=0,
             validation=validation,
             test=test,
-            spent=self._spent(),
+            spent=self._spent(self._clip_norm(plan)),
             audit_head=self.audit.append(
                 "evaluation sent", round=plan.round, weights=plan.weights.digest, scores=_told(validation, test)
             ),
@@ -350,7 +350,10 @@ class Site:
             ledger_head=self._budget.head,
         )
         noise = site_noise(recipe, plan.round, self.name)
-        return Private(sampling=drawn, noise_multiplier=noise_multiplier, noise=noise), reserved
+        private = Private(
+            sampling=drawn, noise_multiplier=noise_multiplier, noise=noise, clip_norm=self._clip_norm(plan)
+        )  # fmt: skip
+        return private, reserved
 
     def _settle(self, plan: RoundPlan, reserved: Reservation, steps: int) -> None:
         try:
@@ -359,7 +362,20 @@ class Site:
             self._path(plan).unlink(missing_ok=True)  # nobody has paid for these very bytes: they shall never leave
             raise
 
-    def _spent(self) -> Spent | None:
+    def _clip_norm(self, plan: RoundPlan) -> float | None:
+        """Where an adaptive clip norm stood after the last round, which the kept reply tells; None for a fixed one."""
+        if self.recipe.privacy.clip_quantile is None:
+            return None
+        for path in sorted(self._outbox.glob(f"{plan.recipe_id[:16]}-*.bin"), reverse=True):
+            try:
+                spent = wire.decode(wire.from_bytes(path.read_bytes()), Update).spent
+            except (ExchangeError, OSError):
+                continue
+            if spent is not None:
+                return spent.clip_norm
+        return None
+
+    def _spent(self, clip_norm: float | None) -> Spent | None:
         privacy = self.recipe.privacy
         if not privacy.active:
             return None
@@ -371,7 +387,7 @@ class Site:
             epsilon=epsilon_pld(events, privacy.delta),
             delta=privacy.delta,
             noise_multiplier=events[-1].noise_multiplier,
-            clip_norm=privacy.clip_norm,
+            clip_norm=clip_norm or privacy.clip_norm,
             sampling_rate=events[-1].sampling_rate,
             steps=sum(event.steps for event in events),
         )

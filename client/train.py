@@ -35,6 +35,8 @@ class Private:
     sampling: Sampling
     noise_multiplier: float
     noise: Noise
+    clip_norm: float | None = None
+    """Where an adaptive clip norm goes on from; None starts at the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Trained:
     steps: int
     loss: float | None
     """Mean training loss; None under privacy, where it would leak."""
+    clip_norm: float | None = None
+    """After the last step; None without privacy."""
 
 
 def train(
@@ -112,7 +116,12 @@ def train(
             f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "
             "training.gradient_clip"
         )
-    return Trained(delta=delta, steps=steps, loss=float(torch.stack(losses).double().mean()) if losses else None)
+    return Trained(
+        delta=delta,
+        steps=steps,
+        loss=float(torch.stack(losses).double().mean()) if losses else None,
+        clip_norm=engine.clip_norm if engine else None,
+    )
 
 
 # What a private round is made of; `client.dp.mechanism` tests these very functions.
@@ -130,12 +139,13 @@ def private_gradient(model: nn.Module, loss_B: Loss, recipe: Recipe, private: Pr
     return PrivateGradient(
         model,
         loss_B,
-        clip_norm=recipe.privacy.clip_norm,
+        clip_norm=private.clip_norm or recipe.privacy.clip_norm,
         noise_multiplier=private.noise_multiplier,
         expected_batch=recipe.training.batch_size,
         physical_batch=recipe.privacy.physical_batch,
         noise=private.noise,
         views=recipe.privacy.views,
+        clip_quantile=recipe.privacy.clip_quantile,
     )
 
 

@@ -214,6 +214,8 @@ class Privacy:
     """Noise standard deviation in units of `clip_norm`, instead of `epsilon`."""
     clip_norm: Positive = 1.0
     """Bound on the L2 norm of one patient's gradient."""
+    clip_quantile: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Moves `clip_norm`, then only its start, to this quantile of the gradients' norms; its noise is in the account."""
     views: Annotated[int, Ge(1), Le(64)] = 1
     """Images of each drawn patient in a step, averaged before the clip; a patient with fewer gives them again."""
     physical_batch: Count = 64

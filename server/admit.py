@@ -95,7 +95,8 @@ def _account(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
     if spent.delta != privacy.delta:
         return f"epsilon is given at delta {spent.delta:g}, expected {privacy.delta:g}"
     noise = privacy.noise_multiplier
-    if spent.clip_norm != privacy.clip_norm or spent.noise_multiplier <= 0 or spent.noise_multiplier < (noise or 0):
+    clipped = privacy.clip_quantile is not None or spent.clip_norm == privacy.clip_norm
+    if not clipped or spent.noise_multiplier <= 0 or spent.noise_multiplier < (noise or 0):
         return (
             f"clipped at {spent.clip_norm:g} with noise {spent.noise_multiplier:g}, expected {privacy.clip_norm:g} and "
             f"{'some noise' if noise is None else f'{noise:g}'}"

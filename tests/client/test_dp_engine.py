@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.dp import PrivateGradient, bookkeeping, layers, seeded_noise
+from client.dp import engine as dp_engine
 from client.dp.engine import loop, vectorised
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
 from common.errors import PrivacyError
@@ -359,10 +360,95 @@ def test_a_model_that_mixes_its_records_fails_the_self_test() -> None:
         engine(Mixing()).step(*batch(4))
 
 
+def test_the_comparison_runs_once_for_each_kind_of_model_and_again_for_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    real = PrivateGradient._test_gradients
+
+    def noted(self: PrivateGradient, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
+        seen.append(type(self.model).__name__)
+        real(self, x_B, target_B)
+
+    monkeypatch.setattr(PrivateGradient, "_test_gradients", noted)
+    monkeypatch.setattr(dp_engine, "_PASSED", set())
+    x, target = batch(4)
+    for _ in range(2):  # two visits: an engine each
+        engine(small()).step(x, target)
+        engine(small()).step(x, target)
+    assert len(seen) == 1
+    engine(small()).step(x.to(memory_format=torch.channels_last).expand(-1, 1, -1, -1), target)
+    thawed = small()
+    thawed[0].requires_grad_(False)
+    engine(thawed).step(x, target)
+    engine(small(), views=2).step(x, target)
+    engine(small(), loss=lambda y, t: 2 * cross_entropy(y, t)).step(x, target)
+    engine(small()).step(*batch(4, 1, 9, 9))
+    assert len(seen) == 5
+    for _ in range(2):  # what failed is asked again
+        with pytest.raises(PrivacyError, match="differ by"):
+            engine(Mixing()).step(x, target)
+    assert seen[5:] == ["Mixing", "Mixing"]
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_loss_that_is_not_one_number_a_record_is_refused(fast: bool) -> None:
     with pytest.raises(PrivacyError, match=r"reduction='none'"):
         engine(small(), loss=F.cross_entropy, fast=fast).step(*batch(4))
+
+
+def counting_ones(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return y[:, 0] * t  # the gradient of w * x is x
+
+
+def test_the_clip_norm_follows_the_quantile_by_hand() -> None:
+    # One of two is within 1: 1 - 2 / 2 = 0, so the share is one half, whatever the batch was expected to be.
+    for quantile, expected in ((0.5, 1.0), (0.9, math.exp(0.2 * 0.4)), (0.1, math.exp(-0.2 * 0.4))):
+        private = engine(nn.Linear(1, 1, bias=False), loss=counting_ones, expected_batch=10, clip_quantile=quantile)
+        private.step(torch.tensor([[3.0], [0.5]]), torch.ones(2))
+        assert private.clip_norm == pytest.approx(expected)
+    fixed = engine(nn.Linear(1, 1, bias=False), loss=counting_ones)
+    fixed.step(torch.tensor([[3.0], [0.5]]), torch.ones(2))
+    assert fixed.clip_norm == 1.0
+
+
+def test_the_clip_norm_reaches_the_quantile_of_the_norms_under_noise() -> None:
+    x = torch.linspace(1, 100, 200)[:, None]
+    private = engine(
+        nn.Linear(1, 1, bias=False), loss=counting_ones, expected_batch=200, clip_quantile=0.7, noise_multiplier=1.0,
+        physical_batch=500,
+    )  # fmt: skip
+    for _ in range(150):
+        private.step(x, torch.ones(200))
+    assert private.clip_norm == pytest.approx(70, rel=0.1)  # from 1
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 7.0])
+def test_gradient_and_count_together_are_one_mechanism_of_the_accounted_noise(sigma: float) -> None:
+    model = nn.Linear(200, 200)
+    private = engine(model, clip_norm=1.0, noise_multiplier=sigma, expected_batch=1000, clip_quantile=0.5)
+    moves, spread = [], []
+    for _ in range(300):
+        before = private.clip_norm
+        private.step(torch.empty(0, 200), torch.empty(0, dtype=torch.long))
+        moves.append(math.log(private.clip_norm / before) / -0.2)
+        spread.append(model.weight.grad[0].std().item() / before * 1000)  # type: ignore[index]
+    count_noise = 1000 * float(torch.tensor(moves).std())
+    gradient_noise = sum(spread) / len(spread)
+    # a patient moves the gradient by the clip norm and the count by one half
+    together = 1 / math.sqrt(1 / gradient_noise**2 + 0.5**2 / count_noise**2)
+    assert together == pytest.approx(sigma, rel=0.02)
+    assert gradient_noise == pytest.approx(sigma * math.sqrt(16 / 15), rel=0.01)
+
+
+def test_one_patient_moves_the_count_by_one_half_whoever_it_is() -> None:
+    for extra in (0.5, 3.0, math.nan):
+        moved = []
+        for rows in ([0.2, 4.0], [0.2, 4.0, extra]):
+            private = engine(nn.Linear(1, 1, bias=False), loss=counting_ones, expected_batch=10, clip_quantile=0.5)
+            private.step(torch.tensor(rows)[:, None], torch.ones(len(rows)))
+            moved.append(math.log(private.clip_norm) / -0.2 * 10)
+        assert abs(moved[1] - moved[0]) == pytest.approx(0.5)
 
 
 class Faulty:
@@ -585,6 +671,7 @@ def test_an_unused_parameter_gets_noise_like_every_other() -> None:
         ({"expected_batch": 0}, "expected_batch: got 0"),
         ({"physical_batch": 0}, "physical_batch: got 0"),
         ({"views": 0}, "views: got 0"),
+        ({"clip_quantile": 1.0}, "clip_quantile: got 1.0"),
     ],
 )
 def test_settings_that_break_the_bound_are_refused(change: dict[str, object], why: str) -> None:

@@ -498,3 +498,16 @@ def test_the_log_says_whether_scores_left(house: House, trained: list[Any], metr
     site.visit(house.plan(4, "evaluate"))
     sent = [event for event in verify(house.log) if event.kind in ("update sent", "evaluation sent")]
     assert [event.facts["scores"] for event in sent] == [told, told]
+
+
+def test_an_adaptive_clip_norm_goes_on_in_the_next_round_and_after_a_restart(tmp_path: Path) -> None:
+    house = House(tmp_path, recipe_of(replace(PRIVATE, clip_quantile=0.5, clip_norm=1e-4)))
+    first = house.open().visit(house.plan())
+    assert isinstance(first, Update)
+    assert first.spent is not None
+    assert first.spent.clip_norm > 1e-4 * 1.02  # nobody is within so small a bound, so it rises
+    second = house.open().visit(house.plan(2, weights=first.delta))
+    assert isinstance(second, Update)
+    assert second.spent is not None
+    assert second.spent.clip_norm > first.spent.clip_norm * 1.02
+    assert second.spent.noise_multiplier == first.spent.noise_multiplier  # what is accounted

@@ -40,7 +40,7 @@ GOLDEN = Recipe(
     model=ModelConfig(name="resnet18"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5),
 )
-GOLDEN_ID = "27b5dbd67ea2f01cbe63fc3c6cc31e486592a8d14b7e2a7d5e782182fcce25b5"
+GOLDEN_ID = "3280e9913231337c94aeca05e7bb927c62b5e7a1cf9431a73c3fc243fee9a6e4"
 """Changes when a field is added, renamed or gets another default: every site has to approve its recipes again."""
 
 

@@ -132,6 +132,11 @@ def test_each_wrong_privacy_account_is_refused(spent, why, work):
     assert why in (got or "")
 
 
+def test_an_adaptive_clip_norm_may_stand_anywhere():
+    recipe = replace(PRIVATE, privacy=replace(PRIVATE.privacy, clip_quantile=0.5))
+    assert refusal(update(recipe, spent=replace(SPENT, clip_norm=5)), plan(recipe), recipe) is None
+
+
 def test_less_noise_than_the_recipe_fixes_is_refused():
     less = replace(SPENT, noise_multiplier=1.49)
     assert "noise 1.49, expected 0.5 and 1.5" in (refusal(update(NOISY, spent=less), plan(NOISY), NOISY) or "")
