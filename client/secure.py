@@ -94,7 +94,8 @@ class Sums:
         member, record = self._member(ask), self._record(ask)
         if record.get("opened") and record["update"] != update.delta.digest:
             raise SecureAggregationError(
-                f"round {ask.round} was opened with another update of this site, which is not kept any more"
+                f"round {ask.round} was opened with another update of this site, not kept any more; to run the "
+                "recipe once more, sign it with another seed"
             )
         words = recipe.fixed_point.encode(update.delta, round(update.weight))
         masked = Masked(values=member.mask(ask.session, ask.boxes, words), again=bool(record))

@@ -185,7 +185,7 @@ class Survivors:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Agreement:
-    """Site to coordinator and all sites: the site has been shown this list, and signs no other."""
+    """Site to coordinator: a signature under the list that the site was shown, for all sites; it signs no other."""
 
     site: Name
     recipe_id: Digest

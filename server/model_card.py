@@ -271,6 +271,10 @@ def _privacy(report: RunReport) -> Iterator[str]:
     privacy = report.recipe.privacy
     yield "## Privacy"
     yield ""
+    if privacy.secure_aggregation:
+        yield "Secure aggregation: the coordinator saw the sum of each round's updates, and no single one. What the sum"
+        yield "and this model tell of a patient is another question:"
+        yield ""
     if not privacy.active:
         yield "Mechanism: none. **No differential privacy was applied.** Membership of a training patient may be"
         yield "inferred from the weights, and parts of images may be reconstructed; treat the file as sensitive."

@@ -302,6 +302,15 @@ def _comparison(report: RunReport) -> Html:
 
 
 def _privacy(report: RunReport) -> Html:
+    if not report.recipe.privacy.secure_aggregation:
+        return _of_patients(report)
+    seen = (
+        "The updates went into secure sums: the coordinator saw the sum of each round, and no single hospital's update."
+    )
+    return join(tag("p", seen), _of_patients(report))
+
+
+def _of_patients(report: RunReport) -> Html:
     if not report.recipe.privacy.active:
         return join(
             tag("p", "This run used no differential privacy. Images did not leave the hospitals, but updates and the "

@@ -126,6 +126,26 @@ def refusal(*overrides: str) -> str:
         ),
         (["federation.strategy=fedtrimmedavg", "federation.quorum=4"], ["trim_fraction 0.2 cuts nobody from 4"]),
         (["federation.strategy=fedprox"], ["proximal_mu"]),
+        (["privacy.secure_aggregation=true", "federation.sites=2"], ["federation.sites is 2", "3 to 1000"]),
+        (
+            ["privacy.secure_aggregation=true", "federation.strategy=krum", "federation.quorum=3"],
+            ["federation.strategy=krum", "fedavg"],
+        ),
+        (["privacy.secure_aggregation=true"], ["federation.quorum is 2", "4 sites", "at least 3"]),
+        (
+            ["privacy.secure_aggregation=true", "federation.quorum=3"],
+            ["federation.max_update_norm is 10000", "1.9e-05", "at most 511"],
+        ),
+        (
+            [
+                "privacy.secure_aggregation=true",
+                "federation.quorum=3",
+                "federation.site_weights=patients",
+                "privacy.mechanism=none",
+                "privacy.epsilon=null",
+            ],
+            ["federation.max_patients"],
+        ),
         (["model.weights_file=w.safetensors"], ["model", "weights_sha256"]),
         (["model.trainable=head"], ["model", "weights_file"]),
         # not name=value

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from common.config import Evaluation, Preprocessing, Privacy, Recipe, Task
+from common.config import Evaluation, Federation, Preprocessing, Privacy, Recipe, Task
 from common.exchange import Scores, Spent
 from common.metrics import Metrics
 from common.onnx_model import STATEMENT, Description
@@ -120,6 +120,15 @@ def test_a_run_without_privacy_says_so_and_shows_no_epsilon(tmp_path):
     text = card(tmp_path, full(recipe()))
     assert "**No differential privacy was applied.**" in text
     assert "Epsilon" not in text
+
+
+def test_secure_aggregation_is_told_and_promises_nothing_about_patients(tmp_path):
+    federation = Federation(sites=3, quorum=3, max_update_norm=100.0)
+    text = " ".join(
+        card(tmp_path, full(recipe(privacy=Privacy(secure_aggregation=True), federation=federation))).split()
+    )
+    assert "the coordinator saw the sum of each round's updates, and no single one" in text
+    assert "**No differential privacy was applied.**" in text
 
 
 def test_seeded_noise_voids_the_guarantee_in_words(tmp_path):

@@ -261,6 +261,15 @@ def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
     assert "Treat the model file as if it held patient data" in shown
 
 
+def test_secure_sums_are_told(tmp_path: Path) -> None:
+    report = lean(make())
+    assert "secure sums" not in words(write(report, tmp_path))
+    federation = replace(report.recipe.federation, sites=3, quorum=3, max_update_norm=100.0)
+    privacy = replace(report.recipe.privacy, secure_aggregation=True)
+    recipe = replace(report.recipe, privacy=privacy, federation=federation)
+    assert "no single hospital's update" in words(write(replace(report, recipe=recipe), tmp_path))
+
+
 def test_seeded_noise_claims_no_privacy(tmp_path: Path) -> None:
     report = lean(make())
     recipe = replace(report.recipe, privacy=replace(report.recipe.privacy, unsafe_seeded_noise=True))
@@ -286,7 +295,7 @@ def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None
 
 def test_what_left_lists_every_message_of_a_site(page: str) -> None:
     shown = words(page)
-    for name in ("Scores", "Spent", "Hello", "Update", "Refusal"):
+    for name in ("Scores", "Spent", "Hello", "Update", "Refusal", "Dealing", "MaskedUpdate", "Agreement", "Shares"):
         assert f" {name} " in shown
     assert "RoundPlan" not in shown
 
