@@ -13,7 +13,7 @@ import pytest
 
 from client.secure import Sums
 from common.config import Federation, Privacy, Recipe, Training
-from common.errors import QuorumError, SecureAggregationError
+from common.errors import QuorumError, SecureAggregationError, StorageError
 from common.exchange import (
     Agreement,
     Answer,
@@ -265,6 +265,27 @@ def test_an_older_sum_cannot_be_opened_once_another_update_was_masked(tmp_path):
     with pytest.raises(SecureAggregationError, match="no keys of that session"):
         wards.answer("s2", next(ask for site, ask in openings if site == "s2"))
     assert isinstance(wards.answer("s2", openings[-1][1]), Shares)
+
+
+def test_what_a_site_remembers_must_be_readable_and_written_before_a_share_leaves(tmp_path, monkeypatch):
+    wards = Wards(recipe_of(), tmp_path, away(*NAMES[:4], at=Opening))
+    with pytest.raises(QuorumError):
+        run(wards)
+    site, ask = [(site, ask) for site, ask in wards.asks if isinstance(ask, Opening)][-1]
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise StorageError("the disk is full")
+
+        patch.setattr("client.secure.write_whole", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            wards.answer(site, ask)
+    (record,) = (tmp_path / site).glob("*.json")
+    assert "opened" not in json.loads(record.read_text())
+    for junk in ("", "[]", "{}", "{"):
+        record.write_text(junk)
+        with pytest.raises(SecureAggregationError, match="cannot be read"):
+            wards.answer(site, ask)
 
 
 # Lies
