@@ -164,9 +164,11 @@ class FlowerTransport:
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
         """Sends each site its own step of a secure sum, and hands every answer to `take` as it comes.
 
-        A site asked twice answers twice the same. Once the quorum has answered, the others get `offline_s` more.
+        A site asked twice answers twice the same. In the short steps, once the quorum has answered, the others get
+        `offline_s` more; masked updates have the whole of `timeout_s`, for a line may be slow.
         """
-        kind = MessageType.TRAIN if any(isinstance(ask, Masking) for ask in asks.values()) else "query"
+        large = any(isinstance(ask, Masking) for ask in asks.values())
+        kind = MessageType.TRAIN if large else MessageType.QUERY
         records: dict[int, RecordDict] = {}  # what all are asked is encoded once
         visits = []
         for site, ask in sorted(asks.items()):
@@ -174,7 +176,7 @@ class FlowerTransport:
                 records[id(ask)] = wire.encode(ask, self._signer)
             why = f"no answer to the {type(ask).__name__.lower()} within {timeout_s:g} s"
             visits.append(_Visit(site, ask.round, records[id(ask)], get_args(Answer), why, take=take))
-        self._converse(visits, kind, timeout_s, hurry=True)
+        self._converse(visits, kind, timeout_s, hurry=not large)
         return {visit.site: cast(Answer | Refusal | Failure, visit.reply) for visit in visits}
 
     def _converse(self, visits: Sequence[_Visit], kind: str, timeout_s: float, *, hurry: bool = False) -> None:

@@ -40,7 +40,7 @@ from simulations.rehearsal import edit
 from simulations.run import simulate
 from tests.server.house import RECIPE as HOUSE_RECIPE
 from tests.server.small_sites import _cohort, _model
-from tests.test_federation import SITES, hospitals, no_export, settings_of, weights_of  # noqa: F401
+from tests.test_federation import SEEDED, SITES, hospitals, no_export, settings_of, weights_of  # noqa: F401
 
 SECURE = Privacy(secure_aggregation=True)
 FEDERATION = Federation(sites=3, quorum=3, max_update_norm=100.0)
@@ -64,7 +64,8 @@ def test_a_secure_run_gives_the_model_of_a_plain_one_to_the_steps_of_its_fixed_p
     weighted: bool,
 ) -> None:
     weights = {"site_weights": "patients", "max_patients": 40} if weighted else {}
-    plain = settings_of(tmp_path / "plain", hospitals, rounds=1, federation=replace(FEDERATION, **weights))
+    private = Privacy() if weighted else SEEDED
+    plain = settings_of(tmp_path / "plain", hospitals, private, rounds=1, federation=replace(FEDERATION, **weights))
     simulate(plain)
     secure = secured(replace(plain, out=str(tmp_path / "secure")), **weights)
     simulate(secure)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from client.secure import Sums
 from common.config import Federation, Privacy, Recipe, Training
@@ -286,6 +291,67 @@ def test_what_a_site_remembers_must_be_readable_and_written_before_a_share_leave
         record.write_text(junk)
         with pytest.raises(SecureAggregationError, match="cannot be read"):
             wards.answer(site, ask)
+
+
+LISTS = [frozenset(NAMES[:4]), *(frozenset(NAMES[:4]) - {name} for name in NAMES[:4])]
+MOVES = st.tuples(
+    st.sampled_from([("begin", "sign", "open"), ("sign", "open"), ("sign",), ("open",), ("restart",)]),
+    st.integers(0, 2),
+    st.sampled_from(LISTS[:3]),
+    st.one_of(st.just(set(NAMES[:4])), st.sets(st.sampled_from(NAMES[:4]), min_size=2)),
+)
+
+
+@given(st.lists(MOVES, min_size=2, max_size=8))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_a_coordinator_asks_in_whatever_order_at_most_one_list_is_opened(moves):
+    # A coordinator that begins sums over the same updates again and again, shows any list to any site at any time, and
+    # kills sites. Three of four open a list: over all sums, only one list of sites can have got three.
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("client.secure.write_whole", lambda path, data: path.write_bytes(data))  # not synced: faster
+        wards = Wards(recipe_of(), Path(folder))
+        plan = RoundPlan(recipe_id=wards.recipe.id, round=1, work="train", weights=START)
+        sums: list[tuple[dict[str, Any], str, dict[str, str]]] = []
+        signed: dict[tuple[int, frozenset[str]], dict[str, str]] = {}
+        opened: dict[tuple[int, frozenset[str]], dict[str, Shares]] = {}
+
+        def begin() -> None:
+            offers = {update.site: update.offer for update in wards.ask(plan, wards.names, 1.0) if update.offer}
+            about = {"recipe_id": plan.recipe_id, "round": 1, "base": START.digest}
+            dealt = {site: wards.answer(site, Gathering(**about, offers=offers)) for site in wards.names}
+            session, masked = dealt["s1"].session, {}
+            for site in wards.names:
+                boxes = {dealer: dealing.boxes[site] for dealer, dealing in dealt.items()}
+                masked[site] = wards.answer(site, Masking(**about, session=session, boxes=boxes)).values.digest
+            sums.append((about, session, masked))
+
+        begin()
+        for doings, back, list_, sites in moves:
+            if "begin" in doings:
+                begin()
+            at = max(0, len(sums) - 1 - back)
+            about, session, masked = sums[at]
+            shown = {site: masked[site] for site in sorted(list_)}
+            for doing, site in product(doings, sorted(sites)):
+                signatures = signed.setdefault((at, list_), {})
+                with suppress(SecureAggregationError):
+                    if doing == "restart":
+                        wards.sums[site] = wards.opened(site)
+                    elif doing == "sign":
+                        answer = wards.answer(site, Survivors(**about, session=session, masked=shown))
+                        signatures[site] = answer.signature
+                    elif doing == "open" and len(signatures) >= 3:
+                        ask = Opening(**about, session=session, masked=shown, signatures=signatures)
+                        opened.setdefault((at, list_), {})[site] = wards.answer(site, ask)
+        readable = {list_ for (_, list_), shares in opened.items() if len(shares) >= 3}
+        assert len(readable) <= 1
+        for site in wards.names:
+            mine = {list_ for (_, list_), shares in opened.items() if site in shares}
+            assert len(mine) <= 1
+        for (at, _), shares in opened.items():
+            both = [set(answer.seeds) & set(other.keys) for (again, _), others in opened.items() if again == at
+                    for site, answer in shares.items() for name, other in others.items() if name == site]  # fmt: skip
+            assert not any(both)
 
 
 # Lies
