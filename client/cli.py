@@ -466,13 +466,9 @@ def _ledger(home: SiteHome) -> Ledger | None:
 
 
 def _cohort(home: SiteHome, signed: SignedRecipe, told: Told) -> Cohort:
-    from client.cohort import open_cohort
-    from common.identity import read_private
+    from client.cohort import site_cohort
 
-    config = home.config
-    assert config.data is not None
-    key = read_private(home.cohort_key, "a cohort key")
-    return open_cohort(Path(config.data), signed.recipe, cache=home.cache, key=key, progress=told)
+    return site_cohort(home, signed.recipe, told)
 
 
 def signed_recipe(home: SiteHome, named: str) -> SignedRecipe:

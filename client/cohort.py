@@ -9,7 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -18,9 +18,12 @@ import numpy.typing as npt
 
 from client.versions import record
 from common.config import Evaluation, Recipe, Task, as_plain
+from common.deployment import SiteHome
 from common.errors import DataError, StorageError
+from common.identity import read_private
 from common.imaging import Progress
 from common.samples import Samples, prepare_folder, pseudonym
+from common.shard import Storage, read_secret
 from common.storage import locked, private_folder, storing, write_whole
 
 log = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class Cohort:
     """Reason code -> number of files that were not used."""
     outputs: int = 2
     """Number of classes of the task."""
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    """What was done to values beyond reading and preparing them, such as a tilt -> number of samples."""
 
     def indices(self, split: Split) -> npt.NDArray[np.int64]:
         """The samples of this split, ascending."""
@@ -75,6 +80,8 @@ def open_cohort(
     key: bytes,
     progress: Progress | None = None,
     state: Path | None = None,
+    storage: Storage = "float32",
+    secret: bytes | None = None,
 ) -> Cohort:
     """The site's cohort for this recipe; the first call decides the split, later ones keep it.
 
@@ -87,6 +94,7 @@ def open_cohort(
         progress: Told (steps done, steps in all); two steps a file.
         state: The site's folder for what must survive; a version of the cohort that is new is recorded there for
             `fedicom data diff`, which reads all prepared samples once. None: it is not.
+        storage, secret: How samples are kept, see `common.samples.prepare_folder`.
 
     Raises:
         DataError: The folder is no cohort, or too small a one: fewer than
@@ -94,7 +102,9 @@ def open_cohort(
         StorageError: The cache cannot be written, or the manifest was changed or has another key.
     """
     task = recipe.task
-    prepared = prepare_folder(folder, task, recipe.data, cache=cache, key=key, progress=progress)
+    prepared = prepare_folder(
+        folder, task, recipe.data, cache=cache, key=key, progress=progress, storage=storage, secret=secret
+    )
     samples = prepared.samples
     path = private_folder(cache) / _MANIFEST
     with locked(cache):
@@ -102,14 +112,38 @@ def open_cohort(
         split = split_patients(_classes(samples, task), known, recipe.evaluation, key)
         split_P = np.array([split[patient] for patient in samples.patients])
         split_P.setflags(write=False)
-        cohort = Cohort(samples, split_P, _name(samples, split_P, recipe), prepared.refused, task.outputs)
+        manifest = _name(samples, split_P, recipe)
+        cohort = Cohort(samples, split_P, manifest, prepared.refused, task.outputs, prepared.corrected)
         _check(cohort, recipe)
         # After the check: a folder that is still too small shall not freeze a poor split.
         if split != known:
             _write(path, split, recipe, key)
         if state is not None:
-            record(state, cohort.manifest, samples, split, recipe, key)
+            record(state, cohort, split, recipe, key)
     return cohort
+
+
+def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None) -> Cohort:
+    """A deployed site's cohort, kept as its site.yaml says, and on record for `fedicom data diff`.
+
+    Raises:
+        DataError: As `open_cohort`; or site.yaml names no data folder.
+        ConfigError: A folder or the cache's key is not as it must be.
+        StorageError: As `open_cohort`; or a key cannot be read.
+    """
+    config = home.config
+    if config.data is None:
+        raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
+    return open_cohort(
+        Path(config.data),
+        recipe,
+        cache=home.cache,
+        key=read_private(home.cohort_key, "a cohort key"),
+        progress=progress,
+        state=home.state,
+        storage=config.cache.storage,
+        secret=read_secret(config.cache.key, home.path),
+    )
 
 
 def frozen_split(cache: Path, key: bytes) -> dict[str, str] | None:

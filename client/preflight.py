@@ -18,10 +18,10 @@ from client.policy import ledger_policy, objections
 from client.reach import elsewhere, gateway
 from common import kit
 from common.chain import TOLERANCE_S, parts, verify
-from common.deployment import SiteConfig, SiteHome
+from common.deployment import QualityGate, SiteConfig, SiteHome
 from common.enrolment import WARN_DAYS, warnings
 from common.errors import FedicomError
-from common.identity import Signer, read_private
+from common.identity import Signer
 from common.imaging import Progress
 from common.storage import storing
 
@@ -233,13 +233,14 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
         why = "counted when a recipe is reviewed or approved" if not approved else "not read, as asked"
         yield Line(level="ok", what="images", says=f"the folder and labels.csv are there; {why}")
         return
-    from client.cohort import open_cohort
+    from client.cohort import site_cohort
 
-    key = read_private(home.cohort_key, "a cohort key")
+    if config.quality is not None:
+        yield from _quality(home, config.quality)
     for approval in approved:
         recipe = approval.signed.recipe
         try:
-            cohort = open_cohort(folder, recipe, cache=home.cache, key=key, progress=progress)
+            cohort = site_cohort(home, recipe, progress)
         except FedicomError as error:
             yield Line(
                 level="FAIL",
@@ -269,3 +270,19 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
             )
         if not objections(recipe, config.policy):
             yield from _objections(config, approval, patients)
+
+
+def _quality(home: SiteHome, gate: QualityGate) -> Iterator[Line]:
+    from client.quality.gate import QualityError, require_quality
+
+    try:
+        require_quality(home, gate)
+    except QualityError as error:
+        yield Line(
+            level="FAIL",
+            what="quality",
+            says=str(error),
+            fix="look at the report and mend the data, then run fedicom data report with --site; or change the limits",
+        )
+    else:
+        yield Line(level="ok", what="quality", says="the newest report is about these images, and keeps the limits")

@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from client.approvals import Approval, Approvals
-from client.cohort import Cohort, open_cohort
+from client.cohort import Cohort, site_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
+from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
 from client.site import Code, Site, package_versions
 from common.chain import GENESIS, Event, parts, verify
@@ -42,12 +42,12 @@ from common.exchange import (
     Shares,
     Update,
 )
-from common.identity import Signer, read_private
+from common.identity import Signer
 from common.installed import code_hashes
 from common.journal import Log, SharedLog
 from common.lineage import approvals as standing_approvals
 from common.models import build
-from common.storage import private_folder
+from common.storage import private_folder, storing
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +244,9 @@ class Resident:
         self._set(recipe={"id": recipe.id, "name": recipe.name, "rounds": recipe.rounds})
         try:
             return self._opened(approval, config)
+        except QualityError as error:
+            why = "the data of this site does not keep the site's own limits; " + _SEE
+            return self._refuse(recipe_id, round_, "data", why, error)
         except DataError as error:
             # Its numbers may be about fewer patients than may be told.
             why = "the images and labels of this site make no cohort for this recipe; " + _SEE
@@ -278,7 +281,10 @@ class Resident:
     def _opened(self, approval: Approval, config: SiteConfig) -> Site:
         recipe, policy = approval.signed.recipe, config.policy
         # Approving a recipe anew reads its data anew.
-        wanted = (recipe.id, approval.time, config.data, config.device, config.threads)
+        report = self._report_mark() if config.quality is not None else None
+        wanted = (
+            recipe.id, approval.time, config.data, config.device, config.threads, config.cache, config.quality, report
+        )  # fmt: skip
         if self._site is None or self._loaded != wanted:
             self._unload()
             self._site = self._build(recipe, config)
@@ -317,8 +323,6 @@ class Resident:
         )
 
     def _cohort(self, recipe: Recipe, config: SiteConfig) -> Cohort:
-        if config.data is None:
-            raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
         shown = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -328,11 +332,20 @@ class Resident:
                 self._set(progress=(done, total))
 
         self._set(doing="reading images")
-        key = read_private(self._home.cohort_key, "a cohort key")
+        if config.quality is not None:
+            require_quality(self._home, config.quality)
         try:
-            return open_cohort(Path(config.data), recipe, cache=self._home.cache, key=key, progress=progress)
+            return site_cohort(self._home, recipe, progress)
         except ConfigError as error:  # of this site's folders, not of the recipe
             raise DataError(str(error)) from None
+
+    def _report_mark(self) -> tuple[int, int] | None:
+        """Tells a newer quality report from the one that was looked at."""
+        with storing("the quality report"):
+            if not self._home.quality_file.exists():
+                return None
+            status = self._home.quality_file.stat()
+        return status.st_mtime_ns, status.st_ino
 
     def _unload(self) -> None:
         if self._site is None:

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import Recipe, as_plain
 from common.errors import ConfigError, DataError, StorageError
-from common.samples import Samples
 from common.storage import private_folder, storing, write_whole
+
+if TYPE_CHECKING:
+    from client.cohort import Cohort
 
 _FOLDER = "versions"
 _HASH = 32
@@ -49,6 +51,8 @@ class Version:
     """Task and preprocessing."""
     members: Mapping[str, Member] = field(repr=False)
     """Patient pseudonym -> what belongs to them."""
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    """What was done to values beyond reading and preparing them -> samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +94,19 @@ class Difference:
         return asdict(self)
 
 
-def record(state: Path, manifest: str, samples: Samples, split: Mapping[str, str], recipe: Recipe, key: bytes) -> Path:
+def record(state: Path, cohort: Cohort, split: Mapping[str, str], recipe: Recipe, key: bytes) -> Path:
     """Keeps what a version is made of; one that is known is left as it is, and its samples are not read.
 
     Args:
         state: The site's folder for what must survive.
-        manifest: Of the cohort.
-        split: Pseudonym -> side, at least of `samples.patients`.
+        split: Pseudonym -> side, at least of the cohort's patients.
         key: The site's secret.
 
     Raises:
         StorageError: It cannot be written.
     """
-    path = private_folder(private_folder(state) / _FOLDER) / f"{manifest}.json"
+    samples = cohort.samples
+    path = private_folder(private_folder(state) / _FOLDER) / f"{cohort.manifest}.json"
     with storing("a record of the cohort"):
         if path.exists():
             return path
@@ -114,10 +118,11 @@ def record(state: Path, manifest: str, samples: Samples, split: Mapping[str, str
         found[samples.patients[at]].append((digest, label, tuple(column[row] for column in columns)))
     plain = {
         "format": 1,
-        "manifest": manifest,
+        "manifest": cohort.manifest,
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.name,
         "settings": settings_of(recipe),
+        "corrected": dict(cohort.corrected),
         "members": {
             name: {"split": split[name], "images": sorted(images, key=lambda each: (each[0], str(each[1]), each[2]))}
             for name, images in found.items()
@@ -255,6 +260,7 @@ def _read(path: Path, key: bytes) -> Version:
             recorded=str(plain["recorded"]),
             recipe=str(plain["recipe"]),
             settings=dict(plain["settings"]),
+            corrected=dict(plain.get("corrected", {})),
             members={
                 name: Member(
                     split=str(each["split"]),

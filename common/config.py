@@ -112,6 +112,8 @@ class Preprocessing:
     """Divided by after `mean` is subtracted."""
     modalities: tuple[str, ...] = ()
     """Modalities (0008,0060) to use; empty accepts every one."""
+    correct_tilt: bool = False
+    """Resample series that were taken with a tilted gantry; false refuses them."""
     augmentation: Augmentation = Augmentation()
 
     @model_validator(mode="after")
@@ -410,6 +412,16 @@ class Recipe:
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Cache:
+    """How prepared images are kept on disk."""
+
+    key: str | None = None
+    """Encrypts them (AES-256-GCM): a key file of mode 0600, or keyring:SERVICE/NAME; null leaves them plain."""
+    storage: Literal["float32", "float16"] = "float32"
+    """float16 takes half the room and rounds to one of 2,048 grey levels or finer."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
 class Phantom:
     """Virtual hospitals made of synthetic DICOM; nothing is downloaded."""
 
@@ -435,6 +447,7 @@ class Simulation:
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each worker; 0 shares the cores out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    cache: Cache = Cache()
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import ConfigDict, StringConstraints, model_validator
 from pydantic.dataclasses import dataclass
 
-from common.config import config_root, validate_json
+from common.config import Cache, Fraction, config_root, validate_json
 from common.errors import ConfigError, FedicomError
 from common.exchange import NAME_PATTERN
 from common.registry import Registry, read_registry
@@ -107,6 +107,34 @@ class Policy:
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
+class QualityGate:
+    """Limits of the quality report; a site that sets them trains only while its newest report keeps them."""
+
+    max_duplicates_across_patients: Annotated[int, Ge(0)] = 0
+    """Groups of images that are equal pixel by pixel and lie under more than one patient."""
+    max_near_duplicates_across_patients: Annotated[int, Ge(0)] | None = None
+    """Pairs of nearly equal images of different patients; null: any number."""
+    max_duplicates_across_splits: Annotated[int, Ge(0)] = 0
+    """Groups of equal images of which some are for training and others for validation or test."""
+    min_kappa: Annotated[float, Ge(-1), Le(1)] = 0.6
+    """Cohen's kappa of every two annotators, where the label table has them."""
+    required_tags: tuple[str, ...] = ("Manufacturer", "PixelSpacing")
+    """Keywords of header elements that `max_missing_fraction` is about; PixelSpacing stands for all kinds of it."""
+    max_missing_fraction: Fraction = 0.5
+    """Share of the images that may lack any one of `required_tags`."""
+    min_class_patients: Annotated[int, Ge(0)] = 5
+    """Patients of the rarest class."""
+    max_suspect_fraction: Fraction = 0.2
+    """Share of the labels that cross-validated predictions speak against."""
+    max_text_fraction: Fraction = 0.02
+    """Share of the images in which text seems to be burned in."""
+    max_refused_fraction: Fraction = 0.5
+    """Share of the files that cannot be used."""
+    max_unlabelled_fraction: Fraction = 1.0
+    """Share of the images that have no label, and are left out."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
 class SiteConfig:
     """`site.yaml`: a hospital node."""
 
@@ -125,6 +153,9 @@ class SiteConfig:
     """Loopback port of the Prometheus endpoint; null has none."""
     node_port: Port | None = None
     """Loopback port between the SuperNode and the runner; null takes a free one."""
+    cache: Cache = Cache()
+    quality: QualityGate | None = None
+    """Limits that the newest `fedicom data report --site` must keep before anything is trained; null asks for none."""
     policy: Policy = Policy()
 
 
@@ -145,6 +176,7 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_key: str | None = None
     """Key file with which checkpoints are encrypted at rest; null leaves them plain."""
+    cache: Cache = Cache()
     gateway: Mapping[str, float | int] = field(default_factory=dict)
     """Limits of the gateway that differ from its defaults, by name."""
 
@@ -291,6 +323,11 @@ class SiteHome(_Home):
     @property
     def cache(self) -> Path:
         return self.state / "cache"
+
+    @property
+    def quality_file(self) -> Path:
+        """The newest quality report, sealed."""
+        return self.state / "quality.json"
 
     @property
     def audit_file(self) -> Path:

@@ -81,7 +81,7 @@ def predict(
         table = open_tables.enter_context(_table(out_csv))
         refusals = open_tables.enter_context(_table(refused_csv))
         run = _Run(model, dicom_dir, table, refusals)
-        run.over(iterate_folder(dicom_dir, progress))
+        run.over(iterate_folder(dicom_dir, progress, correct_tilt=run.data.correct_tilt))
         if run.samples:
             table.keep = True
         refusals.keep = True

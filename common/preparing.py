@@ -76,6 +76,8 @@ class Row:
     check: str = ""
     earlier: bool = False
     """It lies in the file of an earlier preparation."""
+    corrections: tuple[str, ...] = ()
+    """What was done to its values beyond reading and preparing them."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Made:
         Raises:
             TypeError, KeyError, AttributeError: It did not.
         """
-        rows = tuple(replace(Row(**row), earlier=earlier) for row in plain["rows"])
+        rows = tuple(
+            replace(Row(**row), earlier=earlier, corrections=tuple(row["corrections"])) for row in plain["rows"]
+        )
         return cls(str(plain["unit"]), rows, dict(plain["refused"]))
 
 
@@ -225,7 +229,7 @@ def prepared(work: _Work) -> Outcome:
     """Everything that one series gives; in a worker, or in this process."""
     refused: Counter[str] = Counter()
     items = []
-    for item in read_series(work.series):
+    for item in read_series(work.series, correct_tilt=work.data.correct_tilt):
         if isinstance(item, Refused):
             refused[str(item.code)] += 1
             continue
@@ -331,6 +335,7 @@ class Workshop:
                 files=len(source.files),
                 code=item.code,
                 why=item.why,
+                corrections=source.corrections,
             )
             if item.values is not None:
                 plain = self._rows.append(item.values)

@@ -7,6 +7,7 @@ import hmac
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Prepared:
     samples: Samples
     refused: Mapping[str, int]
     """Reason code -> number of files that were not used."""
+    corrected: Mapping[str, int] = field(default_factory=dict)
+    """What was done to values beyond reading and preparing them -> number of samples."""
 
 
 def prepare_folder(
@@ -203,6 +206,7 @@ class _Preparation:
                     name: [label.subgroups[at] for label in labels] for at, name in enumerate(self.task.subgroups)
                 },
                 "refused": self._refused(made),
+                "corrected": dict(sorted(Counter(word for row in rows for word in row.corrections).items())),
                 "units": [each.placed(slot_of).plain() for each in made if each.lasting],
             }
             commit(part, place / str(index["file"]))
@@ -341,7 +345,7 @@ def _open(place: Path, fingerprint: str, task: Task, form: Form) -> Prepared | N
         subgroups={name: tuple(values) for name, values in index["subgroups"].items()},
         digest=index["digest"],
     )
-    return Prepared(samples, index["refused"])
+    return Prepared(samples, index["refused"], index["corrected"])
 
 
 def _targets(targets: Sequence[int | tuple[int, ...]], task: Task) -> npt.NDArray[np.int64] | npt.NDArray[np.float32]:

@@ -277,19 +277,22 @@ def check_half(mean: float, std: float) -> None:
         )
 
 
-def read_secret(where: str) -> bytes:
-    """The secret of the cache, 32 bytes.
+def read_secret(where: str | None, folder: Path = Path()) -> bytes | None:
+    """The secret of the cache, 32 bytes; None where `where` is None.
 
     Args:
         where: The path of a file that only its owner can read, 32 bytes or 64 hexadecimal digits; or
             `keyring:SERVICE/NAME` for the keyring of the operating system, as 64 hexadecimal digits.
+        folder: What a relative path is relative to.
 
     Raises:
         ConfigError: The package `keyring` is not installed, or the secret is none.
         StorageError: The file cannot be read, or others can read it.
     """
+    if where is None:
+        return None
     if not where.startswith("keyring:"):
-        data = read_private(Path(where), "the key of the cache")
+        data = read_private(folder / where, "the key of the cache")
         return data if len(data) == SECRET_BYTES else _from_hex(data.decode("ascii", "replace"), "the key of the cache")
     service, slash, name = where.removeprefix("keyring:").partition("/")
     if not (service and slash and name):

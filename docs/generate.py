@@ -62,13 +62,17 @@ _RUN: tuple[tuple[str, type], ...] = (
     ("", config.Settings),
     ("simulation", config.Simulation),
     ("simulation.phantom", config.Phantom),
+    ("simulation.cache", config.Cache),
 )
 
 
 _DEPLOYED: tuple[tuple[str, str, type], ...] = (
     ("site.yaml", "", deployment.SiteConfig),
     ("site.yaml", "policy", deployment.Policy),
+    ("site.yaml", "quality", deployment.QualityGate),
+    ("site.yaml", "cache", config.Cache),
     ("server.yaml", "", deployment.ServerConfig),
+    ("server.yaml", "cache", config.Cache),
     ("federation.yaml", "", deployment.FederationPlan),
 )
 
@@ -152,11 +156,11 @@ def settings_tables() -> str:
     lines += ["### The run", "", "These do not change the recipe's id.", ""]
     for prefix, kind in _RUN:
         lines += _settings(prefix, kind)
-    _complete(deployment, [kind for _, _, kind in _DEPLOYED])
+    _complete(deployment, [kind for _, _, kind in _DEPLOYED if kind.__module__ == deployment.__name__])
     policies = ", ".join(f"`{name}`" for name in deployment.policy_names())
     lines += ["### A deployed federation", "", f"Policies of `configs/site/` to start from: {policies}.", ""]
     for file, prefix, kind in _DEPLOYED:
-        lines += _settings(prefix, kind, deployment, file)
+        lines += _settings(prefix, kind, config if kind.__module__ == config.__name__ else deployment, file)
     return "\n".join(lines)
 
 
@@ -181,7 +185,9 @@ def _settings(prefix: str, kind: type, module: ModuleType = config, file: str = 
             name = f"{prefix}.{field.name}".strip(".")
             value = field.default_factory() if field.default_factory is not MISSING else field.default
             default = "*needed*" if value is MISSING else f"`{_yaml(value)}`"
-            yield f"| `{name}` | {_cell(_words(types[field.name]))} | {default} | {_cell(docs[field.name])} |"
+            nested = any(is_dataclass(part) for part in get_args(types[field.name]))
+            words = "fields of their own, below, or null" if nested else _words(types[field.name])
+            yield f"| `{name}` | {_cell(words)} | {default} | {_cell(docs[field.name])} |"
     yield ""
 
 

@@ -32,6 +32,7 @@ from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPl
 from common.identity import Signer, read_private
 from common.journal import Log, SharedLog
 from common.samples import Samples, prepare_folder
+from common.shard import read_secret
 from common.signed import read_recipe
 from common.vault import Secret
 from server.conclude import Circumstances, conclude
@@ -263,8 +264,12 @@ def _reading_registry() -> Iterator[None]:
 def _test_set(home: ServerHome, folder: Path, recipe: Recipe) -> Samples:
     """The coordinator's own images; pseudonyms are made with a key of this house."""
     key = hashlib.sha256(b"fedicom central set\n" + read_private(home.signing_key, "a signing key")).digest()
+    kept = home.config.cache
     try:
-        return prepare_folder(folder, recipe.task, recipe.data, cache=home.cache / "central", key=key).samples
+        return prepare_folder(
+            folder, recipe.task, recipe.data, cache=home.cache / "central", key=key, storage=kept.storage,
+            secret=read_secret(kept.key, home.path),
+        ).samples  # fmt: skip
     except DataError as error:
         raise DataError(f"server.yaml: test_data: {error}") from None
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -36,6 +36,7 @@ from common.exchange import NAME_PATTERN, Answer, Ask, Failure, Hello, Refusal, 
 from common.identity import Signer
 from common.models import build
 from common.samples import Samples, prepare_folder
+from common.shard import Storage, read_secret
 from common.storage import private_folder, storing, write_whole
 from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
@@ -480,6 +481,7 @@ def _cohort(settings: Settings, out: Path, name: str, show: Show) -> Cohort:
             cache=folder / "cache" / name,
             key=_site_key(name),
             progress=lambda done, total: show.step(f"Reading {name}", done, total),
+            **_kept(settings),
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -492,10 +494,20 @@ def _central(settings: Settings, hospitals: Path, show: Show) -> Samples | None:
     try:
         return prepare_folder(
             folder, recipe.task, recipe.data, cache=hospitals / "cache" / CENTRAL, key=_site_key(CENTRAL),
-            progress=lambda done, total: show.step(f"Reading {CENTRAL}", done, total),
+            progress=lambda done, total: show.step(f"Reading {CENTRAL}", done, total), **_kept(settings),
         ).samples  # fmt: skip
     except DataError as error:
         raise DataError(f"{CENTRAL}: {error}") from None
+
+
+class _Kept(TypedDict):
+    storage: Storage
+    secret: bytes | None
+
+
+def _kept(settings: Settings) -> _Kept:
+    chosen = settings.simulation.cache
+    return {"storage": chosen.storage, "secret": read_secret(chosen.key)}
 
 
 def _folder(settings: Settings, out: Path) -> Path:

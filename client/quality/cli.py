@@ -16,11 +16,11 @@ from common.storage import storing, write_whole
 
 if TYPE_CHECKING:
     from client.quality.drift import Drift
-    from client.quality.gate import QualityGate
     from client.quality.report import Report
     from client.quality.survey import Survey
     from client.quality.table import Table
     from client.versions import Difference, Version
+    from common.deployment import QualityGate
 
 _TIME = re.compile(r"^(?P<folder>.+)@(?P<first>\d{4}-\d\d-\d\d)?\.\.(?P<last>\d{4}-\d\d-\d\d)?$")
 _MOST_NAMES = 20
@@ -182,16 +182,19 @@ def _with_objections(report: Report, arguments: argparse.Namespace) -> tuple[Rep
     from client.quality.gate import objections
     from common.deployment import SiteHome
 
-    gate: QualityGate | None = getattr(SiteHome(arguments.site).config, "quality", None)
+    gate = SiteHome(arguments.site).config.quality
     if gate is None:
         return report, None
     return replace(report, objections=objections(report.plain(), gate)), gate
 
 
 def _kept(arguments: argparse.Namespace) -> Path:
+    from common.deployment import SiteHome
     from common.storage import private_folder
 
-    return private_folder(_state(arguments)) / "quality.json"
+    home = SiteHome(arguments.site)
+    private_folder(home.state)
+    return home.quality_file
 
 
 def _state(arguments: argparse.Namespace) -> Path:

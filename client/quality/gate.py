@@ -6,45 +6,17 @@ import hmac
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
-
-from annotated_types import Ge, Le
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
+from typing import Any
 
 from client.quality.survey import fingerprint
-from common.errors import StorageError
+from common.deployment import QualityGate, SiteHome
+from common.errors import DataError, StorageError
+from common.identity import read_private
 from common.storage import storing, write_whole
 
-Fraction = Annotated[float, Ge(0), Le(1)]
 
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False), kw_only=True)
-class QualityGate:
-    """Limits of the quality report; a site that sets them trains only while its newest report keeps them."""
-
-    max_duplicates_across_patients: Annotated[int, Ge(0)] = 0
-    """Groups of images that are equal pixel by pixel and lie under more than one patient."""
-    max_near_duplicates_across_patients: Annotated[int, Ge(0)] | None = None
-    """Pairs of nearly equal images of different patients; null: any number."""
-    max_duplicates_across_splits: Annotated[int, Ge(0)] = 0
-    """Groups of equal images of which some are for training and others for validation or test."""
-    min_kappa: Annotated[float, Ge(-1), Le(1)] = 0.6
-    """Cohen's kappa of every two annotators, where the label table has them."""
-    required_tags: tuple[str, ...] = ("Manufacturer", "PixelSpacing")
-    """Keywords of header elements that `max_missing_fraction` is about; PixelSpacing stands for all kinds of it."""
-    max_missing_fraction: Fraction = 0.5
-    """Share of the images that may lack any one of `required_tags`."""
-    min_class_patients: Annotated[int, Ge(0)] = 5
-    """Patients of the rarest class."""
-    max_suspect_fraction: Fraction = 0.2
-    """Share of the labels that cross-validated predictions speak against."""
-    max_text_fraction: Fraction = 0.02
-    """Share of the images in which text seems to be burned in."""
-    max_refused_fraction: Fraction = 0.5
-    """Share of the files that cannot be used."""
-    max_unlabelled_fraction: Fraction = 1.0
-    """Share of the images that have no label, and are left out."""
+class QualityError(DataError):
+    """The site's own limits keep its data out of training."""
 
 
 def objections(report: Mapping[str, Any], gate: QualityGate) -> tuple[str, ...]:
@@ -98,6 +70,22 @@ def _objections(report: Mapping[str, Any], gate: QualityGate) -> list[str]:
     most(refused, gate.max_refused_fraction, "files that cannot be used", share=True)
     most(int(report["unlabelled"]) / images, gate.max_unlabelled_fraction, "images without a label", share=True)
     return found
+
+
+def require_quality(home: SiteHome, gate: QualityGate) -> None:
+    """Lets training begin only where the site's newest report keeps its limits.
+
+    Raises:
+        QualityError: It does not, or there is none about just these images and labels.
+        DataError: site.yaml names no data folder.
+        StorageError: Report or folder cannot be read.
+    """
+    data = home.config.data
+    if data is None:
+        raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
+    key = read_private(home.cohort_key, "a cohort key")
+    if found := standing_objections(home.quality_file, Path(data), key, gate):
+        raise QualityError(f"the limits of site.yaml (quality) are not kept: {'; '.join(found)}")
 
 
 def keep_report(path: Path, report: Mapping[str, Any], key: bytes) -> None:

@@ -12,7 +12,7 @@ import os
 import stat
 import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -24,7 +24,7 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 
 from common.imaging import worker
-from common.imaging.layout import LAYOUT_TAGS, Element, layout_of
+from common.imaging.layout import LAYOUT_TAGS, PIXEL_DATA, UNDEFINED, Element, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
 
 _VALUE_BYTES, _HEADER_BYTES, _READS = 2**18, 2**20, 2**14
@@ -297,11 +297,11 @@ class _Stop:
     def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
         if tag < 0x7FE00000:
             return False
-        if tag == 0x7FE00010:
+        if tag == PIXEL_DATA:
             start = self._file.tell()
             left = self._size if self._deflated else max(0, self._size - start)
             self.element = Element(start, length, left, vr not in ("OB", "UN"))
-        return tag in (0x7FE00008, 0x7FE00009, 0x7FE00010)
+        return tag in (0x7FE00008, 0x7FE00009, PIXEL_DATA)
 
 
 def read_header(path: Path, tags: Collection[int] | None, *, bounded: bool = True) -> tuple[Dataset, Element | None]:
@@ -334,7 +334,17 @@ def read_header(path: Path, tags: Collection[int] | None, *, bounded: bool = Tru
         if dataset.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
             # the parser unpacked it behind our back, and places are no longer those of the file
             raise Refusal(RefusalCode.CORRUPT, "The file meta information is longer than it may be.")
-        return dataset, stop.element
+        return dataset, _with_next(file, stop.element, big_endian=dataset.original_encoding[1] is False)
+
+
+def _with_next(file: BinaryIO, element: Element | None, *, big_endian: bool) -> Element | None:
+    """The pixels, and what comes behind them."""
+    if element is None or element.length == UNDEFINED or element.length >= element.left:
+        return element
+    file.seek(element.start + element.length)
+    tag = file.read(4)
+    order: Literal["big", "little"] = "big" if big_endian else "little"
+    return replace(element, after=int.from_bytes(tag[:2], order) << 16 | int.from_bytes(tag[2:], order))
 
 
 def _read_deflated(

@@ -20,6 +20,7 @@ FREE_BYTES = 2**26
 MAX_RATIO = 64
 """A compressed file may unpack to `FREE_BYTES`, or to this many times its own length."""
 UNDEFINED = 0xFFFFFFFF
+PIXEL_DATA = 0x7FE00010
 
 UNCOMPRESSED = (
     uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
@@ -50,6 +51,8 @@ class Element:
     """What the file holds from `start` on; the length of the file where it is deflated."""
     words: bool
     """VR OW rather than OB."""
+    after: int = 0
+    """The tag behind the value of uncompressed pixels; 0: the file ends there, or holds zeros only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +209,9 @@ def _check_length(layout: Layout, decoded_bytes: int) -> None:
         return
     if length == UNDEFINED:
         raise Refusal(RefusalCode.CORRUPT, "The header says that the pixels are not compressed, but they are.")
+    if 0 < layout.element.after <= PIXEL_DATA:  # other readers take the last of two, and nothing tells which is meant
+        why = "Behind its pixels the file holds a piece of another image; transfer it again."
+        raise Refusal(RefusalCode.CORRUPT, why)
     if not decoded_bytes <= length <= decoded_bytes + decoded_bytes % 2:  # a wrong size would shear the picture
         raise Refusal(
             RefusalCode.CORRUPT,

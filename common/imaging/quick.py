@@ -281,6 +281,8 @@ def _elements(head: bytes, size: int) -> _Regular | None:
         at, last = end, tag
     if tag != _PIXEL_DATA or not (implicit or vr in (b"OB", b"OW")):
         return None
+    if length != _UNDEFINED and start + length < size:  # something comes behind the pixels
+        return None
     return _Regular(syntax, tuple(shared), own, b"" if implicit else vr, start, length, size - start)
 
 

@@ -387,7 +387,7 @@ def test_a_network_that_cannot_be_built_is_refused_before_an_image_is_read(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(privacy=NOISY, model=replace(RECIPE.model, name="resnet11"))
-    monkeypatch.setattr(module, "open_cohort", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(module, "site_cohort", lambda *_, **__: pytest.fail("read"))
     node = Node(house, recipe)
     assert "resnet11" in refused(node.hello(), "recipe", node)
 
@@ -397,7 +397,7 @@ def test_an_unexpected_error_leaves_as_its_kind_alone(house: House, monkeypatch:
         raise ValueError("SECRET-1 in /data/SECRET-1/a.dcm")
 
     node = Node(house)
-    monkeypatch.setattr(module, "open_cohort", fail)
+    monkeypatch.setattr(module, "site_cohort", fail)
     why = refused(node.visit(), "training", node)
     assert why == "ValueError at the site; see its own log"
     assert b"SECRET" not in house.home.audit_file.read_bytes()

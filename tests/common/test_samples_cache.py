@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,22 @@ def test_the_cache_is_closed_to_others(site: Path) -> None:
     folders = [path for path in (site.parent / "cache").rglob("*") if path.is_dir()]
     modes = {stat.S_IMODE(path.stat().st_mode) for path in [site.parent / "cache", *folders]}
     assert modes == {0o700}
+
+
+def test_a_tilted_series_is_a_sample_only_where_the_recipe_corrects_it_and_that_is_counted(
+    site: Path, tmp_path: Path
+) -> None:
+    from tests.common.test_imaging_references import tilted_ct
+
+    tilted_ct(site / "dicom" / "tilted")  # of patient P1
+    with (site / "labels.csv").open("a") as table:
+        table.write("P1,positive\n")
+    time.sleep(0.03)
+    with pytest.raises(DataError, match="no image has this patient"):
+        read(site)
+    data = replace(DATA, correct_tilt=True)
+    for how in ({"jobs": 1}, {"jobs": 1}, {"secret": SECRET}):  # the second is opened as it is
+        found = read(site, data, **how)
+        assert len(found.samples.x_N) == PATIENTS + 1
+        assert found.corrected == {"gantry tilt of 15.0 degrees resampled": 1}
+        assert found.refused == {}
