@@ -19,6 +19,7 @@ from common.config import Recipe, Training
 from common.errors import FedicomError
 from common.imaging import augmentation
 from common.models import get_weights, parameter_groups, set_weights
+from common.shard import Batches
 from common.weights import Weights
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -95,8 +96,9 @@ def train(
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(rng.integers(2**63)))  # dropout
+        samples = Batches(cohort.samples.x_N)
         for step, index_B in enumerate(batches):
-            x_B, target_B = _batch(cohort, index_B, device)
+            x_B, target_B = _batch(cohort, samples, index_B, device)
             if augment is not None and len(index_B):
                 x_B = augment(x_B)
             progress = (round_ - 1 + step / steps) / recipe.rounds
@@ -246,8 +248,10 @@ def _epochs(
     return steps, batches()
 
 
-def _batch(cohort: Cohort, index_B: npt.NDArray[np.int64], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    x_B = torch.from_numpy(np.ascontiguousarray(cohort.samples.x_N[index_B]))
+def _batch(
+    cohort: Cohort, samples: Batches, index_B: npt.NDArray[np.int64], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x_B = torch.from_numpy(samples(index_B))  # overwritten by the next step's
     target_B = torch.from_numpy(np.ascontiguousarray(cohort.samples.targets_N[index_B]))
     if device.type == "cuda":
         x_B, target_B = x_B.pin_memory(), target_B.pin_memory()

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from common.shard import Batches
+
 
 def logits(
     model: nn.Module,
@@ -36,14 +38,12 @@ def logits(
         raise ValueError("no samples to run the model on")
     # A frozen batch norm may be in eval mode inside a training model: each module gets its own mode back
     modes = [(module, module.training) for module in model.modules()]
+    batches = Batches(x_N)
     model.to(device).eval()
     try:
         with torch.inference_mode():
             parts = [
-                model(torch.from_numpy(np.ascontiguousarray(x_N[chosen[start : start + batch_size]])).to(device))
-                .float()
-                .cpu()
-                .numpy()
+                model(torch.from_numpy(batches(chosen[start : start + batch_size])).to(device)).float().cpu().numpy()
                 for start in range(0, len(chosen), batch_size)
             ]
     finally:

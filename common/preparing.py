@@ -25,8 +25,8 @@ from common.shard import Appender, Form, Rows
 
 _WORTH_WORKERS_BYTES = 2**28
 """Smaller folders are prepared in this process: starting others takes longer."""
-_WORKER_BYTES, _COPIES = 2**29, 25
-"""What a process takes, and how many times a volume: MONAI's Gaussian smoothing, before a volume is made smaller."""
+_WORKER_BYTES, _COPIES = 2**29, 3
+"""What a process takes, and how many times a volume: itself, a copy for percentiles, or one made straight."""
 _SERIES_S, _FILE_S = 120.0, 5.0
 """What a series, and each of its files, may take before its worker is given up."""
 

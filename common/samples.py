@@ -413,7 +413,7 @@ def _maker() -> str:
     own = [here / f"{name}.py" for name in ("samples", "preparing", "pseudonyms", "shard", "labels")]
     for path in sorted([*(here / "imaging").rglob("*.py"), *own]):
         digest.update(path.read_bytes())
-    libraries = [f"{name} {version(name)}" for name in ("pydicom", "highdicom", "monai", "torch", "numpy")]
+    libraries = [f"{name} {version(name)}" for name in ("pydicom", "highdicom", "nibabel", "numpy", "scipy")]
     return " ".join([digest.hexdigest(), *libraries])
 
 

@@ -105,14 +105,7 @@ class Rows:
         places = np.arange(len(self))[chosen]
         single = places.ndim == 0
         batch = np.empty((places.size, *self.form.shape), np.float32)
-        if self.form.storage == "float32":
-            self._into(places.reshape(-1), batch)
-        else:
-            half_1 = np.empty((1, *self.form.shape), self.form.dtype)
-            for place, row in zip(places.reshape(-1), batch, strict=True):
-                if self._plain is None:
-                    self._into(place[None], half_1)
-                _widen(half_1[0] if self._plain is None else self._plain[place], row)
+        self.widen_into(places.reshape(-1), batch)
         return batch[0] if single else batch
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -133,6 +126,17 @@ class Rows:
             )
         self._into(chosen, out_B)
 
+    def widen_into(self, chosen: npt.NDArray[np.int64], out_B: npt.NDArray[np.float32]) -> None:
+        """Reads samples into a batch (B, 1, *size) of float32 of the caller, one behind the other."""
+        if self.form.storage == "float32":
+            self._into(chosen, out_B)
+            return
+        half_1 = np.empty((1, *self.form.shape), self.form.dtype) if self._plain is None else None
+        for place, row in zip(chosen, out_B, strict=True):
+            if half_1 is not None:
+                self._into(place[None], half_1)
+            _widen(half_1[0] if self._plain is None else self._plain[place], row)  # type: ignore[index]
+
     def _into(self, places: npt.NDArray[np.int64], out_B: npt.NDArray[Any]) -> None:
         for place, row in zip(places.tolist(), out_B, strict=True):
             if self._cipher is None:
@@ -141,6 +145,30 @@ class Rows:
                 continue
             start = _HEADER_BYTES + place * self.form.record_bytes
             self._cipher.open_into(self._map[start : start + self.form.record_bytes], place, _bytes(row))
+
+
+class Batches:
+    """Float32 batches of samples, in memory that is used again: a batch is gone when the next one is asked for.
+
+    Fresh memory costs more than the samples themselves: the system hands it out page by page, filled with zeros.
+    """
+
+    def __init__(self, x_N: npt.NDArray[np.float32]) -> None:
+        """Takes the samples of `common.samples.Samples`, whatever they are kept in."""
+        self._x_N: Any = x_N
+        self._room = np.empty((0, *x_N.shape[1:]), np.float32)
+
+    def __call__(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(B, 1, *size)."""
+        if len(chosen) > len(self._room):
+            self._room = np.empty((len(chosen), *self._room.shape[1:]), np.float32)
+        batch_B = self._room[: len(chosen)]
+        if isinstance(self._x_N, Rows):
+            self._x_N.widen_into(chosen, batch_B)
+        else:
+            for place, row in zip(chosen.tolist(), batch_B, strict=True):
+                row[...] = self._x_N[place]
+        return batch_B
 
 
 class _Cipher:

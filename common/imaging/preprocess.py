@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from monai.data.meta_tensor import MetaTensor
-from monai.data.utils import affine_to_spacing
-from monai.transforms.croppad.array import ResizeWithPadOrCrop
-from monai.transforms.intensity.array import GaussianSmooth, ScaleIntensityRange
-from monai.transforms.spatial.array import Orientation, Resize, Spacing
+from nibabel import orientations
 from numpy.typing import NDArray
 from torch.nn import functional
 
 from common.config import Augmentation, Preprocessing
 from common.errors import ConfigError, DataError
+from common.imaging.resample import Grid, through
 from common.imaging.volume import Image, Volume
 
 MAX_VOXELS = 2**29
@@ -60,51 +59,53 @@ def prepare(item: Volume | Image, data: Preprocessing) -> NDArray[np.float32]:
             f"the recipe resamples to {data.spacing_mm} mm but the image has no pixel spacing; "
             "set data.spacing_mm=null or leave the image out"
         )
-    # MONAI reads affines as RAS
-    x: torch.Tensor = MetaTensor(torch.from_numpy(_scaled(values, data))[None], affine=torch.from_numpy(affine))
+    order, flipped = tuple(range(values.ndim)), (False,) * values.ndim
+    spacing_mm = np.linalg.norm(affine[: values.ndim, : values.ndim], axis=0)
     if isinstance(item, Volume) and data.orientation != "source":
-        # axes are (slice, row, column), the recipe names them (column, row, slice)
-        x = Orientation(axcodes=data.orientation[::-1], labels=_LABELS)(x)
-    if data.spacing_mm is not None:
-        spacing_mm = affine_to_spacing(x.affine, r=len(data.size))  # type: ignore[attr-defined]
-        ratio = np.array(data.spacing_mm) / np.asarray(spacing_mm)
-        voxels = float(np.prod(np.array(x.shape[1:]) / ratio))
+        order, flipped = _turn(affine, data.orientation)
+    shape, size = values.shape, [data.size[axis] for axis in order]
+    wanted_mm = None if data.spacing_mm is None else [data.spacing_mm[axis] for axis in order]
+    if wanted_mm is not None:
+        voxels = float(np.prod(np.array(shape) * spacing_mm / np.array(wanted_mm)))
         if voxels > MAX_VOXELS:  # a header may claim voxels of a metre
             raise DataError(f"resampling to {data.spacing_mm} mm would make {voxels:.3g} voxels; check the spacing")
-        if not np.allclose(ratio, 1, rtol=1e-3):
-            x = _smooth(x, ratio)
-            x = Spacing(pixdim=data.spacing_mm, mode="bilinear", padding_mode="border")(x)
-    shape = tuple(x.shape[1:])
-    if shape != data.size:
-        if data.fit == "resize":
-            x = _smooth(x, np.array(shape) / np.array(data.size))
-            x = Resize(spatial_size=data.size, mode="bilinear" if len(data.size) == 2 else "trilinear")(x)
-        else:
-            x = ResizeWithPadOrCrop(spatial_size=data.size, mode="constant", value=0.0)(x)
-    array = x.numpy()
-    return np.ascontiguousarray((array - data.mean) / data.std, dtype=np.float32)
+    matrices = Grid.of(shape, size, spacing_mm.tolist(), wanted_mm, data.fit).matrices()
+    # backwards before the matrix, which may not treat both ends alike
+    turned = np.flip(values, tuple(axis for axis, back in enumerate(flipped) if back))
+    x = through(turned, matrices, _scaling(values, data)).transpose(np.argsort(order))
+    return np.ascontiguousarray(((x - data.mean) / data.std)[None], dtype=np.float32)
 
 
-def _scaled(values: NDArray[np.float32], data: Preprocessing) -> NDArray[np.float32]:
+def _turn(affine: NDArray[np.float64], wanted: str) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Which axis of the wanted orientation each axis becomes, and whether it runs backwards there.
+
+    Args:
+        affine: (slice, row, column) -> mm, RAS.
+        wanted: Direction of growing (column, row, slice).
+    """
+    found = orientations.ornt_transform(  # type: ignore[no-untyped-call]
+        orientations.io_orientation(affine),  # type: ignore[no-untyped-call]
+        orientations.axcodes2ornt(tuple(wanted[::-1]), labels=_LABELS),  # type: ignore[no-untyped-call]
+    )
+    return tuple(int(axis) for axis in found[:, 0]), tuple(bool(sign < 0) for sign in found[:, 1])
+
+
+def _scaling(values: NDArray[np.float32], data: Preprocessing) -> Callable[[Any], NDArray[np.float32]]:
+    """What brings values into [0, 1]."""
     low, high = data.low, data.high
     if data.intensity == "percentile":
         low, high = (float(v) for v in np.percentile(values, [low, high]))
         if low >= high:
             low, high = float(values.min()), float(values.max())
+
+    def scaled(part: NDArray[np.float32]) -> NDArray[np.float32]:
         if low >= high:
-            return np.zeros_like(values)
-    scaled = ScaleIntensityRange(a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)(
-        torch.from_numpy(np.ascontiguousarray(values))  # torch has no negative strides
-    )
-    return np.asarray(scaled, dtype=np.float32)
+            return np.zeros(part.shape, np.float32)
+        made = np.subtract(part, np.float32(low), dtype=np.float32)
+        made /= np.float32(high - low)
+        return np.clip(made, 0, 1, out=made)
 
-
-def _smooth(x: torch.Tensor, ratio: NDArray[np.float64]) -> torch.Tensor:
-    """Low-pass before sampling `ratio` times coarser along each axis, with the width scikit-image uses."""
-    sigma = np.maximum((ratio - 1) / 2, 0)
-    if sigma.max() < 0.1:
-        return x
-    return GaussianSmooth(sigma=sigma.tolist())(x)
+    return scaled
 
 
 @dataclass

@@ -273,7 +273,7 @@ def test_no_batch_of_one_reaches_a_batch_norm_and_every_sample_is_seen_once(samp
 def test_a_batch_norm_network_with_an_odd_number_of_samples_sees_no_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     real = module._batch
-    monkeypatch.setattr(module, "_batch", lambda c, index_B, d: sizes.append(len(index_B)) or real(c, index_B, d))
+    monkeypatch.setattr(module, "_batch", lambda c, x, index_B, d: sizes.append(len(index_B)) or real(c, x, index_B, d))
     assert go(recipe_of(replace(SGD, batch_size=2), norm="batch"), cohort_of(5)).delta.finite
     assert sorted(sizes) == [2, 3]
 

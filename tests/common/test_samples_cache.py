@@ -64,7 +64,7 @@ def test_as_many_processes_start_as_are_worth_it_and_fit_into_memory(monkeypatch
     monkeypatch.setattr(preparing, "cores", lambda: 8)
     monkeypatch.setattr(preparing, "_free_bytes", lambda: 16 * 2**30)
     small = preparing.Unit("", "", frozenset(), 1, 2**20, 2**21)
-    large = preparing.Unit("", "", frozenset(), 200, 2**27, 2**28)  # 25 * 256 MiB + 512 MiB: 6.75 GiB a process
+    large = preparing.Unit("", "", frozenset(), 200, 2**31, 2**31)  # 3 * 2 GiB + 512 MiB: 6.5 GiB a process
     assert preparing.jobs_for([small]) == 1
     assert preparing.jobs_for([small] * 256) == 8
     assert preparing.jobs_for([large] * 4) == 2

@@ -15,6 +15,7 @@ import pytest
 from common.errors import ConfigError, StorageError
 from common.shard import (
     Appender,
+    Batches,
     Form,
     Rows,
     Storage,
@@ -74,6 +75,20 @@ def test_samples_are_read_into_the_batch_of_the_caller_as_they_are_stored(tmp_pa
     np.testing.assert_array_equal(batch, X_N[[4, 1]].astype(form.dtype))
     with pytest.raises(ConfigError, match="the batch is float64"):
         Rows(tmp_path / "x", form, 5).read_into(np.array([4, 1]), batch.astype(np.float64))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.storage}{form.suffix}")
+def test_batches_are_the_chosen_samples_in_memory_that_is_used_again(tmp_path: Path, form: Form) -> None:
+    write(tmp_path / "x", form)
+    rows = Rows(tmp_path / "x", form, 5)
+    batches = Batches(rows)  # type: ignore[arg-type]
+    first = batches(np.array([3, 0, 3]))
+    np.testing.assert_array_equal(first, rows[[3, 0, 3]])
+    assert np.shares_memory(first, batches(np.array([1])))
+    np.testing.assert_array_equal(batches(np.array([2, 1])), rows[[2, 1]])
+    assert batches(np.array([], np.int64)).shape == (0, *form.shape)
+    plain = Batches(np.asarray(rows))
+    np.testing.assert_array_equal(plain(np.array([4, 1])), rows[[4, 1]])
 
 
 def test_a_plain_file_is_what_numpy_would_have_written(tmp_path: Path) -> None:
