@@ -31,6 +31,7 @@ SUBVERBS: dict[str, tuple[str, str, str]] = {
 _SHOWN = 12
 """Digits of a pseudonym, and series in the table on the screen."""
 _MOST_SERIES = 40
+_NARROW = 8
 
 
 def data_verb(words: Sequence[str]) -> int:
@@ -124,7 +125,8 @@ def cache_verb(words: Sequence[str]) -> int:
     found = usage(cache)
     limit = "no limit" if found.limit_bytes is None else f"at most {shown(found.limit_bytes)}"
     print(f"prepared samples  {found.prepared:>4}  {shown(found.prepared_bytes):>10}  ({limit})")  # noqa: T201
-    print(f"indexes           {found.indexes:>4}  {shown(found.index_bytes):>10}")  # noqa: T201
+    what = "(and what reports remember)"
+    print(f"indexes           {found.indexes:>4}  {shown(found.index_bytes):>10}  {what}")  # noqa: T201
     return 0
 
 
@@ -236,23 +238,26 @@ def _sorted(counts: Counter[str]) -> dict[str, int]:
 
 def _show(plain: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+
+    from common.imaging.refusal import MEANINGS
 
     console = Console(highlight=False)
     console.print(
-        f"{plain['files']:,} files, {plain['patients']:,} patients, {plain['studies']:,} studies, "
-        f"{len(plain['series']):,} series: {plain['volumes']:,} volumes, {plain['images']:,} images, "
-        f"{plain['multiframe_files']:,} multi-frame files"
+        f"{_count(plain['files'], 'file')}, {_count(plain['patients'], 'patient')}, {plain['studies']:,} studies, "
+        f"{len(plain['series']):,} series: {_count(plain['volumes'], 'volume')}, {_count(plain['images'], 'image')}, "
+        f"{_count(plain['multiframe_files'], 'multi-frame file')}",
+        soft_wrap=True,
     )
-    table = Table("series", "patient", "modality", "vendor", "files", "gives", "refused")
+    table = Table(*(Column(name, no_wrap=True) for name in ("series", "patient", "", "vendor")), "files", "gives")
     for each in plain["series"][:_MOST_SERIES]:
         gives = [f"{'x'.join(map(str, one['size']))} at {_by(one['spacing_mm'] or ())} mm" for one in each["volumes"]]
-        gives += [f"{len(each['images'])} images"] * bool(each["images"])
-        gives += [f"{each['multiframe']} multi-frame files"] * bool(each["multiframe"])
-        refused = ", ".join(f"{code} {count}" for code, count in each["refused"].items())
+        gives += [_count(len(each["images"]), "image")] * bool(each["images"])
+        gives += [_count(each["multiframe"], "multi-frame file")] * bool(each["multiframe"])
+        gives += [f"refused: {count} {code}" for code, count in each["refused"].items()]
         table.add_row(
-            each["series"], each["patient"], each["modality"], each["vendor"], str(each["files"]), "\n".join(gives),
-            refused,
+            each["series"][:_NARROW], each["patient"][:_NARROW], each["modality"], each["vendor"], str(each["files"]),
+            "\n".join(gives),
         )  # fmt: skip
     console.print(table)
     if len(plain["series"]) > _MOST_SERIES:
@@ -260,11 +265,19 @@ def _show(plain: dict[str, Any]) -> None:
     for title, counts in (
         ("series by modality", "by_modality"), ("series by vendor", "by_vendor"),
         ("volumes and images by spacing, mm", "by_spacing_mm"), ("files by transfer syntax", "by_transfer_syntax"),
-        ("files that are not used", "refused"),
     ):  # fmt: skip
         if plain[counts]:
             table = Table(title, "")
             for value, count in list(plain[counts].items())[:_MOST_SERIES]:
                 table.add_row(value, f"{count:,}")
             console.print(table)
-    console.print("Damage inside the pixels shows when they are read. docs/data.md says what each refusal means.")
+    if plain["refused"]:
+        table = Table("files that are not used", "", "because of", "what helps")
+        for code, count in plain["refused"].items():
+            table.add_row(code, f"{count:,}", *MEANINGS.get(code, ("", "")))
+        console.print(table)
+    console.print("Damage inside the pixels shows when they are read.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)

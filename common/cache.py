@@ -19,7 +19,8 @@ from common.storage import locked, private_folder, storing, write_whole
 
 _PREPARED = re.compile(r"[0-9a-f]{16}(-[a-z0-9]+)*")
 """Folders of prepared samples, as `common.samples` names them."""
-_INDEX = re.compile(r"index-[0-9a-f]{16}\.sqlite(-wal|-shm)?")
+_INDEX = re.compile(r"(index-[0-9a-f]{16}|looks)\.sqlite(-wal|-shm)?")
+"""Indexes of headers, and what `fedicom data report` remembers of each series."""
 _LIMIT = "limit.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -33,6 +34,7 @@ class Usage:
     prepared_bytes: int
     indexes: int
     index_bytes: int
+    """Of these, and of what reports remember."""
     limit_bytes: int | None
     """None: as much as there is."""
 
@@ -48,7 +50,7 @@ def usage(cache: Path) -> Usage:
         return Usage(
             prepared=len(folders),
             prepared_bytes=sum(map(_folder_bytes, folders)),
-            indexes=sum(path.suffix == ".sqlite" for path in files),
+            indexes=sum(path.suffix == ".sqlite" and path.name.startswith("index") for path in files),
             index_bytes=sum(path.stat().st_size for path in files),
             limit_bytes=_limit(cache),
         )

@@ -235,7 +235,7 @@ class _Preparation:
         refused = list(self.index.refused())
         self._outside = [each for each in refused if each.path != self.table_path]
         done = total // 2 + len(refused) - len(self.index.outside)
-        made_by = (self.wanted.decode(), _maker())
+        made_by = (self.wanted.decode(), maker())
         catalogue = Catalogue(self.index)
         units = [unit_of(series, self.task, self.key, self.labels, made_by) for series in catalogue]
         made = {unit.name: found for unit in units if (found := workshop.known(unit.name)) is not None}
@@ -373,7 +373,7 @@ def _folder_name(wanted: bytes, form: Form) -> str:
 def _fingerprint(images: Path, table_path: Path, table: bytes, wanted: bytes, key: bytes) -> str:
     """Keyed hash of all that decides the samples, from file names, sizes and times: no image is opened."""
     digest = hmac.new(key, digestmod="sha256")
-    for part in (wanted, hashlib.sha256(table).digest(), _maker().encode()):
+    for part in (wanted, hashlib.sha256(table).digest(), maker().encode()):
         digest.update(len(part).to_bytes(8, "big") + part)
     labels_csv = os.path.relpath(table_path, images)
     with storing("the folder of images"):
@@ -406,7 +406,7 @@ def _files(root: str) -> Iterator[tuple[str, int, int]]:
 
 
 @memoised
-def _maker() -> str:
+def maker() -> str:
     """The code that turns DICOM into samples; other code may give other pixels."""
     here = Path(__file__).parent
     digest = hashlib.sha256()

@@ -187,3 +187,12 @@ def test_the_picture_is_whole_and_fetches_nothing() -> None:
     assert "href" not in text
     for file in re.findall(r"[a-z]+/[a-z_]+\.py", text):
         assert (ROOT / file).is_file(), file
+
+
+def test_the_page_about_data_explains_every_refusal_as_the_program_does() -> None:
+    from common.imaging.refusal import MEANINGS, RefusalCode
+
+    page = (ROOT / "docs" / "data.md").read_text().partition("## Codes of refusal")[2].partition("Of an image that")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, flags=re.MULTILINE)
+    assert {code: (what.replace("`", ""), helps.replace("`", "")) for code, what, helps in rows} == MEANINGS
+    assert set(MEANINGS) == set(RefusalCode)

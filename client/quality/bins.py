@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 from client.quality.survey import LEVELS, Picture
-from common.imaging.overview import MODALITIES, VENDORS
+from common.imaging.facts import VENDORS
+from common.imaging.overview import MODALITIES
 
 VERSION = 1
 UNKNOWN = "unknown"

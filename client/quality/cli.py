@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TIME = re.compile(r"^(?P<folder>.+)@(?P<first>\d{4}-\d\d-\d\d)?\.\.(?P<last>\d{4}-\d\d-\d\d)?$")
 _MOST_NAMES = 20
+_LEAST_NAME = 6
 
 
 def report_verb(words: Sequence[str]) -> int:
@@ -40,8 +41,13 @@ def report_verb(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON; no file is written without --out")
     parser.add_argument("--classes", default="", help="class names in their order, with commas; for weighted kappa")
     parser.add_argument("--jobs", type=int, help="processes that read images; default: one for each core")
+    parser.add_argument(
+        "--where", metavar="NAME", help="only print which files a pseudonym of the report stands for; for this screen"
+    )
     _add_places(parser)
     arguments = parser.parse_args(words)
+    if arguments.where is not None:
+        return _where(arguments)
     from client.cohort import frozen_split
     from client.quality.gate import keep_report, objections
     from client.quality.page import page
@@ -57,7 +63,10 @@ def report_verb(words: Sequence[str]) -> int:
         data = path.read_bytes()
     table = read_table(data, [name.strip() for name in arguments.classes.split(",") if name.strip()])
     with _progress() as bar:
-        found = survey(arguments.folder, table, cache=cache, key=key, jobs=arguments.jobs, progress=_told(bar))
+        found = survey(
+            arguments.folder, table, cache=cache, key=key, jobs=arguments.jobs, progress=_told(bar),
+            secret=_secret(arguments),
+        )  # fmt: skip
         bar.add_task("Comparing", total=None)
         report, points = make_report(
             found,
@@ -118,7 +127,7 @@ def drift_verb(words: Sequence[str]) -> int:
         for folder in tables:
             surveys[folder] = survey(
                 folder, tables[folder] if classes else None, cache=cache, key=key, data=data, jobs=arguments.jobs,
-                progress=_told(bar),
+                progress=_told(bar), secret=_secret(arguments),
             )  # fmt: skip
         bar.add_task("Comparing", total=None)
         sides = [
@@ -165,6 +174,42 @@ def diff_verb(words: Sequence[str]) -> int:
     else:
         _show_difference(found)
     return 1 if found.splits_changed else 0
+
+
+def _where(arguments: argparse.Namespace) -> int:
+    """Prints files, one a line. This names patients, so it goes to the screen alone."""
+    from client.quality.survey import where
+
+    name = str(arguments.where)
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{_LEAST_NAME},64}}", name):
+        raise ConfigError(f"--where takes {_LEAST_NAME} or more digits of a pseudonym, as the report shows them")
+    cache, key = _place(arguments)
+    with _progress() as bar:
+        found = where(
+            arguments.folder, name, cache=cache, key=key, jobs=arguments.jobs, progress=_told(bar),
+            secret=_secret(arguments),
+        )  # fmt: skip
+    if not found:
+        raise DataError(
+            f"nothing in this folder has a pseudonym that begins with {name}; it must be of a report with the same "
+            "--site or --cache"
+        )
+    for each in found:
+        for file in each.files:
+            frames = f" frames {min(each.frames)}-{max(each.frames)}" if each.frames else ""
+            print(f"{each.kind:<8}{ascii(str(file))[1:-1]}{frames}")  # noqa: T201
+    return 0
+
+
+def _secret(arguments: argparse.Namespace) -> bytes | None:
+    """Of the site's cache, where that is encrypted."""
+    if arguments.site is None:
+        return None
+    from common.deployment import SiteHome
+    from common.shard import read_secret
+
+    home = SiteHome(arguments.site)
+    return read_secret(home.config.cache.key, home.path)
 
 
 def _told(bar: Any) -> Callable[[int, int], None]:

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from client.quality.hashes import perceptual_hash, pixel_digest
+from client.quality.remembered import Remembered, array_of, facts_of, plain_array, plain_facts, positions
 from client.quality.suspects import features
 from client.quality.table import Table
 from client.quality.writing import letters
@@ -31,6 +32,7 @@ from common.imaging.fastread import Catalogue, Series, read_series
 from common.imaging.index import Index
 from common.imaging.overview import MODALITIES
 from common.imaging.parallel import Lost, cores, expect, spread
+from common.imaging.volume import source_of
 from common.pseudonyms import pseudonym
 from common.storage import storing
 
@@ -125,8 +127,9 @@ def survey(
     data: tuple[Preprocessing, ...] = (),
     progress: Progress | None = None,
     jobs: int | None = None,
+    secret: bytes | None = None,
 ) -> Survey:
-    """Reads every image of the folder once; one series a process is in memory.
+    """Reads every image of the folder once; one series a process is in memory. What was seen before is not read again.
 
     Args:
         folder: Holds the DICOM files in `dicom/` or directly.
@@ -136,35 +139,148 @@ def survey(
         data: Preprocessing after which intensities are counted, one for each number of dimensions; others are not.
         progress: Told (steps done, steps in all).
         jobs: Processes; None: one for each core where it is worth it.
+        secret: Of the site's cache, where that is encrypted.
 
     Raises:
         DataError: There is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise DataError("the data folder does not exist; expected a folder of DICOM files")
-    images = images_folder(folder)
-    seen: list[_Seen] = []
-    with Index(images, cache) as index:
-        expect(look.__module__)
-        total = index.refresh(progress, jobs=jobs).files
-        refused = Counter(str(each.code) for each in index.refused() if each.path.suffix.lower() != ".csv")
-        done = 0
-        for each, found in _looked(_Pile(Catalogue(index), data), jobs):
-            done += len(each.series.entries)
-            if progress is not None:
-                progress(min(done, total), total)
-            if isinstance(found, Lost):
-                code = RefusalCode.TOO_SLOW if found.how == "stalled" else RefusalCode.CORRUPT
-                refused[str(code)] += len(each.series.entries)
-                continue
-            seen += found[0]
-            refused.update(found[1])
+    seen, refused, total = _everything(folder, cache, key, data, progress, jobs, secret)
     nameless = [each for each in seen if not each.source.patient_id.strip()]
     refused["no_patient"] += sum(len(each.source.files) for each in nameless)
     seen = [each for each in seen if each.source.patient_id.strip()]
     if not seen:
         raise DataError(f"the folder holds no usable image; files refused: {dict(+refused) or 'none'}")
     return _collected(seen, table, key, dict(sorted((+refused).items())), total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a pseudonym stands for; it names a patient, and is for the screen of the site alone."""
+
+    kind: Literal["image", "patient", "study", "series", "row"]
+    files: tuple[Path, ...]
+    frames: tuple[int, ...] = ()
+
+
+def where(
+    folder: Path,
+    name: str,
+    *,
+    cache: Path,
+    key: bytes,
+    progress: Progress | None = None,
+    jobs: int | None = None,
+    secret: bytes | None = None,
+) -> tuple[Found, ...]:
+    """The images behind a pseudonym of a report, or its first digits: of an image, patient, study, series or row.
+
+    Raises:
+        DataError: As `survey`.
+    """
+    seen, _, _ = _everything(folder, cache, key, (), progress, jobs, secret)
+    found = []
+    for each in seen:
+        source = each.source
+        given = (source.patient_id, source.study_uid, source.series_uid, source.accession)
+        names: tuple[tuple[Literal["image", "patient", "study", "series", "row"], str], ...] = (
+            ("image", _image_pseudonym(key, source)),
+            ("patient", patient_pseudonym(key, source.patient_id)),
+            ("study", pseudonym(key, "study", source.study_uid)),
+            ("series", pseudonym(key, "series", source.series_uid)),
+            *(("row", pseudonym(key, "label", identifier.strip())) for identifier in given if identifier.strip()),
+        )
+        kind = next((kind for kind, known in names if known.startswith(name.lower())), None)
+        if kind is not None:
+            found.append(Found(kind=kind, files=source.files, frames=source.frames))
+    return tuple(found)
+
+
+def _everything(
+    folder: Path,
+    cache: Path,
+    key: bytes,
+    data: tuple[Preprocessing, ...],
+    progress: Progress | None,
+    jobs: int | None,
+    secret: bytes | None,
+) -> tuple[list[_Seen], Counter[str], int]:
+    """What is seen of all images; code -> files that are refused; and the number of files."""
+    if not folder.is_dir():
+        raise DataError("the data folder does not exist; expected a folder of DICOM files")
+    images = images_folder(folder)
+    seen: list[_Seen] = []
+    with Index(images, cache) as index, Remembered(cache, images, data, key, secret) as memory:
+        expect(look.__module__)
+        total = index.refresh(progress, jobs=jobs).files
+        refused = Counter(str(each.code) for each in index.refused() if each.path.suffix.lower() != ".csv")
+        done = 0
+
+        def more(files: int) -> None:
+            nonlocal done
+            done += files
+            if progress is not None:
+                progress(min(done, total), total)
+
+        known = _Pile(Catalogue(index), data)
+        fresh = []
+        for place, work in enumerate(known):
+            kept = memory.find(memory.name_of(work.series))
+            if kept is None:
+                fresh.append(known.uids[place])
+                continue
+            seen += [_recalled(plain, work.series) for plain in kept["seen"]]
+            refused.update(kept["refused"])
+            more(len(work.series.entries))
+        for each, found in _looked(_Pile(known.catalogue, data, fresh), jobs):
+            more(len(each.series.entries))
+            if isinstance(found, Lost):
+                code = RefusalCode.TOO_SLOW if found.how == "stalled" else RefusalCode.CORRUPT
+                refused[str(code)] += len(each.series.entries)
+                continue
+            seen += found[0]
+            refused.update(found[1])
+            plain = {"seen": [_plain(one, each.series) for one in found[0]], "refused": found[1]}
+            memory.keep(memory.name_of(each.series), plain)
+    return seen, refused, total
+
+
+def _plain(seen: _Seen, series: Series) -> dict[str, Any]:
+    """What is kept of an image; whose it is, its files say."""
+    return {
+        "files": positions(series, seen.source.files),
+        "frames": seen.source.frames,
+        "corrections": seen.source.corrections,
+        "facts": plain_facts(seen.facts),
+        "dimensions": seen.dimensions,
+        "spacing_mm": seen.spacing_mm,
+        "size": seen.size,
+        "digest": seen.digest,
+        "blank": seen.blank,
+        "letters": seen.letters,
+        "hash_2": plain_array(seen.hash_2),
+        "features": plain_array(seen.features),
+        "levels_B": plain_array(seen.levels_B),
+    }
+
+
+def _recalled(plain: Mapping[str, Any], series: Series) -> _Seen:
+    headers = [series.entries[at].header for at in plain["files"]]
+    hash_2, features_F = array_of(plain["hash_2"]), array_of(plain["features"])
+    assert hash_2 is not None
+    assert features_F is not None
+    return _Seen(
+        source=source_of(headers, frames=tuple(plain["frames"]), corrections=tuple(plain["corrections"])),
+        facts=facts_of(plain["facts"]),
+        dimensions=plain["dimensions"],
+        spacing_mm=tuple(plain["spacing_mm"]),
+        size=tuple(plain["size"]),
+        digest=plain["digest"],
+        blank=plain["blank"],
+        letters=plain["letters"],
+        hash_2=hash_2,
+        features=features_F,
+        levels_B=array_of(plain["levels_B"]),
+    )
 
 
 def images_folder(folder: Path) -> Path:
@@ -191,11 +307,14 @@ def fingerprint(folder: Path, table: bytes, key: bytes) -> str:
 class _Pile(Sequence[_Work]):
     """Work that is taken from the index when it is handed out: all headers of a large folder would fill the memory."""
 
-    def __init__(self, catalogue: Catalogue, data: tuple[Preprocessing, ...]) -> None:
-        self._catalogue, self._data = catalogue, data
+    def __init__(
+        self, catalogue: Catalogue, data: tuple[Preprocessing, ...], uids: Sequence[str] | None = None
+    ) -> None:
+        self.catalogue, self._data = catalogue, data
+        self.uids = catalogue.uids if uids is None else uids
 
     def __len__(self) -> int:
-        return len(self._catalogue.uids)
+        return len(self.uids)
 
     @overload
     def __getitem__(self, place: int) -> _Work: ...
@@ -204,7 +323,7 @@ class _Pile(Sequence[_Work]):
     def __getitem__(self, place: int | slice) -> _Work | list[_Work]:
         if isinstance(place, slice):
             return [self[at] for at in range(len(self))[place]]
-        return _Work(self._catalogue.series(self._catalogue.uids[place]), self._data)
+        return _Work(self.catalogue.series(self.uids[place]), self._data)
 
 
 def _looked(
@@ -292,10 +411,7 @@ def _collected(
         if label is not None:
             met.add(identifier)
         picture = Picture(
-            name=pseudonym(
-                key, "sample", source.patient_id, source.study_uid, source.series_uid, *source.sop_uids,
-                *map(str, source.frames),
-            ),
+            name=_image_pseudonym(key, source),
             patient=patient_pseudonym(key, source.patient_id),
             study=pseudonym(key, "study", source.study_uid)[:_SHOWN],
             series=pseudonym(key, "series", source.series_uid)[:_SHOWN],
@@ -359,6 +475,14 @@ def patient_pseudonym(key: bytes, patient_id: str) -> str:
 def unit_pseudonym(key: bytes, identifier: str) -> str:
     """Of a row of the label table."""
     return pseudonym(key, "label", identifier)[:_SHOWN]
+
+
+def _image_pseudonym(key: bytes, source: Source) -> str:
+    """As the cohort's."""
+    return pseudonym(
+        key, "sample", source.patient_id, source.study_uid, source.series_uid, *source.sop_uids,
+        *map(str, source.frames),
+    )  # fmt: skip
 
 
 class _Shown:

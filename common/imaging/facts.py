@@ -16,9 +16,14 @@ from typing import Literal
 from pydicom.dataset import Dataset
 
 from common.imaging.header import numbers, read_header, tags_of, text
-from common.imaging.overview import VENDORS
 from common.imaging.refusal import quiet
 
+VENDORS = (
+    "Agfa", "Bruker", "Canon", "Carestream", "Elekta", "Esaote", "Fedicom", "Fujifilm", "GE", "Hitachi", "Hologic",
+    "Kodak", "Konica", "Lorad", "Mindray", "Neusoft", "Philips", "Planmeca", "Samsung", "Shimadzu", "Siemens", "Sirona",
+    "Sonosite", "Toshiba", "United Imaging", "Varian", "Ziehm",
+)  # fmt: skip
+"""Names that are shown; whatever else somebody typed into Manufacturer may be the name of a person."""
 _EVERY = (
     "PatientID", "PatientSex", "PatientAge", "StudyDate", "Modality", "Manufacturer", "ManufacturerModelName",
     "BodyPartExamined", "BurnedInAnnotation",

@@ -9,18 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from pydicom.uid import UID, AllTransferSyntaxes
 
+from common.imaging.facts import vendor_of
 from common.imaging.fastread import Catalogue, Series
 from common.imaging.header import Header
 from common.imaging.index import Index
 from common.imaging.refusal import RefusalCode, Refused
 from common.imaging.series import Stack, stacks
 
-VENDORS = (
-    "Agfa", "Bruker", "Canon", "Carestream", "Elekta", "Esaote", "Fedicom", "Fujifilm", "GE", "Hitachi", "Hologic",
-    "Kodak", "Konica", "Lorad", "Mindray", "Neusoft", "Philips", "Planmeca", "Samsung", "Shimadzu", "Siemens", "Sirona",
-    "Sonosite", "Toshiba", "United Imaging", "Varian", "Ziehm",
-)  # fmt: skip
-"""Names that are shown; whatever else somebody typed into Manufacturer may be the name of a person."""
 MODALITIES = ("CR", "CT", "DX", "IO", "MG", "MR", "NM", "PT", "PX", "RF", "US", "XA")
 
 
@@ -68,7 +63,7 @@ def overview(index: Index) -> Iterator[SeriesOverview]:
             study_uid=first.study_uid,
             series_uid=first.series_uid,
             modality=first.modality if first.modality in MODALITIES else "other",
-            vendor=_vendor(first.manufacturer),
+            vendor=vendor_of(first.manufacturer) or ("other" if first.manufacturer else "unknown"),
             files=len(series.entries),
             volumes=tuple(volumes),
             images=tuple(images),
@@ -103,14 +98,6 @@ def _sorted_out(series: Series) -> Iterator[Stack | Header | Refused]:
 
 
 _UNKNOWN = (RefusalCode.CORRUPT, "")
-
-
-def _vendor(manufacturer: str) -> str:
-    words = manufacturer.lower().replace("_", " ")
-    for name in VENDORS:
-        if words == name.lower() or words.startswith((name.lower() + " ", name.lower() + ",")):
-            return name
-    return "other" if words else "unknown"
 
 
 def _syntax_name(syntax: str) -> str:

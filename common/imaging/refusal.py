@@ -49,6 +49,52 @@ class RefusalCode(StrEnum):
     PART_OF_A_FILE = "part_of_a_file"
 
 
+MEANINGS: dict[str, tuple[str, str]] = {
+    "not_dicom": ("no DICOM file", "nothing to do"),
+    "unreadable": ("the system does not let it be read, or it is a pipe or a link to a folder", "permissions, disk"),
+    "dicomdir": ("the table of contents of a medium", "nothing to do"),
+    "report": ("structured report, key objects, presentation state", "nothing to do"),
+    "document": ("a document packed into DICOM, or a curve such as an ECG", "nothing to do"),
+    "radiotherapy": ("plan, dose, structure set", "nothing to do"),
+    "segmentation": ("a segmentation of other images", "nothing to do"),
+    "secondary_capture": ("a screenshot or scan", "export the original"),
+    "localizer": ("a scout image for planning", "nothing to do"),
+    "mosaic": ("Siemens mosaic: slices tiled into one picture", "export as single slices or enhanced"),
+    "cine": ("a film of many frames", "not supported"),
+    "burned_in_text": ("the header says that text is in the pixels", "export without overlay"),
+    "unsupported_class": ("another kind of object", "not supported"),
+    "unsupported_pixels": (
+        "pixel format or compression that is not read (bits, samples, colour slices)",
+        "export in another format",
+    ),
+    "missing_header": ("no SOP class, no identifiers, or no size", "export again"),
+    "missing_geometry": ("position, orientation or spacing is missing or senseless", "export again, with geometry"),
+    "missing_pixels": ("a header without pixels", "transfer again"),
+    "truncated": ("shorter than its header says", "transfer again"),
+    "corrupt": ("cannot be decoded, contradicts itself, or makes its decoder crash", "transfer again"),
+    "too_large": (
+        "declares more pixels than it can hold or than is sensible, or takes too much memory",
+        "export again",
+    ),
+    "too_slow": ("takes longer to decode than a file of its size may", "export again"),
+    "copy": ("byte-identical to a file that is used", "nothing to do"),
+    "conflict": ("different files claim to be the same image (SOP Instance UID)", "keep the right one"),
+    "incomplete": (
+        "another file of the series cannot be used, or a repeat has fewer slices than the others",
+        "repair that one",
+    ),
+    "single_slice": ("one cross-sectional slice alone", "export the whole series"),
+    "duplicate": ("slices share a place, and nothing says why", "separate the acquisitions"),
+    "gap": ("slices inside the series are missing, or may be", "export again"),
+    "tilt": ("gantry tilt: slices are sheared against their normal", "data.correct_tilt=true"),
+    "mixed_spacing": ("distances or pixel spacings differ within the series", "not supported"),
+    "mixed_slices": ("slices of one stack differ in size or kind", "separate them, or export again"),
+    "mixed_patients": ("one series with several patients or studies", "repair the identifiers"),
+    "part_of_a_file": ("a piece of a multi-frame file that the sender cut (concatenation)", "send it whole"),
+}
+"""Code -> what it means, and what helps; the table of docs/data.md."""
+
+
 @dataclass(frozen=True)
 class Refused:
     """A file that is not used, and why. Stays at the site: the path may name a patient."""

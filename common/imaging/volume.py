@@ -252,7 +252,8 @@ def _attempt(build: Callable[[Header], Iterator[T]], header: Header) -> Iterator
         return
 
 
-def _source(headers: Sequence[Header], *, frames: tuple[int, ...] = (), corrections: tuple[str, ...] = ()) -> Source:
+def source_of(headers: Sequence[Header], *, frames: tuple[int, ...] = (), corrections: tuple[str, ...] = ()) -> Source:
+    """Where an image comes from, given the headers of its files."""
     first = headers[0]
     return Source(
         patient_id=first.patient_id,
@@ -273,7 +274,7 @@ def _image(header: Header) -> Iterator[Image]:
     values_YX, padding_YX = decode(header.path, projection=True)
     fill_padding(values_YX, padding_YX)
     spacing_mm = header.spacing_mm
-    yield Image(values_YX, (spacing_mm[0], spacing_mm[1]) if spacing_mm else None, _source([header]))
+    yield Image(values_YX, (spacing_mm[0], spacing_mm[1]) if spacing_mm else None, source_of([header]))
 
 
 def _slice(header: Header) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_] | None]]:
@@ -319,7 +320,7 @@ def _volume(
     if stack.tilt_deg:
         values_ZYX, affine = straighten(values_ZYX, affine)
         corrections = (f"gantry tilt of {stack.tilt_deg:.1f} degrees resampled",)
-    return Volume(values_ZYX, affine, _source(headers, frames=frames, corrections=corrections))
+    return Volume(values_ZYX, affine, source_of(headers, frames=frames, corrections=corrections))
 
 
 def _check_size(stack: Stack, shape: tuple[int, int, int]) -> None:

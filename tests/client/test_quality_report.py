@@ -17,9 +17,11 @@ from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
 from client.quality import cli
+from client.quality import survey as survey_module
 from client.quality.gate import QualityGate, standing_objections
 from client.quality.survey import patient_pseudonym, unit_pseudonym
-from common.errors import DataError, StorageError
+from common.cache import purge, usage
+from common.errors import ConfigError, DataError, StorageError
 from common.imaging.facts import read_facts, vendor_of
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
@@ -310,6 +312,70 @@ def test_a_folder_without_images_or_labels_is_refused(small: Path, run: Run, tmp
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"no usable image.*'not_dicom': 6"):
         run(small)
+
+
+# Again, and back to the files
+
+
+def test_a_second_report_looks_at_nothing_and_says_the_same(
+    small: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, _ = run(small)
+    monkeypatch.setattr(survey_module, "look", lambda work: pytest.fail("an image was read again"))
+    _, again, _ = run(small)
+    assert {**again, "made": ""} == {**first, "made": ""}
+    monkeypatch.undo()
+    seen = []
+    really = survey_module.look
+    monkeypatch.setattr(survey_module, "look", lambda work: (seen.append(len(work.series.entries)), really(work))[1])
+    change(small / "dicom" / "0.dcm", KVP="77")
+    _, changed, _ = run(small)
+    assert seen == [1]
+    assert changed["histograms"]["kvp"]["77"] == 1
+    (small / "dicom" / "0.dcm").unlink()
+    rows = (small / "labels.csv").read_text().splitlines()
+    (small / "labels.csv").write_text("\n".join(rows[:1] + rows[2:]) + "\n")
+    _, fewer, _ = run(small)
+    assert seen == [1]
+    assert fewer["images"] == first["images"] - 1
+
+
+def test_what_is_remembered_names_nobody_and_is_encrypted_with_the_cache(small: Path, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = {"key": KEY, "jobs": 1}
+    for secret in (None, bytes(range(32))):
+        cache = tmp_path / f"cache-{secret is None}"
+        found = survey_module.survey(small, None, cache=cache, secret=secret, **kwargs)
+        looks = cache / "looks.sqlite"
+        assert looks.stat().st_mode & 0o777 == 0o600
+        content = looks.read_bytes() + b"".join(path.read_bytes() for path in cache.glob("looks.sqlite-wal"))
+        assert b"MRN-" not in content
+        assert (b"burned_in" in content) == (secret is None)
+        looks.write_bytes(b"no database")  # or damaged: it is made anew
+        again = survey_module.survey(small, None, cache=cache, secret=secret, **kwargs)
+        assert again.pictures == found.pictures
+        assert usage(cache).indexes == 1
+        purge(cache)
+        assert not looks.exists()
+
+
+def test_a_pseudonym_of_the_report_leads_to_its_files_on_the_screen_alone(
+    small: Path, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run(small)
+    cache = next(path for path in small.parent.rglob("pseudonyms.key")).parent
+    capsys.readouterr()
+
+    def asked(name: str) -> list[str]:
+        assert cli.report_verb([str(small), "--where", name, "--cache", str(cache)]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    file = small / "dicom" / "3.dcm"
+    assert asked(patient_pseudonym(KEY, name(3))) == [f"patient {file}"]
+    assert asked(unit_pseudonym(KEY, name(3))) == [f"row     {file}"]
+    with pytest.raises(ConfigError, match="6 or more digits"):
+        asked("ab")
+    with pytest.raises(DataError, match="nothing in this folder"):
+        asked("0" * 12)
 
 
 # The gate
