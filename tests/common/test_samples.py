@@ -144,7 +144,7 @@ def test_only_the_series_that_changed_is_prepared_again(
     elif change == "preprocessing":
         data = replace(DATA, high=100)
     else:
-        monkeypatch.setattr(room, "_maker", lambda: "other code")
+        monkeypatch.setattr(room, "maker", lambda: "other code")
     again = prepare_folder(site, TASK, data, cache=site.parent / "cache", key=key).samples
     assert prepared_series == [6, series]
     assert len(again.x_N) == (7 if change == "new image" else 6)
