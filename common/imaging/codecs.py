@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.processing import convert_color_space
 from pydicom.pixels.utils import pixel_array
 
-from common.imaging.layout import UNDEFINED, Element, Layout
+from common.imaging.layout import UNDEFINED, Element, Layout, check_behind
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
 _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
@@ -73,6 +73,8 @@ def _whole(raw: bytes) -> bytes:
     while at + 8 <= len(raw):
         tag, length = raw[at : at + 4], int.from_bytes(raw[at + 4 : at + 8], "little")
         if tag == b"\xfe\xff\xdd\xe0":
+            group, element = raw[at + 8 : at + 10], raw[at + 10 : at + 12]
+            check_behind(int.from_bytes(group, "little") << 16 | int.from_bytes(element, "little"))
             return raw[:at]
         if tag != b"\xfe\xff\x00\xe0":
             raise Refusal(RefusalCode.CORRUPT, "The compressed pixels are not divided as DICOM wants it.")

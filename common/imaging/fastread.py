@@ -288,8 +288,9 @@ class _Scratch:
 
     def _scale(self, stored: NDArray[Any], plan: Plan, values_YX: NDArray[np.float32]) -> None:
         if plan.exact:
-            if plan.slope == 1:
-                np.add(stored, np.float32(plan.intercept), out=values_YX)
+            if plan.slope == 1:  # in two steps: numpy adds integers to floats through a buffer
+                np.copyto(values_YX, stored)
+                values_YX += np.float32(plan.intercept)
             else:
                 np.multiply(stored, np.float32(plan.slope), out=values_YX)
                 values_YX += np.float32(plan.intercept)

@@ -209,14 +209,23 @@ def _check_length(layout: Layout, decoded_bytes: int) -> None:
         return
     if length == UNDEFINED:
         raise Refusal(RefusalCode.CORRUPT, "The header says that the pixels are not compressed, but they are.")
-    if 0 < layout.element.after <= PIXEL_DATA:  # other readers take the last of two, and nothing tells which is meant
-        why = "Behind its pixels the file holds a piece of another image; transfer it again."
-        raise Refusal(RefusalCode.CORRUPT, why)
+    check_behind(layout.element.after)
     if not decoded_bytes <= length <= decoded_bytes + decoded_bytes % 2:  # a wrong size would shear the picture
         raise Refusal(
             RefusalCode.CORRUPT,
             f"{decoded_bytes:,} bytes of pixels are declared, but {length:,} follow; send it again.",
         )
+
+
+def check_behind(tag: int) -> None:
+    """Refuses a file that goes on with another data set: other readers take the last of two images.
+
+    Args:
+        tag: What comes behind the pixels; 0: nothing.
+    """
+    if 0 < tag <= PIXEL_DATA:
+        why = "Behind its pixels the file holds a piece of another image; transfer it again."
+        raise Refusal(RefusalCode.CORRUPT, why)
 
 
 def padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:

@@ -177,3 +177,23 @@ def test_any_other_transfer_syntax_is_refused_by_name(tmp_path: Path, syntax: st
     (refused,) = read_folder(tmp_path).refused
     assert refused.code == RefusalCode.UNSUPPORTED_PIXELS
     assert named in refused.why
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_piece_of_another_image_behind_the_pixels_is_refused_and_padding_is_not(
+    tmp_path: Path, compressed: bool
+) -> None:
+    syntax, encode = LOSSLESS["JPEG-LS"] if compressed else (uid.ExplicitVRLittleEndian, None)
+    values = picture("u1", 256)
+    made = radiograph(values)
+    write(tmp_path / "a", packed(made, encode(values), syntax) if encode is not None else made)
+    (file,) = (tmp_path / "a").iterdir()
+    whole = file.read_bytes()
+    for padding in (b"\0" * 64, b"\xfc\xff\xfc\xffOB\0\0\x04\0\0\0abcd"):  # Data Set Trailing Padding
+        file.write_bytes(whole + padding)
+        (image,) = read_folder(tmp_path / "a").images
+        np.testing.assert_array_equal(image.values_YX, values)
+    for piece in (whole[whole.index(b"\x28\0\x10\0") :], whole[whole.index(b"\xe0\x7f\x10\0") :]):
+        file.write_bytes(whole + piece)
+        (refused,) = read_folder(tmp_path / "a").refused
+        assert (refused.code, "piece of another image" in refused.why) == (RefusalCode.CORRUPT, True)
