@@ -61,7 +61,11 @@ def page(report: Report, points: Points | None) -> str:
             class_="top",
         ),
         tag("main", *(tag("section", tag("h2", title, id=key), body) for key, title, body in shown)),
-        tag("footer", f"{report.notice} This file needs no network and runs no script."),
+        tag(
+            "footer",
+            "Images and people appear as pseudonyms; fedicom data report DIR --where NAME prints whose files they are, "
+            f"on this machine alone. {report.notice} This file needs no network and runs no script.",
+        ),
     )
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
