@@ -171,7 +171,8 @@ def noise_norm(recipe: Recipe, noise_multiplier: float, steps: int, numbers: int
     """About the largest L2 norm that the privacy noise alone gives to one round's update of so many numbers.
 
     SGD adds the noise of its steps up; AdamW makes each number move by about the learning rate a step, in a random
-    walk. Schedule, layer factors and what is learnt are left out. Six standard deviations are allowed for.
+    walk. Schedule, layer factors, a moving clip norm and what is learnt are left out; six standard deviations are
+    allowed for.
     """
     training, privacy = recipe.training, recipe.privacy
     walk = training.lr * math.sqrt(steps) * (math.sqrt(numbers) + 6)

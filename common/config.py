@@ -19,7 +19,7 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from common.errors import ConfigError
-from common.fixed import FixedPoint, fewest
+from common.fixed import FixedPoint, secure_objection
 from common.wrong_fields import RUN_KEYS, sentences, shown
 
 T = TypeVar("T")
@@ -246,8 +246,6 @@ class Privacy:
         return self.mechanism != "none"
 
 
-_MEANS = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
-"""Strategies that need no more than the mean of the updates."""
 Strategy = Literal[
     "fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"
 ]
@@ -387,18 +385,14 @@ class Recipe:
                     f"federation.early_stopping.patience_rounds is {patience}, but choosing the model by validation "
                     "scores, which carry no noise, is outside the promise of epsilon; under privacy use 0"
                 )
-        if privacy.secure_aggregation and (objection := _secure_objection(self)):
+        if privacy.secure_aggregation and (objection := secure_objection(self.federation)):
             raise ValueError(objection)
         return self
 
     @property
     def fixed_point(self) -> FixedPoint:
         """How updates become whole numbers under secure aggregation."""
-        federation = self.federation
-        weighted = federation.site_weights == "patients" and federation.max_patients
-        return FixedPoint(
-            sites=federation.sites, limit=federation.max_update_norm, max_weight=weighted or 1
-        )  # fmt: skip
+        return FixedPoint.of(self.federation)
 
     @cached_property
     def canonical(self) -> bytes:
@@ -466,30 +460,6 @@ class Settings:
     """Start again in an `out` that holds another run; that run is removed."""
     torchscript: bool = False
     """Also write model.ts.pt."""
-
-
-def _secure_objection(recipe: Recipe) -> str | None:
-    """Why the recipe's updates cannot go into a secure sum; None when they can."""
-    federation = recipe.federation
-    sites, least = federation.sites, fewest(federation.sites)
-    if not 3 <= sites <= 1000:
-        return f"federation.sites is {sites}; secure aggregation needs 3 to 1000 (of two sites each knows the other's)"
-    if federation.strategy not in _MEANS:
-        return (
-            f"federation.strategy={federation.strategy} looks at single updates, which secure aggregation hides; say "
-            f"one of {', '.join(_MEANS)}, or privacy.secure_aggregation=false"
-        )
-    if federation.quorum < least:
-        return (
-            f"federation.quorum is {federation.quorum}; with secure aggregation over {sites} sites it is at least "
-            f"{least}, more than two thirds: it is also how many sites can open a sum"
-        )
-    if federation.site_weights == "patients" and federation.max_patients is None:
-        return (
-            "federation.max_patients is needed with site_weights=patients under secure aggregation: it sets the range"
-        )
-    objection = recipe.fixed_point.objection()
-    return f"federation.max_update_norm {objection}" if objection else None
 
 
 def as_plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,17 @@ import numpy.typing as npt
 from common.errors import SecureAggregationError
 from common.weights import Weights
 
+if TYPE_CHECKING:
+    from common.config import Federation
+
 Words = npt.NDArray[np.uint32]
 
 RANGE = 2**31 - 1
 """Largest size of a sum: beyond it a positive number would read as a negative one."""
 COARSEST = 2.0**-20
 """A recipe is refused when 32 bits would leave coarser steps."""
+_MEANS = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
+"""Strategies that need no more than the mean of the updates."""
 _MOST_BITS = 40
 _CHUNK = 1 << 18
 """Numbers converted at once: 2 MiB in float64."""
@@ -78,6 +84,12 @@ class FixedPoint:
     """Largest L2 norm of one update, hence of each number in it."""
     max_weight: int = 1
     """Largest weight of a site."""
+
+    @classmethod
+    def of(cls, federation: Federation) -> FixedPoint:
+        """That of a recipe."""
+        weighted = federation.site_weights == "patients" and federation.max_patients
+        return cls(sites=federation.sites, limit=federation.max_update_norm, max_weight=weighted or 1)
 
     @property
     def bits(self) -> int:
@@ -171,3 +183,26 @@ class FixedPoint:
 def fewest(sites: int) -> int:
     """Least quorum of a secure sum over so many sites: more than two thirds of them."""
     return 2 * sites // 3 + 1
+
+
+def secure_objection(federation: Federation) -> str | None:
+    """Why the updates of such a federation cannot go into a secure sum; None when they can."""
+    sites, least = federation.sites, fewest(federation.sites)
+    if not 3 <= sites <= 1000:
+        return f"federation.sites is {sites}; secure aggregation needs 3 to 1000 (of two sites each knows the other's)"
+    if federation.strategy not in _MEANS:
+        return (
+            f"federation.strategy={federation.strategy} looks at single updates, which secure aggregation hides; say "
+            f"one of {', '.join(_MEANS)}, or privacy.secure_aggregation=false"
+        )
+    if federation.quorum < least:
+        return (
+            f"federation.quorum is {federation.quorum}; with secure aggregation over {sites} sites it is at least "
+            f"{least}, more than two thirds: it is also how many sites can open a sum"
+        )
+    if federation.site_weights == "patients" and federation.max_patients is None:
+        return (
+            "federation.max_patients is needed with site_weights=patients under secure aggregation: it sets the range"
+        )
+    objection = FixedPoint.of(federation).objection()
+    return f"federation.max_update_norm {objection}" if objection else None
