@@ -12,7 +12,9 @@ loopback. What Flower does when one of them dies, and who mends it:
 - The SuperNode dies: the runner ends what it does, cannot deliver it, and goes on with the next one; the site has kept
   the reply, and the coordinator asks again. Flower refuses a SuperNode that comes back within 60 s (code 2004), because
   the SuperLink still counts the dead one as connected; `main` takes the dead one off first.
-- The SuperLink or the gateway is away: the SuperNode tries for ever, with pauses of up to 20 s.
+- The SuperLink or the gateway is away: the SuperNode tries for ever, with pauses of up to 20 s. The SuperLink counts a
+  message as delivered when it begins to answer, and the coordinator's question is lost with an answer that breaks off.
+  So a SuperNode that has nothing to do after a call failed connects anew: who does so is asked again.
 """
 
 from __future__ import annotations
@@ -343,7 +345,8 @@ def main() -> None:
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
-    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]) / _NODE_ID_FILE)
+    failed = _watch_pulls(importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient)
+    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]) / _NODE_ID_FILE, failed)
     loop.http_request_response = contextmanager(connect)
     threading.excepthook = _end_with_thread
     code: object = 1
@@ -376,36 +379,77 @@ def _pause_s(idle_s: float, shortest_s: float, longest_s: float) -> float:
     return min(max(shortest_s, idle_s / 50), longest_s)
 
 
+def _watch_pulls(client: Any) -> threading.Event:
+    """Has a client's class note, in the event that it gives, that a look for messages failed."""
+    failed, pull = threading.Event(), client.PullMessages
+
+    def watched(*words: Any) -> Any:
+        try:
+            return pull(*words)
+        except httpx.HTTPError:
+            failed.set()
+            raise
+
+    client.PullMessages = watched
+    return failed
+
+
 def _connected(
     connect: Callable[..., Any],
     file: Path,
+    failed: threading.Event,
     server_address: str,
     insecure: bool,
     root_certificates: bytes | str | None,
     authentication_keys: tuple[Any, Any],
     *others: Any,
 ) -> Iterator[Any]:
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
     given = (server_address, insecure, root_certificates)
+    keys: list[Any] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(*authentication_keys),
+    ]
     if file.exists() and file.read_text().isdecimal():
         # A predecessor that was killed still counts as connected for 60 s, and would keep this one out.
-        keys: list[Any] = [
-            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-            NodeAuthHttpInterceptor(*authentication_keys),
-        ]
         with suppress(httpx.HTTPError), FleetHttpClient.from_server_address(*given, interceptors=keys) as fleet:
             fleet.DeactivateNode(DeactivateNodeRequest(node_id=int(file.read_text())))
     with connect(*given, authentication_keys, *others) as connection:
         node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
         write_whole(file, str(node_id).encode())
+        again = ActivateNodeRequest(
+            public_key=public_key_to_bytes(authentication_keys[1]), heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+
+        def connect_anew() -> None:
+            log.info("a call failed, and a message may be lost with it: connecting anew")
+            with FleetHttpClient.from_server_address(*given, interceptors=keys) as fleet:
+                fleet.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+                fleet.ActivateNode(again)
+
         yield (
-            *(node_id, receive, _sure(send), get_run, get_fab),
+            *(node_id, _receiving(receive, failed, _sure(connect_anew)), _sure(send), get_run, get_fab),
             *(_sure(pull_object, ExchangeError("the run has ended")), _sure(push_object)),
             _sure(confirm, ExchangeError("the run has ended")),
         )
+
+
+def _receiving(receive: Callable[[], T | None], failed: threading.Event, anew: Callable[[], None]) -> Callable[[], Any]:
+    """Flower's look for a message, with `anew` called when there is none after looks that failed."""
+
+    def look() -> T | None:
+        found = receive()
+        if found is None and failed.is_set():
+            failed.clear()
+            anew()
+        return found
+
+    return look
 
 
 def _sure(call: Callable[..., T], ended: Exception | None = None) -> Callable[..., T]:

@@ -24,7 +24,7 @@ from client.ledger import Ledger
 from client.policy import ledger_policy
 from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
-from client.site import Code, Site, package_versions
+from client.site import Code, Site
 from common.chain import GENESIS, Event, parts, verify
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig, SiteHome
@@ -43,7 +43,7 @@ from common.exchange import (
     Update,
 )
 from common.identity import Signer
-from common.installed import code_hashes
+from common.installed import code_hashes, package_versions
 from common.journal import Log, SharedLog
 from common.lineage import approvals as standing_approvals
 from common.models import build

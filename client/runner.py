@@ -21,10 +21,10 @@ import torch
 from client.app import client_app
 from client.link import serve
 from client.resident import Resident, State
-from client.site import package_versions
 from common.deployment import SiteHome
 from common.errors import ExchangeError, FedicomError
 from common.identity import Signer
+from common.installed import package_versions
 from common.storage import private_folder, write_whole
 from common.supervise import stop_on_signal
 

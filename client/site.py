@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +40,7 @@ from common.exchange import (
     Update,
 )
 from common.inference import logits
+from common.installed import package_versions
 from common.journal import Log
 from common.metrics import probabilities, score
 from common.models import set_weights
@@ -50,7 +49,6 @@ from common.weights import Weights
 
 log = logging.getLogger(__name__)
 
-_PACKAGES = ("fedicom", "flwr", "torch", "monai", "timm", "numpy", "pydicom")
 _ROUND_BOOTSTRAPS = 100
 """Resamples behind the intervals of every round's scores; the closing evaluation takes the recipe's own number."""
 
@@ -493,11 +491,6 @@ def _facts(update: Update) -> dict[str, Any]:
 def _told(*scores: Scores | None) -> bool:
     """Whether a score leaves with this reply."""
     return any(found is not None and found.values for found in scores)
-
-
-def package_versions() -> Mapping[str, str]:
-    """Versions of Python and of the packages that change numbers."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def _side(error: FedicomError) -> Code:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from common.storage import storing
 
 ROOMS = ("common", "client", "server", "configs")
 PACKAGES = ("flwr", "torch", "monai", "timm", "pydicom", "opacus", "cryptography")
+_TOLD = ("fedicom", "flwr", "torch", "monai", "timm", "numpy", "pydicom")
+
+
+def package_versions() -> Mapping[str, str]:
+    """Versions of Python and of the packages that change numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _TOLD}}
 
 
 def code_hashes() -> Mapping[str, str]:

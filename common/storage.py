@@ -5,11 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import StorageError
+
+_FULL_BYTES = 64 << 20
+"""With less than this a model, and what a database needs beside it, finds no room."""
+
+
+def full(folder: Path) -> bool:
+    """Whether the disk of this folder has no room for a model."""
+    return shutil.disk_usage(folder).free < _FULL_BYTES
 
 
 def private_folder(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -104,11 +104,15 @@ class FlowerTransport:
         """Why a site that was asked is not among the sites."""
         self._away: dict[str, _Away] = {}
 
-    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
         """Waits for `federation.sites` sites, and asks each who it is.
 
         Once the quorum is there, the others get `federation.offline_s` more. A node whose answer is no hello counts
         as absent: one site alone cannot stop a run.
+
+        Args:
+            before: Sites that took part before this process began. While one is connected it may still be at work for
+                the process that was killed, and has the whole `federation.timeout_s` to answer, as in a round.
 
         Raises:
             QuorumError: Fewer sites than the quorum answered within `federation.timeout_s`.
@@ -123,9 +127,9 @@ class FlowerTransport:
             now = time.monotonic()
             if len(self._sites) >= federation.quorum:
                 end = min(end, now + federation.offline_s)
-            if now >= end or self._complete():
+            if now >= deadline or (now >= end and not self._at_work(before)) or self._complete():
                 break
-            _pause(began, end)
+            _pause(began, deadline)
         found = self._told()
         if len(found) < federation.quorum:
             excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
@@ -277,6 +281,12 @@ class FlowerTransport:
     def _told(self) -> dict[str, Hello]:
         new, self._new = self._new, {}
         return dict(sorted(new.items()))
+
+    def _at_work(self, sites: Collection[str]) -> bool:
+        """Whether one of these sites is connected and has not answered the question who it is."""
+        online = self._look()
+        silent = [node.number for node in self._nodes.values() if node.asked and node.number in online]
+        return any(self._net.name(number) in sites for number in silent)
 
     def _complete(self) -> bool:
         federation, open_ = self._federation, any(node.asked for node in self._nodes.values())

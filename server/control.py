@@ -29,7 +29,7 @@ from common.installed import code_hashes
 from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
 from common.signed import parse_recipe
-from common.storage import private_folder, storing, write_whole
+from common.storage import full, private_folder, storing, write_whole
 from common.supervise import Child, Supervisor
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
 
@@ -469,7 +469,11 @@ class Control:
         if code in (_DONE, _STOPPED, _FAILED):
             del self._working[name]
             if code == _FAILED and Run(self.home, name).status.get("state") != "failed":
-                why = f"the run cannot go on and could not say why: is the disk full? See run/logs/{child}.log"
+                why = (
+                    "the disk is full; free space on it, then `fedicom server resume`"
+                    if full(self.home.path)
+                    else f"the run cannot go on and could not say why: is the disk full? See run/logs/{child}.log"
+                )
                 self._untold[name] = {"state": "failed", "error": why, "eta_s": None}
             return
         work.pause_s = 1.0 if now - work.began > _STEADY_S else work.pause_s

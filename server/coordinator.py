@@ -80,7 +80,8 @@ def coordinate(
         _write_known(file, known)
 
     if not (state.done and known):
-        here("sites present", transport.hello(recipe, audit.head))
+        before = state.history[-1].accepted if state.history else _read_known(file) if resume else ()
+        here("sites present", transport.hello(recipe, audit.head, tuple(before)))
 
     def sites() -> Mapping[str, Hello]:
         if new := transport.joined(recipe, audit.head):

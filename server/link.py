@@ -1,5 +1,8 @@
 """The coordinator's end of Flower: its SuperLink as a child process, who may connect, and one run at a time on it.
 
+Flower's SuperLink lets everybody who reaches it list, start and stop runs, and shut nodes out: on loopback, every user
+of the machine. Ours answers such calls to those alone who hold a key; `main` runs it.
+
 Everything of Flower that is not public API is used here and in `client/link.py` alone; `tests/test_flower_contract.py`
 fails when Flower changes it.
 """
@@ -7,12 +10,14 @@ fails when Flower changes it.
 from __future__ import annotations
 
 import hashlib
+import hmac
+import importlib
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +70,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from common.deployment import ServerHome
-from common.errors import ExchangeError, FedicomError
+from common.errors import ExchangeError, FedicomError, StorageError
 from common.registry import Registry
-from common.storage import locked, private_folder
+from common.storage import full, locked, private_folder, write_whole
 from common.supervise import Child
 
 log = logging.getLogger(__name__)
@@ -82,6 +87,10 @@ _TASK_S = 30.0
 _MAX_OBJECTS = 100_000
 _SPARE_BYTES = 16 << 20
 _PUSHES = 3
+_KEY_OPTION = "--superexec-auth-secret-file"
+_KEY_HEADER = "fedicom-superlink"
+_NODES = "/v1/fleet/"
+"""What nodes call; the SuperLink checks their own signatures."""
 
 # What Flower wants to see of an app. There is no code in it, and nobody looks for the two names: each side runs what
 # it has installed.
@@ -105,11 +114,11 @@ def superlink_child(home: ServerHome, port: int) -> Child:
     """The SuperLink as a child process: loopback only, TLS, registered nodes only, no app code in it."""
     folder = private_folder(home.superlink)
     command = [
-        str(Path(sys.executable).with_name("flower-superlink")),
+        *(sys.executable, "-m", "server.link"),
         *("--host", _HOST, "--port", str(port)),
         *("--ssl-certfile", str(home.superlink_certificate), "--ssl-keyfile", str(home.superlink_key)),
         *("--ssl-ca-certfile", str(home.ca)),
-        *("--isolation", "process", "--superexec-auth-secret-file", str(home.superexec_secret)),
+        *("--isolation", "process", _KEY_OPTION, str(home.superexec_secret)),
         *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         *("--database", str(folder / "state.db")),
     ]
@@ -196,17 +205,19 @@ def open_grid(home: ServerHome, port: int, *, name: str) -> Iterator[Grid]:
     """A Grid on a run of its own; the run ends with the block, so that none stays behind.
 
     Args:
-        name: Of the run, for the SuperLink's record of how it ended.
+        name: Of the run. One that a killed process began under this name is ended first: sites that wait for the rest
+            of its messages would do so until Flower gives it up, 60 s later.
 
     Raises:
         ExchangeError: The SuperLink does not answer. Inside the block every call of the Grid raises it when the
             SuperLink was away for too long: Flower fails a run whose process it did not hear for 60 s, and only a new
             run goes on from there.
+        StorageError: The SuperLink's disk is full; inside the block as well.
     """
     address, certificate = f"{_HOST}:{port}", _certificate(home)
     with _control(home, port) as control:
-        token, run_id = _begin(home, control, address, certificate)
-        grid = _RunGrid(address, certificate, token)
+        token, run_id = _begin(home, control, address, certificate, name)
+        grid = _RunGrid(home, address, certificate, token)
         client = grid.client
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(client, stop), name="run heartbeat", daemon=True)
@@ -242,13 +253,18 @@ class _RunGrid(HttpGrid):
     is there: one slow or dead site would hold up all others, for up to two hours.
     """
 
-    def __init__(self, address: str, certificate: bytes, token: str) -> None:
+    def __init__(self, home: ServerHome, address: str, certificate: bytes, token: str) -> None:
         super().__init__(address, False, certificate, token=token)
-        self.patience = _Patient(_PATIENCE_S)
+        self.patience, self._key = _Patient(_PATIENCE_S, home.superlink), _Key(home)
         self._retry_invoker = self.patience  # type: ignore[assignment]  # Flower calls nothing but `invoke`
         self._arriving: dict[str, _Arriving] = {}
         self._largest = 0
         """Bytes of the largest message sent: no honest reply has more than twice that, and a little."""
+
+    def _connect(self) -> None:
+        super()._connect()
+        assert self._client is not None
+        self._client._interceptors = (*self._client._interceptors, self._key)
 
     @property
     def client(self) -> RuntimeHttpClient:
@@ -332,8 +348,12 @@ class _Patient:
     Flower's own ends the whole process when a call is refused, and tries for ever when nobody answers.
     """
 
-    def __init__(self, for_s: float) -> None:
-        self.for_s = for_s
+    def __init__(self, for_s: float, folder: Path | None = None) -> None:
+        """
+        Args:
+            folder: Of the SuperLink's database: when its disk is full there is nothing to wait for.
+        """
+        self.for_s, self._folder = for_s, folder
 
     def invoke(self, target: Callable[..., T], *args: Any, **named: Any) -> T:
         end, pause_s = time.monotonic() + self.for_s, 0.1
@@ -344,6 +364,10 @@ class _Patient:
                 if error.response.status_code not in (500, 502, 503, 504):
                     raise _LinkError(f"the SuperLink refused a call: {_said(error.response)}") from None
                 why = f"HTTP status {error.response.status_code}"
+                if self._folder is not None and full(self._folder):
+                    raise StorageError(
+                        "the SuperLink could keep nothing more: its disk is full; free space on it and run again"
+                    ) from None
             except httpx.TransportError as error:
                 why = type(error).__name__
             if time.monotonic() >= end:
@@ -365,7 +389,7 @@ def _said(response: httpx.Response) -> str:
 @contextmanager
 def _control(home: ServerHome, port: int) -> Iterator[ControlHttpClient]:
     with ControlHttpClient.from_server_address(
-        f"{_HOST}:{port}", insecure=False, root_certificates=_certificate(home), interceptors=[]
+        f"{_HOST}:{port}", insecure=False, root_certificates=_certificate(home), interceptors=[_Key(home)]
     ) as client:
         yield client
 
@@ -378,11 +402,18 @@ def _certificate(home: ServerHome) -> bytes:
     return home.ca.read_bytes()
 
 
-def _begin(home: ServerHome, control: ControlHttpClient, address: str, certificate: bytes) -> tuple[str, int]:
+def _begin(
+    home: ServerHome, control: ControlHttpClient, address: str, certificate: bytes, name: str
+) -> tuple[str, int]:
     """Starts a run and takes its task: (token, run id)."""
+    begun = private_folder(home.superlink / "begun") / name
+    earlier = begun.read_text() if begun.exists() else ""
     content, _ = build_fab_from_files({"pyproject.toml": _BUNDLE})
     bundle = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
     call, method = _Patient(_PATIENCE_S).invoke, "/flwr.proto.Runtime/AcquireTask"
+    if earlier.isdecimal():
+        with suppress(ExchangeError):  # it has ended
+            call(control.StopRun, StopRunRequest(run_id=int(earlier)))
     with (
         locked(private_folder(home.superlink)),  # two runs that begin together would take each other's task
         RuntimeHttpClient.from_server_address(
@@ -394,12 +425,14 @@ def _begin(home: ServerHome, control: ControlHttpClient, address: str, certifica
                 SuperExecAuthHttpInterceptor(
                     master_secret=home.superexec_secret.read_bytes(), protected_methods=frozenset({method})
                 ),
+                _Key(home),
             ],
         ) as executor,
     ):
         run_id = call(control.StartRun, StartRunRequest(fab=bundle)).run_id
         if not run_id:
             raise _LinkError("the SuperLink started no run; see its log")
+        write_whole(begun, str(run_id).encode())
         end = time.monotonic() + _TASK_S
         while time.monotonic() < end:
             got = call(executor.AcquireTask, AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
@@ -447,3 +480,52 @@ def _pem(openssh: str) -> bytes:
 
 def _openssh(pem: bytes) -> str:
     return load_pem_public_key(pem).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+
+
+# Who may call the SuperLink
+
+
+def main() -> None:
+    """Runs Flower's SuperLink in this process, with the options of `flower-superlink`, behind its key."""
+    extensions: Any = importlib.import_module("flwr.superlink.extensions")
+    program: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
+    middleware: Any = importlib.import_module("starlette.middleware").Middleware
+    key = _key(Path(sys.argv[sys.argv.index(_KEY_OPTION) + 1]))
+    extensions.get_middleware = lambda: (middleware(_Locked, key=key),)  # the outermost: nothing is read before it
+    program.flower_superlink()
+
+
+class _Locked:
+    """Lets a call pass that a node makes, or that carries the key."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], key: bytes) -> None:
+        self._app, self._key = app, key
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Callable[..., Awaitable[None]]) -> None:
+        given = dict(scope.get("headers", ())).get(_KEY_HEADER.encode(), b"")
+        named = scope["type"] == "http" and scope["path"].startswith(_NODES)
+        if named or scope["type"] == "lifespan" or hmac.compare_digest(given, self._key):
+            await self._app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class _Key:
+    """Puts the key on a call."""
+
+    def __init__(self, home: ServerHome) -> None:
+        self._key = _key(home.superexec_secret).decode()
+
+    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
+        context.request.headers[_KEY_HEADER] = self._key
+        return call_next(context)
+
+
+def _key(secret: Path) -> bytes:
+    # Not the secret itself: with that one signs Flower's own calls.
+    return hmac.new(secret.read_bytes(), b"fedicom superlink", hashlib.sha256).hexdigest().encode()
+
+
+if __name__ == "__main__":
+    main()

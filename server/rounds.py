@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, Protocol
@@ -82,8 +82,12 @@ class ServerState:
 class Transport(Protocol):
     """How plans reach sites: in this process, or over the network."""
 
-    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
-        """Waits for the sites before the first round; who is there, by site name."""
+    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
+        """Waits for the sites before the first round; who is there, by site name.
+
+        Args:
+            before: Sites that took part before this process began.
+        """
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         """Sites that came since, asked between two rounds without waiting for anybody."""

@@ -12,14 +12,12 @@ import errno
 import hashlib
 import logging
 import os
-import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from common.deployment import ServerHome, read_status
 from common.errors import ConfigError, DataError, ExchangeError, FedicomError, QuorumError, StorageError
 from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer, read_private
+from common.installed import package_versions
 from common.journal import Log, SharedLog
 from common.samples import Samples, prepare_folder
 from common.shard import read_secret
@@ -48,7 +47,6 @@ _PAUSE_S = (5.0, 300.0)
 """Before sites that were too few are asked again: the first pause, and the longest."""
 _LONGEST = 4000
 """Characters of a reason; with many sites they may be many."""
-_PACKAGES = ("fedicom", "flwr", "torch", "monai", "timm", "numpy", "pydicom")
 
 Watch = Callable[[str, str, str], None]
 Connect = Callable[[ServerHome, str, Watch], AbstractContextManager[Transport]]
@@ -166,10 +164,23 @@ def _work(
             started=started,
             wall_s=(datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds(),
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            versions={"python": platform.python_version(), **{package: version(package) for package in _PACKAGES}},
+            versions=package_versions(),
         ),
     )  # fmt: skip
+    _farewell(found, recipe, connect, status.watch, audit)
     return conclusion.summary
+
+
+def _farewell(found: Run, recipe: Recipe, connect: Connect, watch: Watch, audit: Log) -> None:
+    """Tells every site that is there the head after the run's last event: from now on their logs vouch for it."""
+    try:
+        with connect(found.home, found.name, watch) as transport:
+            heard = transport.joined(recipe, audit.head)
+    except ExchangeError as error:
+        log.warning("no site was told how the log ends: %s", error)
+        return
+    if heads := {site: hello.audit_head for site, hello in heard.items() if hello.audit_head}:
+        audit.append("end vouched for", heads=heads)
 
 
 def _with_patience(
@@ -206,15 +217,16 @@ class _Told:
     def __init__(self, transport: Transport, status: RunStatus) -> None:
         self._transport, self._status = transport, status
 
-    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
         self._status.change(state="waiting")
-        return self._transport.hello(recipe, audit_head)
+        return self._transport.hello(recipe, audit_head, before)
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self._transport.joined(recipe, audit_head)
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
-        self._status.change(state="training" if plan.work == "train" else "evaluating", error=None)
+        state = "training" if plan.work == "train" else "evaluating"
+        self._status.change(state=state, round_began=time.time(), error=None)
         return self._transport.ask(plan, sites, timeout_s)
 
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:

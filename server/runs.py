@@ -193,6 +193,7 @@ class RunStatus:
             "started": earlier.get("started") or utc_now(),
             "eta_s": None,
             "last_round": earlier.get("last_round"),
+            "round_began": None,
             "admitted": earlier.get("admitted", 0),
             "refused": earlier.get("refused", 0),
             "sites": {

@@ -21,7 +21,7 @@ import yaml
 from common.config import Phantom
 from common.deployment import ServerHome, SiteHome, read_status
 from common.errors import FedicomError
-from common.supervise import free_port
+from common.supervise import lasting_port
 from simulations.hospitals import site_names
 from simulations.phantoms import make_phantoms
 
@@ -62,7 +62,7 @@ class Rehearsal:
         """Names the folder; nothing is made before `provision`."""
         self.folder, self.plan = folder.resolve(), plan
         self.kits = self.folder / "kits"
-        self.port = free_port()
+        self.port = lasting_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -151,7 +151,7 @@ class Rehearsal:
             status = read_status(home.status_file) or {}
             return (status.get("children") or {}).get(child)
 
-        pid: int = wait_for(found, f"child {child} of {name}", 60)
+        pid: int = wait_for(found, f"child {child} of {name}", 300)
         return pid
 
     def stop(self) -> None:
@@ -176,18 +176,18 @@ class Rehearsal:
     def run(self, name: str = RUN, recipe: str = RUN) -> None:
         """Submits an approved recipe, as soon as the coordinator takes it; returns at once."""
         file = self.recipe_file(recipe)
-        wait_for(lambda: self._ready() or None, "the coordinator", 60)
+        wait_for(lambda: self._ready() or None, "the coordinator", 300)
         self.fedicom("server", "run", file, "--name", name, "--detach", "--home", self.server.path)
 
     def status(self, name: str = RUN) -> dict[str, Any]:
         """Of a run, empty before it began."""
         return read_status(self.server.runs / name / "status.json") or {}
 
-    def wait_round(self, number: int, name: str = RUN, timeout_s: float = 240) -> None:
+    def wait_round(self, number: int, name: str = RUN, timeout_s: float = 600) -> None:
         """Waits until `number` rounds are behind the run."""
         wait_for(lambda: self._reached(name, number) or None, f"round {number}", timeout_s)
 
-    def wait_finished(self, name: str = RUN, timeout_s: float = 300) -> dict[str, Any]:
+    def wait_finished(self, name: str = RUN, timeout_s: float = 800) -> dict[str, Any]:
         """Waits for the end of the run.
 
         Raises:
@@ -225,7 +225,7 @@ class Rehearsal:
                 self.fedicom("audit", "verify", theirs, "--against", mine, "--registry", registry),
             )
 
-    def fedicom(self, *words: object, timeout_s: float = 180) -> str:
+    def fedicom(self, *words: object, timeout_s: float = 300) -> str:
         """One command, as a person would type it.
 
         Raises:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,13 +27,14 @@ from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
 from client.secure import Sums
-from client.site import Site, package_versions
+from client.site import Site
 from common.audit import AuditLog
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.deployment import Policy
 from common.errors import ConfigError, DataError, StorageError
 from common.exchange import NAME_PATTERN, Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer
+from common.installed import package_versions
 from common.models import build
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
@@ -202,10 +203,10 @@ class _Shown:
         self._show, self._rounds = show, rounds
         self._what, self._done, self._total, self._quiet = "Calling the sites", 0, 0, False
 
-    def hello(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
+    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
         self._total = recipe.federation.sites
         self._show.step(self._what, 0, self._total)
-        return self.transport.hello(recipe, audit_head)
+        return self.transport.hello(recipe, audit_head, before)
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self.transport.joined(recipe, audit_head)

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common import constant
 from flwr.common.constant import ErrorCode, Status, SubStatus
 from flwr.proto import control_pb2, fleet_pb2, message_pb2, node_pb2, runtime_pb2, task_pb2
+from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.serverapp import Grid
 from flwr.supercore import constant as core
 from flwr.supercore.constant import NodeStatus, TaskType
@@ -26,6 +27,7 @@ from flwr.supercore.retry import http_retry
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink import main as superlink_main
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -33,6 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from client.link import supernode_child
 from common.deployment import FederationPlan, ServerHome, SiteHome
 from server import app as server_app
+from server import link as server_link
 from server.gateway_rules import FLEET_ROUTES
 from server.link import superlink_child
 from server.provision import provision
@@ -122,7 +125,7 @@ def test_the_calls_that_we_make_take_what_we_give():
                 *("PullObject", "PushObject", "ConfirmMessageReceived", "GetNodes"),
             ),
         ),
-        (FleetHttpClient, ("DeactivateNode",)),
+        (FleetHttpClient, ("ActivateNode", "DeactivateNode", "PullMessages")),
     ],
 )
 def test_the_clients_have_the_calls_that_we_make(client, calls):
@@ -150,6 +153,7 @@ def test_the_clients_have_the_calls_that_we_make(client, calls):
         (runtime_pb2.PullAppMessagesResponse, {"messages_list", "message_object_trees"}),
         (runtime_pb2.PushTaskOutputRequest, {"sub_status", "details"}),
         (message_pb2.ConfirmMessageReceivedRequest, {"node", "run_id", "message_object_id"}),
+        (fleet_pb2.ActivateNodeRequest, {"public_key", "heartbeat_interval"}),
         (fleet_pb2.DeactivateNodeRequest, {"node_id"}),
     ],
 )
@@ -193,6 +197,14 @@ def test_the_numbers_that_we_know_are_flowers():
     assert not issubclass(RunNotRunningException, Exception)  # and so escapes `except Exception`
 
 
+def test_the_superlink_asks_our_lock_before_it_reads_anything():
+    middleware = ast.unparse(function(superlink_main, "_get_middleware"))
+    assert "return [*extensions.get_middleware()," in middleware
+    assert "middleware=_get_middleware()" in ast.unparse(function(superlink_main, "create_app"))
+    assert ControlHttpClient("https://localhost")._interceptors == ()
+    assert all(path.startswith(server_link._NODES) for _, path in FLEET_ROUTES)
+
+
 def test_the_supernodes_loop_is_the_one_that_we_change():
     loop = start_client_internal
     sleeps = {
@@ -202,6 +214,10 @@ def test_the_supernodes_loop_is_the_one_that_we_change():
     }
     assert sleeps == {"time.sleep(3)", "time.sleep(0.5)"}
     assert "time.sleep(3)" in ast.unparse(function(loop, "start_client_internal"))
+    receive = ast.unparse(function(fleet_http_connection, "receive"))
+    assert "retry_invoker.invoke(client.PullMessages, PullMessagesRequest(node=node))" in receive
+    # A question counts as delivered before its answer has left: lost with it, it is never given out again.
+    assert "MessageInsModel.delivered_at == ''" in ast.unparse(function(sql_linkstate, "_claim_message_ins_rows"))
     assert "pull_objects(" in ast.unparse(function(loop, "_pull_and_store_message"))
     assert "with http_request_response(address, insecure, root_certificates, authentication_keys," in ast.unparse(
         function(loop, "_init_connection")

@@ -1,14 +1,20 @@
 """A federation of real processes on loopback for the tests of this folder.
 
 One simulation gives the digest that a run must end with: the recipe's noise is seeded, so equal sets of admitted
-updates give equal weights.
+updates give equal weights. That the sets are equal is certain on a busy machine too, for nobody is left behind within
+the quarter of an hour that a test may take; `digest` says so if a site was missing all the same.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +32,13 @@ PLAN = Plan(
         "recipe=phantom_2d",
         f"rounds={ROUNDS}",
         "model=resnet10_small",
+        "model.width=0.125",
         "data.size=[32,32]",
         "privacy.epsilon=null",
         "privacy.noise_multiplier=1",
         "privacy.unsafe_seeded_noise=true",
-        "federation.timeout_s=240",
-        "federation.offline_s=100",
+        "federation.timeout_s=900",
+        "federation.offline_s=900",
         "evaluation.bootstraps=100",
     ),
     phantom=PHANTOM,
@@ -59,7 +66,17 @@ def federation(tmp_path_factory) -> Iterator[Rehearsal]:
 
 
 def digest(federation: Rehearsal, run: str) -> str:
-    return str(federation.wait_finished(run)["summary"]["weight_digest"])
+    """Digest of the weights that the run ended with, after a look whether every round had every site."""
+    status = federation.wait_finished(run)
+    for facts in rounds(federation, run):
+        assert set(facts["admitted"]) == set(PLAN.sites), f"round {facts['round']}: {facts['refused']}"
+    return str(status["summary"]["weight_digest"])
+
+
+def rounds(federation: Rehearsal, run: str) -> list[Mapping[str, Any]]:
+    """What the coordinator's log says of the run's rounds, in order."""
+    events = verify(federation.server.audit_file)
+    return [event.facts for event in events if event.kind == "round aggregated" and event.facts.get("run") == run]
 
 
 @dataclass(frozen=True)
@@ -99,3 +116,34 @@ def wait_event(federation: Rehearsal, site: str, kind: str, round_: int, after: 
 
 def events(federation: Rehearsal, site: str) -> int:
     return len(federation.site(site).audit_file.read_text().splitlines())
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[bool]:
+    """Puts a folder on a file system of its own; gives whether this machine lets us."""
+    there = folder.with_name(f"{folder.name}-on-disk")
+    folder.rename(there)
+    folder.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
+    shutil.copytree(there, folder, dirs_exist_ok=True)
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leaves no byte free on the folder's disk.
+
+    Returns:
+        What takes the room.
+    """
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+    return ballast

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.audit import verify
+from common.chain import AuditError, verify_against
 from tests.deployment.conftest import PLAN, ROUNDS, Work, digest, events, wait_event, work
 
 
-def test_a_deployed_run_ends_with_the_weights_of_the_simulation(federation, expected):
+def test_a_deployed_run_ends_with_the_weights_of_the_simulation(federation, expected, tmp_path):
     federation.run("quiet")
     assert digest(federation, "quiet") == expected
     for site in PLAN.sites:
         assert work(federation, site) == Work(paid=ROUNDS, trained=ROUNDS, answered=ROUNDS)
     # Both sides' logs hold under the registry's keys alone, each against the other.
     assert len(list(federation.verify())) == 2 * len(PLAN.sites)
+    # Nor can the coordinator take back how the run ended: every site has written down that it heard of it.
+    log = federation.server.audit_file
+    (end,) = (event.number for event in verify(log) if event.kind == "run concluded")
+    cut = tmp_path / log.name
+    cut.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:end]))
+    for site in PLAN.sites:
+        with pytest.raises(AuditError, match=r"remembers head .* which this log has not: it was cut"):
+            verify_against(verify(cut), verify(federation.site(site).audit_file))
 
 
 def test_sites_killed_in_training_in_upload_and_between_rounds_train_and_pay_once_a_round(federation, expected):

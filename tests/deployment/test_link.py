@@ -9,15 +9,18 @@ import os
 import signal
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Message
@@ -39,8 +42,10 @@ from server import link
 from server.app import FlowerTransport
 from server.provision import provision, revoke
 
+_LONG_S = 300.0
+"""Nothing takes so long, on the busiest machine; what does has failed."""
 SITES = ("east", "north")
-RECIPE = Recipe(name="toy", federation=Federation(sites=2, quorum=2, timeout_s=60, offline_s=30))
+RECIPE = Recipe(name="toy", federation=Federation(sites=2, quorum=2, timeout_s=_LONG_S, offline_s=_LONG_S))
 QUESTION = Question(recipe_id=RECIPE.id)
 DEAD_PROXY = "http://127.0.0.1:9"
 
@@ -99,7 +104,7 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def eventually(true: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+def eventually(true: Callable[[], Any], timeout_s: float = _LONG_S) -> Any:
     end = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < end, "it never came true"
@@ -160,6 +165,9 @@ class Proxy(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = daemon_threads = True
     asked: list[str]
+    loses = False
+    """Break a connection off, in place of handing on what came back to a request."""
+    lost = 0
 
 
 class Tunnel(socketserver.StreamRequestHandler):
@@ -171,18 +179,20 @@ class Tunnel(socketserver.StreamRequestHandler):
         host, port = target.rsplit(":", 1)
         with socket.create_connection((host, int(port))) as there:
             self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            back = threading.Thread(target=self.copy, args=(there, self.connection), daemon=True)
+            back = threading.Thread(target=self.copy, args=(there, self.connection, True), daemon=True)
             back.start()
-            self.copy(self.connection, there)
+            self.copy(self.connection, there, False)
 
-    @staticmethod
-    def copy(source: socket.socket, target: socket.socket) -> None:
-        try:
+    def copy(self, source: socket.socket, target: socket.socket, back: bool) -> None:
+        with suppress(OSError):
             while data := source.recv(1 << 16):
+                if back and self.server.loses:
+                    self.server.lost += 1
+                    break
                 target.sendall(data)
-            target.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +224,7 @@ def running(tmp_path_factory, proxy) -> Iterator[Running]:
     events.append(made.on_event)
     try:
         supervisor.start(link.superlink_child(made.server, port))
-        link.wait_until_up(made.server, port, 60)
+        link.wait_until_up(made.server, port, _LONG_S)
         assert link.register_nodes(made.server, port, made.server.registry) == ("east", "north", "west")
         for site in SITES:
             made.start(site)
@@ -244,7 +254,7 @@ def ask_while_busy(running: Running, transport: FlowerTransport, site: str, roun
     (running.sites[site].path / "busy").touch()
     before = running.said(site, f"visit {round_}")
     pool = ThreadPoolExecutor(1)
-    asking = pool.submit(transport.ask, plan(round_), SITES, 60)
+    asking = pool.submit(transport.ask, plan(round_), SITES, _LONG_S)
     pool.shutdown(wait=False)
     eventually(lambda: running.said(site, f"visit {round_}") > before)
     return asking
@@ -252,7 +262,7 @@ def ask_while_busy(running: Running, transport: FlowerTransport, site: str, roun
 
 def finish(running: Running, site: str, asking: Future[Any], round_: int) -> None:
     (running.sites[site].path / "busy").unlink()
-    assert all(is_update(reply, round_) for reply in asking.result(60))
+    assert all(is_update(reply, round_) for reply in asking.result(_LONG_S))
 
 
 def test_two_sites_say_hello_and_two_rounds_go_through_over_tls_one_of_them_through_a_proxy(running, grid, proxy):
@@ -260,7 +270,7 @@ def test_two_sites_say_hello_and_two_rounds_go_through_over_tls_one_of_them_thro
     assert sorted(transport.hello(RECIPE, "")) == list(SITES)
     assert running.online() == set(SITES)
     for round_ in (1, 2):
-        replies = transport.ask(plan(round_), SITES, 60)
+        replies = transport.ask(plan(round_), SITES, _LONG_S)
         assert [reply.site for reply in replies] == list(SITES)
         assert all(is_update(reply, round_) for reply in replies)
     for site in SITES:
@@ -276,6 +286,33 @@ def test_no_secret_stands_in_a_command_line(running):
             text = secret.read_bytes()
             assert text.hex() not in words
             assert text.decode(errors="replace").strip() not in words
+
+
+@pytest.mark.parametrize("key", [None, b"", b"0" * 64, "the secret itself"])
+def test_a_user_of_the_coordinators_machine_without_its_key_can_neither_list_nor_start_nor_stop(running, grid, key):
+    if key == "the secret itself":
+        key = running.server.superexec_secret.read_bytes().hex().encode()
+    headers = {} if key is None else {link._KEY_HEADER: key}
+    tls = ssl.create_default_context(cafile=str(running.server.ca))
+    with httpx.Client(base_url=f"https://127.0.0.1:{running.port}", verify=tls, headers=headers) as stranger:
+        paths = [
+            f"/v1/control/{name}" for name in ("list-runs", "start-run", "stop-run", "list-nodes", "unregister-node")
+        ]
+        for path in (
+            *paths,
+            "/v1/runtime/get-nodes",
+            "/v1/runtime/acquire-task",
+            "/health",
+            "/docs",
+            "/openapi.json",
+            "/",
+        ):
+            for method in ("GET", "POST"):
+                answer = stranger.request(method, path, content=b"")
+                assert (answer.status_code, answer.content) == (403, b"")
+        for path in ("//v1/control/list-runs", "/v1/fleet/../control/list-runs", "/v1/fleet/%2e%2e/control/list-runs"):
+            assert stranger.post(path, content=b"").status_code in (403, 404)
+    assert running.online() == set(SITES)  # who has the key may
 
 
 def test_who_may_connect_is_what_the_registry_says_and_a_revoked_node_is_shut_out_at_its_next_call(running):
@@ -302,7 +339,7 @@ def send(
 ) -> list[Message]:
     """What both sites answer to one message."""
     record = wire.encode(value, signer or Signer.load_or_create(running.server.signing_key))
-    names = set(grid.push_messages([Message(record, node, kind, ttl=60) for node in grid.get_node_ids()]))
+    names = set(grid.push_messages([Message(record, node, kind, ttl=_LONG_S) for node in grid.get_node_ids()]))
     assert len(names) == len(SITES)
     replies: list[Message] = []
 
@@ -400,9 +437,48 @@ def test_a_superlink_that_is_killed_is_back_and_the_round_goes_on_without_a_seco
     before = running.supervisor.children["superlink"]
     running.kill("superlink")
     eventually(lambda: running.supervisor.children["superlink"] not in (None, before))
-    link.wait_until_up(running.server, running.port, 60)
+    link.wait_until_up(running.server, running.port, _LONG_S)
     finish(running, "east", asking, 6)
     assert running.said("east", "visit 6") == 1
+
+
+def test_a_question_that_is_lost_on_its_way_to_a_site_is_asked_again(running, grid, proxy):
+    transport = running.transport(grid)
+    transport.hello(RECIPE, "")
+    node = running.supervisor.children["node-north"]
+    assert node is not None
+    os.kill(node, signal.SIGSTOP)
+    time.sleep(0.5)  # a look that was on its way is answered: there is nothing
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(transport.ask, plan(8), SITES, _LONG_S)
+            eventually(lambda: running.said("east", "visit 8"))  # so north's question is out as well
+            proxy.loses, lost = True, proxy.lost
+            os.kill(node, signal.SIGCONT)
+            eventually(lambda: proxy.lost > lost)
+            proxy.loses = False
+            assert all(is_update(reply, 8) for reply in asking.result(_LONG_S))
+    finally:
+        proxy.loses = False
+        os.kill(node, signal.SIGCONT)
+    assert running.said("north", "visit 8") == 1
+
+
+def test_a_run_that_begins_again_frees_the_sites_that_wait_for_the_rest_of_a_killed_ones_message(running, monkeypatch):
+    killed = link.open_grid(running.server, running.port, name="killed")
+    with monkeypatch.context() as patch:
+        patch.setattr("flwr.superlink.grid.http_grid.push_objects", lambda *words, **named: None)
+        grid = killed.__enter__()
+        nodes = list(grid.get_node_ids())
+        record = wire.encode(QUESTION, Signer.load_or_create(running.server.signing_key))
+        grid.push_messages([Message(record, node, "query", ttl=_LONG_S) for node in nodes])
+    logs = [running.authority.parent / "logs" / f"node-{site}.log" for site in SITES]
+    eventually(lambda: all(log.read_text().count("Receiving") > log.read_text().count("Sending") for log in logs))
+    try:
+        with link.open_grid(running.server, running.port, name="killed") as grid:
+            assert sorted(running.transport(grid).hello(RECIPE, "")) == list(SITES)
+    finally:
+        killed.__exit__(None, None, None)
 
 
 def test_what_a_killed_coordinator_left_behind_is_stopped_and_in_nobodys_way(running):
@@ -411,9 +487,8 @@ def test_what_a_killed_coordinator_left_behind_is_stopped_and_in_nobodys_way(run
         content, _ = link.build_fab_from_files({"pyproject.toml": link._BUNDLE})
         bundle = link.fab_to_proto(link.Fab(link.hashlib.sha256(content).hexdigest(), content, {}))
         control.StartRun(StartRunRequest(fab=bundle))  # killed before it took its task
-        link._begin(
-            server, control, f"127.0.0.1:{port}", link._certificate(server)
-        )  # killed with its task; ends the other
+        # killed with its task; ends the other
+        link._begin(server, control, f"127.0.0.1:{port}", link._certificate(server), "killed")
     with link.open_grid(server, port, name="next") as grid:
         assert sorted(running.transport(grid).hello(RECIPE, "")) == list(SITES)
     assert link.stop_runs(server, port) == 1

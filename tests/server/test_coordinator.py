@@ -50,10 +50,12 @@ class Fake:
         self.asked: list[int] = []
         self.sites: list[tuple[str, ...]] = []
         self.questions = 0
+        self.before: tuple[str, ...] = ()
         self._die, self._silent, self._first, self._later = die_in_round, silent, first, later or {}
 
-    def hello(self, recipe, audit_head):
+    def hello(self, recipe, audit_head, before=()):
         self.questions += 1
+        self.before = tuple(before)
         return {site: hello(site) for site in self._first}
 
     def joined(self, recipe, audit_head):
@@ -130,6 +132,18 @@ def test_a_folder_with_checkpoints_is_not_started_over(tmp_path):
     with pytest.raises(StorageError, match="resume=true"):
         run(tmp_path, Fake())
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+
+
+@pytest.mark.parametrize(("killed", "before"), [(1, ("east", "north", "west")), (3, ("east", "north"))])
+def test_a_resumed_run_tells_whom_to_wait_for(tmp_path, killed, before):
+    first = Fake(die_in_round=killed, silent=("west",))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, first)
+    assert first.before == ()
+    second = Fake(die_in_round=killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, second, resume=True)
+    assert sorted(second.before) == sorted(before)  # of the last round, or who was there for the first
 
 
 def test_a_run_below_quorum_is_in_the_log_and_can_be_resumed(tmp_path):

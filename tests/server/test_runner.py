@@ -99,8 +99,8 @@ class Changed:
     def __init__(self, transport, rule):
         self._transport, self._rule = transport, rule
 
-    def hello(self, recipe, audit_head):
-        return self._transport.hello(recipe, audit_head)
+    def hello(self, recipe, audit_head, before=()):
+        return self._transport.hello(recipe, audit_head, before)
 
     def joined(self, recipe, audit_head):
         return self._transport.joined(recipe, audit_head)
@@ -160,7 +160,7 @@ def test_too_few_sites_are_asked_again_after_growing_pauses_and_the_run_goes_on(
 
 
 def test_patience_begins_anew_with_every_round_that_is_done(house, no_export):
-    """Two pauses, 5 s and 10 s, fit into 16 s of patience; four would not."""
+    """Two pauses, 5 s and 10 s, fit into 29 s of patience, with 14 s of work; a third, of 20 s, would not."""
     pauses: list[float] = []
     turn = {1: 2, 2: 2}
 
@@ -170,7 +170,7 @@ def test_patience_begins_anew_with_every_round_that_is_done(house, no_export):
             raise QuorumError("too few")
         return ask()
 
-    house.order("patient", patience_s=16)
+    house.order("patient", patience_s=29)
     assert run(house.home, "patient", connect=house.connect(change=ruled(away)), sleep=pauses.append) == FINISHED
     assert pauses == [5.0, 10.0, 5.0, 10.0]
 

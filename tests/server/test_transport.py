@@ -434,6 +434,23 @@ def test_with_the_quorum_there_the_others_get_offline_s_more(clock, sites):
     assert 160 <= clock.now - began < 163
 
 
+@pytest.mark.parametrize(
+    ("delay_s", "before", "found", "took_s"),
+    [
+        (400, SITES, ["east", "north", "west"], 400),
+        (700, SITES, ["east", "north"], 600),  # timeout_s
+        (400, (), ["east", "north"], 60),  # offline_s: a site that starts, or hangs, joins later
+    ],
+)
+def test_a_site_that_still_works_for_a_process_that_was_killed_is_waited_for(
+    clock, sites, delay_s, before, found, took_s
+):
+    sites[2].delay_s = delay_s
+    began = clock.now
+    assert list(Watched(Connected(clock, *sites)).hello(RECIPE, HEAD, before)) == found
+    assert took_s <= clock.now - began < took_s + 2
+
+
 def test_too_few_sites_are_a_quorum_error_that_quotes_who_would_not(clock, sites):
     sites[0].online = False
     sites[2].meets = lambda message: sites[2].says(message, refusal("west"))
