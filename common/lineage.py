@@ -342,6 +342,7 @@ def _told(name: str, run: Run, round_: int) -> Mapping[str, Any] | None:
 
 def _sent(name: str, log: Log, recipe_id: str, link: RoundLink) -> Event:
     digest = link.admitted[name]
+    found: list[Event] = []
     plan: Event | None = None
     for event in log.events:
         if event.kind == "plan received":
@@ -352,7 +353,10 @@ def _sent(name: str, log: Log, recipe_id: str, link: RoundLink) -> Event:
             if (facts.get("recipe_id"), facts.get("round"), facts.get("weights")) == (
                 recipe_id, link.round, link.before,
             ):  # fmt: skip
-                return event
+                found.append(event)
+    if found:
+        # With seeded noise two runs of a recipe send equal updates; what was spent by then tells them apart.
+        return next((event for event in found if event.facts.get("epsilon") == link.epsilon.get(name)), found[0])
     raise LineageError(
         f"round {link.round}: the coordinator admitted update {digest[:12]} of {name}, but the log of {name} holds no "
         f"such update for a plan of recipe {recipe_id[:12]} with weights {link.before[:12]}"

@@ -106,14 +106,15 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
     """Reads logs and finds out whose they are; one that does not hold comes with the events ahead of its fault.
 
     Args:
-        where: Files, or folders that hold logs themselves or in `audit/`.
+        where: Files, or folders that hold logs themselves or in `audit/`; the folder of one run stands for the log of
+            the coordinator that ran it.
         keys: Without them each log is held against the key that it names itself.
 
     Returns:
         The coordinator's first, then the others by name.
 
     Raises:
-        ConfigError: There is no log, or two are of one owner.
+        ConfigError: There is no log, in one of the folders perhaps, or two are of one owner.
         StorageError: A file cannot be read.
     """
     logs = [_read(path, keys, tolerance_s) for place in where for path in _log_files(place)]
@@ -182,9 +183,12 @@ def _log_files(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
     with storing("the folder of the logs"):
-        folder = place / "audit" if (place / "audit").is_dir() else place
-        names = {re.sub(r"\.\d{4,}(?=\.jsonl$)", "", path.name) for path in folder.glob("*.jsonl")}
-    return [folder / name for name in sorted(names)]
+        ran = [place.resolve().parents[1] / "audit"] if place.resolve().parent.name == "runs" else []
+        for folder in (place / "audit", place, *ran):
+            names = {re.sub(r"\.\d{4,}(?=\.jsonl$)", "", path.name) for path in folder.glob("*.jsonl")}
+            if names:
+                return [folder / name for name in sorted(names)]
+    raise ConfigError(f"{place.name} holds no log; give files like audit/north.jsonl, or the folder that holds them")
 
 
 def _read(path: Path, keys: Keys | None, tolerance_s: float) -> Log:

@@ -322,6 +322,7 @@ def _of_runs(runs: list[dict[str, Any]]) -> Iterator[Family]:
     yield each("fedicom_run_rounds_planned", "Rounds of the recipe.", ("rounds",))
     yield each("fedicom_run_eta_seconds", "Estimated time to the end.", ("eta_s",))
     yield each("fedicom_round_seconds", "Duration of the last round.", ("last_round", "seconds"))
+    yield each("fedicom_round_began_timestamp_seconds", "When the round began that is under way.", ("round_began",))
     yield each(
         "fedicom_round_validation_auroc", "Mean validation AUROC of the last round.", ("last_round", "validation")
     )

@@ -248,11 +248,37 @@ def test_the_log_of_the_authority_is_shown_and_vouched_for_by_nobody(tmp_path):
 
 def test_two_logs_of_one_side_or_none_are_a_wrong_request(tmp_path):
     folder = federation(tmp_path / "run")
-    with pytest.raises(ConfigError, match="there is no log"):
-        read_logs([tmp_path])
+    with pytest.raises(ConfigError, match="holds no log"):
+        read_logs([folder, tmp_path])
     (folder / "copy.jsonl").write_bytes((folder / "north.jsonl").read_bytes())
     with pytest.raises(ConfigError, match="both logs of north"):
         read_logs([folder])
+
+
+def test_the_folder_of_a_run_stands_for_its_coordinators_log(tmp_path):
+    federation(tmp_path / "coordinator")
+    (tmp_path / "coordinator" / "runs" / "chest").mkdir(parents=True)
+    logs = read_logs([tmp_path / "coordinator" / "runs" / "chest"])
+    assert [log.name for log in logs] == ["server", "north", "south"]
+
+
+def test_two_runs_of_one_recipe_with_equal_updates_are_told_apart_by_what_was_spent(tmp_path):
+    """Seeded noise gives equal updates; the account goes on."""
+    audit = federation(tmp_path)
+    logs = {name: AuditLog(audit / f"{name}.jsonl", KEYS[name]) for name in ("server", "north", "south")}
+    logs["server"].append("run started", recipe_id=RECIPE, round=0)
+    for number in (1, 2):
+        before, after, epsilon = digest("weights", number - 1), digest("weights", number), 3.0 + 1.5 * number
+        for site in PATIENTS:
+            logs[site].append("plan received", recipe_id=RECIPE, round=number, work="train", weights=before)
+            logs[site].append("update sent", round=number, digest=digest("update", site, number), epsilon=epsilon)
+        admitted = {site: {"digest": digest("update", site, number), "epsilon": epsilon} for site in PATIENTS}
+        logs["server"].append("round aggregated", round=number, before=before, after=after, admitted=admitted)
+    logs["server"].append("model exported", file="model.onnx", sha256=digest("again"), weights=digest("weights", 2))
+    found = read_logs([tmp_path])
+    first, second = runs(found[0])
+    assert lineage(first, first.exports[-1], found).epsilon == 3.0
+    assert lineage(second, second.exports[-1], found).epsilon == 6.0
 
 
 # A real run, and its model file

@@ -54,6 +54,7 @@ RUN_STATUS = {
     "round": 2,
     "rounds": 5,
     "eta_s": 30.0,
+    "round_began": 1_700_000_000.5,
     "last_round": {"seconds": 9.5, "validation": 0.75},
     "admitted": 6,
     "refused": 1,
