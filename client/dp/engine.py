@@ -13,15 +13,17 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from client.dp import bookkeeping
-from client.dp.bookkeeping import Loss, clip_factors, memory_format, trainable
+from client.dp.bookkeeping import Loss, clip_factors, trainable
 from client.dp.noise import Noise
 from client.dp.rules import settle_norms
+from client.dp.uses import NoRuleError, memory_format
 from common.errors import PrivacyError
 
 log = logging.getLogger(__name__)
 
-_PASSED: set[Hashable] = set()
-"""Kinds of models whose gradients passed the self-test in this process."""
+_PASSED: dict[Hashable, tuple[bool, str]] = {}
+"""Kinds of models whose gradients passed the self-test in this process, and the way that did: whether book-keeping
+took them, or for what it had no rule. Only the way that passed may be taken again."""
 
 _COUNT_NOISE = 2.0
 """Of the count of unclipped patients, in units of the noise multiplier: the gradient's noise is 3.3 % larger for it."""
@@ -107,7 +109,7 @@ class PrivateGradient:
         self.expected_batch, self.physical_batch = float(expected_batch), int(physical_batch)
         self.views, self.clip_quantile = int(views), clip_quantile
         self._noise = noise
-        self._fast = fast
+        self._fast, self._no_rule = fast, ""
         self._tested = False
         settle_norms(model)
 
@@ -183,9 +185,11 @@ class PrivateGradient:
             raise PrivacyError("the self-test needs a record to know the shape of; got none")
         settle_norms(self.model)
         kind = self._kind(x_B, target_B)
-        if kind not in _PASSED:
+        if kind in _PASSED:
+            self._fast, self._no_rule = _PASSED[kind]
+        else:
             self._test_gradients(x_B, target_B)
-            _PASSED.add(kind)
+            _PASSED[kind] = self._fast, self._no_rule
         self._test_noise()
         self._tested = True
 
@@ -230,10 +234,18 @@ class PrivateGradient:
             if self._fast:
                 try:
                     return bookkeeping.clipped_sum(model, loss_B, x_B, target_B, self.clip_norm, self.views)
-                except bookkeeping.NoRuleError as missing:
-                    self._fast = False
-                    log.info("per-sample gradients by torch.func: %s", missing)
-            return vectorised(model, loss_B, x_B, target_B, self.clip_norm, self.views)
+                except NoRuleError as missing:
+                    self._fast, self._no_rule = False, str(missing)
+                    log.info("per-sample gradients by torch.func; there is no rule for %s", missing)
+            try:
+                return vectorised(model, loss_B, x_B, target_B, self.clip_norm, self.views)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                if not self._no_rule or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise PrivacyError(
+                    f"there is no rule for {self._no_rule}, and torch.func cannot take this network either "
+                    f"({str(error).splitlines()[0][:120]}); freeze that parameter or choose another network"
+                ) from None
 
     def _release(self, sums: list[torch.Tensor]) -> None:
         scale = self.gradient_noise * self.clip_norm

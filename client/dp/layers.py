@@ -80,6 +80,13 @@ class Shape:
         return self.stride, self.padding, self.dilation, False, (0,) * len(self.kernel), groups
 
 
+def same_padding(weight: torch.Tensor, dilation: Any) -> list[int]:
+    """For `torch.nn.functional.pad`, what padding='same' means: the odd one goes to the end, as in torch."""
+    kernel = tuple(weight.shape[2:])
+    total = [d * (k - 1) for d, k in zip(_each(dilation, kernel), kernel, strict=True)]
+    return [n for t in reversed(total) for n in (t // 2, t - t // 2)]
+
+
 def convolution_gradients(
     x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, *, views: int = 1, method: str | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -161,10 +168,10 @@ def linear_gradients(
         return torch.bmm(gy_BTP.transpose(1, 2), x_BTD), None
     if positions == 1:
         return None, x_BTD.square().sum((1, 2)) * gy_BTP.square().sum((1, 2))
-    return None, _inner(torch.bmm(x_BTD, x_BTD.transpose(1, 2)), torch.bmm(gy_BTP, gy_BTP.transpose(1, 2)))
+    return None, inner(torch.bmm(x_BTD, x_BTD.transpose(1, 2)), torch.bmm(gy_BTP, gy_BTP.transpose(1, 2)))
 
 
-def _inner(inputs_BTT: torch.Tensor, outputs_BTT: torch.Tensor) -> torch.Tensor:
+def inner(inputs_BTT: torch.Tensor, outputs_BTT: torch.Tensor) -> torch.Tensor:
     """Squared norms from two Gram matrices, never below the truth.
 
     Terms of both signs may cancel, and a norm that rounding made too small would let a gradient pass
@@ -215,7 +222,7 @@ def _gram_part(x: torch.Tensor, gy: torch.Tensor, shape: Shape) -> torch.Tensor:
         gram = total
     gy_BPT = gy.flatten(2)
     positions = gy_BPT.shape[2]
-    return _inner(gram.reshape(-1, positions, positions), torch.bmm(gy_BPT.transpose(1, 2), gy_BPT))
+    return inner(gram.reshape(-1, positions, positions), torch.bmm(gy_BPT.transpose(1, 2), gy_BPT))
 
 
 def _grouped(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int) -> torch.Tensor:
