@@ -11,16 +11,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from common.composition import compose
 from common.errors import ConfigError
 from common.fixed import FixedPoint, secure_objection
-from common.wrong_fields import RUN_KEYS, sentences, shown
+from common.wrong_fields import RUN_KEYS, sentences
 
 T = TypeVar("T")
 
@@ -491,7 +491,7 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     Raises:
         ConfigError: A field is unknown or its value is not allowed; the message names its path.
     """
-    plain = _compose(overrides)
+    plain = compose(overrides)
     run = {key: plain.pop(key) for key in RUN_KEYS if key in plain}
     return validate_json(Settings, json.dumps({"recipe": plain, **run}))
 
@@ -499,67 +499,6 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
 def settings_from_json(text: bytes | str) -> Settings:
     """Reads back what `as_plain` made of settings, for another process."""
     return validate_json(Settings, text)
-
-
-def groups() -> dict[str, tuple[str, ...]]:
-    """Names of the files one may choose in each folder of `configs/`, for example `model=resnet18`."""
-    root = config_root()
-    return {
-        folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml")))
-        for folder in sorted(root.iterdir())
-        if folder.name != "site" and any(folder.glob("*.yaml"))  # a site's policy is no part of a recipe
-    }
-
-
-def config_root() -> Path:
-    """Folder of the packaged YAML files."""
-    import configs
-
-    return Path(configs.__file__).parent
-
-
-def _compose(overrides: Sequence[str]) -> dict[str, Any]:
-    # Imported here: Hydra takes 0.2 s, and `fedicom --help` needs none of it.
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    choices = groups()
-    words = []
-    for word in overrides:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException:
-            raise ConfigError(f"cannot read {word!r}: expected name=value, for example rounds=10") from None
-        key = override.key_or_group
-        if key.partition(".")[0] == "hydra":
-            raise ConfigError(f"{key}: Hydra's own settings are fixed; expected a field of the recipe or of the run")
-        if override.is_sweep_override():
-            raise ConfigError(f"{key}: got several values; expected one, a list is written {key}=[1,2]")
-        if key in choices and not override.is_delete():
-            chosen = override.value()
-            if chosen not in choices[key]:
-                raise ConfigError(
-                    f"{key}: got {shown(chosen)}; expected one of {', '.join(choices[key])} "
-                    f"(single fields are set as {key}.name=value)"
-                )
-            words.append(word)
-        else:
-            # `++` lets every key through to pydantic, whose answer names the field and what is allowed.
-            words.append(word if word.startswith(("+", "~")) else f"++{word}")
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(config_root()), version_base="1.3"):
-            composed = OmegaConf.to_container(compose("fedicom", overrides=words), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"cannot compose the configuration: {str(error).splitlines()[0]}") from None
-    finally:
-        GlobalHydra.instance().clear()
-    assert isinstance(composed, dict)
-    return {str(key): value for key, value in composed.items()}
 
 
 def validate_json(kind: type[T], text: bytes | str) -> T:

@@ -17,7 +17,8 @@ from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import ConfigDict, StringConstraints, model_validator
 from pydantic.dataclasses import dataclass
 
-from common.config import Cache, Fraction, config_root, validate_json
+from common.composition import config_root
+from common.config import Cache, Fraction, validate_json
 from common.errors import ConfigError, FedicomError
 from common.exchange import NAME_PATTERN
 from common.registry import Registry, read_registry

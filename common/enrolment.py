@@ -17,7 +17,8 @@ from pydantic.dataclasses import dataclass
 
 from common import kit as kits
 from common.audit import AuditError, AuditLog
-from common.config import config_root, validate_json
+from common.composition import config_root
+from common.config import validate_json
 from common.deployment import ServerHome, SiteConfig, SiteHome, policy_names
 from common.errors import ConfigError, FedicomError
 from common.identity import NodeKey, Signer, expiring, node_signed_by, signed_by

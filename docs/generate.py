@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import StringConstraints
 
-from common import config, deployment, exchange, metrics, wire
+from common import composition, config, deployment, exchange, metrics, wire
 from common.fixed import Residues
 from common.weights import Weights
 
@@ -148,7 +148,7 @@ def settings_tables() -> str:
     """Every field of a recipe and of a run, and the files one may choose by name."""
     _complete(config, [kind for _, kind in (*_SETTINGS, *_RUN)])
     lines = ["### Files to choose from", "", "| setting | names |", "|---|---|"]
-    for group, names in config.groups().items():
+    for group, names in composition.groups().items():
         lines.append(f"| `{group}=` | {', '.join(f'`{name}`' for name in names)} |")
     lines += ["", "### The recipe", ""]
     for prefix, kind in _SETTINGS:

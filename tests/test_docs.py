@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import fedicom
-from common.config import groups, load_settings
+from common.composition import groups
+from common.config import load_settings
 from common.imaging import RefusalCode
 from simulations.cli import _hospitals_parser
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedicom
+from common.composition import config_root, groups
 from common.config import (
     Evaluation,
     Federation,
@@ -22,8 +23,6 @@ from common.config import (
     Task,
     Training,
     as_plain,
-    config_root,
-    groups,
     load_recipe,
     load_settings,
     recipe_from_json,

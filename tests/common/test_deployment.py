@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from common.config import config_root
+from common.composition import config_root
 from common.deployment import (
     FederationPlan,
     Policy,

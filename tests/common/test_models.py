@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common import adaptation, models
-from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task, Training, groups, load_recipe
+from common.composition import groups
+from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task, Training, load_recipe
 from common.errors import ConfigError, ExchangeError
 from common.weights import Weights
 
