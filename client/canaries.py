@@ -166,16 +166,17 @@ def _train(
         sampling=Sampling(rate=plan.sampling.rate, steps=steps), noise_multiplier=plan.noise_multiplier,
         noise=work.site_noise(recipe, 1, "audit"),
     )  # fmt: skip
-    # 100 times the clip norm: only what the engine's clip lets through counts
-    engine = work.private_gradient(model, _loss(work.record_loss(recipe), 100 * clip), recipe, private)
+    # far above the clip norm, which may adapt: only what the engine's clip lets through counts
+    engine = work.private_gradient(model, _loss(work.record_loss(recipe), 1e4 * clip), recipe, private)
     score = np.zeros(len(inside))
-    rate, sigma = plan.sampling.rate, plan.noise_multiplier
+    rate, sigma = plan.sampling.rate, plan.gradient_noise(recipe)
     for rows in work.private_batches(cohort, private, rng, recipe.privacy.views):
         x = np.zeros((len(rows), *fillers.shape[1:]), np.float32)  # made anew: all canaries' images would be gigabytes
         flat, canary = x.reshape(len(rows), -1), numbers[rows]  # of the first a view
         flat[canary >= 0, 0], flat[canary >= 0, 1] = _MARK, canary[canary >= 0]
         x[canary < 0] = fillers[rows[canary < 0]]
         target = torch.from_numpy(np.ascontiguousarray(cohort.samples.targets_N[rows]))
+        clip = engine.clip_norm
         engine.step(torch.from_numpy(x).to(device), target.to(device))
         grad = model.canary.weight.grad
         assert grad is not None

@@ -39,9 +39,11 @@ _NUMBERS = 60_000
 """Noise numbers wanted for each size of batch."""
 _EXACT = 1e-6
 """Largest relative difference in float64 from a loop over the records."""
+_COUNTS = 150
+"""Steps in which the noised count of an adaptive clip norm is watched."""
 _BATCHES = (0, 1, 5)
 _SHARE = FALSE_ALARM / 16
-"""Of each statistical check: two a site, which beyond three sites share what three would have, and four more."""
+"""Of each statistical check: two a site, which beyond three sites share what three would have, and five more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,12 @@ class Planned:
 
     sampling: Sampling
     noise_multiplier: float
+
+    def gradient_noise(self, recipe: Recipe) -> float:
+        """Of the sum of gradients: with an adaptive clip norm a noised count is released too, and both together are
+        one mechanism of `noise_multiplier` (Andrew et al. 2021): 1 / z^2 = 1 / z_gradient^2 + (1/2)^2 / (2 z)^2."""
+        adaptive = recipe.privacy.clip_quantile is not None
+        return self.noise_multiplier * math.sqrt(16 / 15) if adaptive else self.noise_multiplier
 
 
 def planned(recipe: Recipe, patients: int) -> Planned:
@@ -102,6 +110,7 @@ def self_tests(
         )
     checks += _tried("clipped sums", bench.sums)
     checks += _tried("noise", bench.noise)
+    checks += _tried("noise of the clip norm's count", bench.count)
     checks += _tried("secrecy", bench.secrecy)
     return tuple(checks)
 
@@ -218,7 +227,7 @@ class _Bench:
         self.recipe, self.plan, self.device = recipe, plan, device
         self.rng = torch.Generator().manual_seed(seed)
         self.loss = work.record_loss(recipe)
-        self.count = sum(p.numel() for p in trainable(build(recipe)).values())
+        self.size = sum(p.numel() for p in trainable(build(recipe)).values())
 
     # Clipping and denominator, exactly
 
@@ -287,7 +296,7 @@ class _Bench:
         """Two steps on the same patients differ by the noise alone: its size, parameter by parameter, and its shape."""
         model = build(self.recipe).to(self.device).train()
         names, sizes = zip(*((name, p.numel()) for name, p in trainable(model).items()), strict=True)
-        repeats = max(1, min(50, math.ceil(_NUMBERS / self.count)))
+        repeats = max(1, min(50, math.ceil(_NUMBERS / self.size)))
         x, target = self._records(max(_BATCHES), torch.float32)
         worst: tuple[float, str] = (0.0, "")
         totals, all_z = {}, []
@@ -328,15 +337,45 @@ class _Bench:
 
     def _noise(self, model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers, if the engine is right: the difference of two steps, in units of the noise."""
-        unit = self.plan.noise_multiplier * self.recipe.privacy.clip_norm / self.recipe.training.batch_size
-        released = []
-        engine = self._engine(model, work.site_noise(self.recipe, 1, "a"))
-        with _world(11):  # both steps have the same dropout
+        noise = self.plan.gradient_noise(self.recipe)
+        unit = noise * self.recipe.privacy.clip_norm / self.recipe.training.batch_size
+        released, source = [], work.site_noise(self.recipe, 1, "a")
+        with _world(11):
             for _ in range(2):
-                _seed_all(11)
+                engine = self._engine(model, source)  # a new one: the clip norm may move at every step
+                _seed_all(11)  # both steps have the same dropout
                 engine.step(x, target)
                 released.append(_flat(model).double() / unit)
         return (released[0] - released[1]).float() / math.sqrt(2)
+
+    def count(self) -> list[Check]:
+        """An adaptive clip norm moves by a noised count of patients; the noise shows where nobody was drawn."""
+        quantile, z = self.recipe.privacy.clip_quantile, self.plan.noise_multiplier
+        if quantile is None:
+            return []
+        batch = math.ceil(40 * z)  # so that hardly a count is cut off at the ends
+        recipe = replace(self.recipe, training=replace(self.recipe.training, batch_size=batch))
+        private = work.Private(
+            sampling=self.plan.sampling, noise_multiplier=z, noise=work.site_noise(recipe, 1, "a")
+        )  # fmt: skip
+        engine = work.private_gradient(build(recipe).to(self.device), self.loss, recipe, private)
+        x, target = self._records(1, torch.float32)
+        norms = [engine.clip_norm]
+        for _ in range(_COUNTS):
+            engine.step(x[:0], target[:0])
+            norms.append(engine.clip_norm)
+        moved = -np.diff(np.log(norms)) / 0.2 + quantile - 0.5  # the count over the batch, when nobody was drawn
+        squares = float(((moved * batch / (2 * z)) ** 2).sum())
+        low, high = stats.chi2.interval(1 - _SHARE, _COUNTS)
+        return [
+            Check(
+                name="noise of the clip norm's count",
+                passed=bool(low <= squares <= high),
+                found=f"variance {squares / _COUNTS:.3f} over {_COUNTS} steps",
+                expected=f"1 (in units of what is accounted) within {low / _COUNTS:.3f} to {high / _COUNTS:.3f}",
+                false_alarm=_SHARE,
+            )
+        ]
 
     # Secrecy
 
@@ -362,9 +401,9 @@ class _Bench:
         }
         others |= {f"noise from {name}": self._alone(source) for name, source in guesses.items()}
         with _world(recipe.seed):
-            others["torch.manual_seed(recipe seed)"] = torch.randn(self.count).to(mine[0])
+            others["torch.manual_seed(recipe seed)"] = torch.randn(self.size).to(mine[0])
         found = {name: _correlation(mine[0], other) for name, other in others.items()}
-        allowed = float(stats.norm.isf(_SHARE / (2 * len(found)))) / math.sqrt(self.count)
+        allowed = float(stats.norm.isf(_SHARE / (2 * len(found)))) / math.sqrt(self.size)
         name, worst = max(found.items(), key=lambda item: abs(item[1]))
         checks = [
             Check(

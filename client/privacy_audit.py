@@ -13,7 +13,7 @@ from common.config import Recipe
 from common.errors import PrivacyError
 from common.privacy_audit import Check, PrivacyAudit, audited_code
 
-QUICK = {"canaries": 300, "steps": 20}
+QUICK_CANARIES, QUICK_STEPS = 300, 20
 """Seconds with a small network: what a simulation does at its end."""
 
 

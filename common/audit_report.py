@@ -24,7 +24,7 @@ REFUSALS = (
     "run failed",
     "operator action refused",
 )
-PEOPLE = ("recipe signed", "recipe approved", "approval withdrawn", "operator action")
+PEOPLE = ("recipe signed", "recipe approved", "approval withdrawn", "operator action", "model released")
 MEMBERS = (STARTED, KEY, "registry in force", "node added", "node revoked")
 RUNNING = (
     "server started", "server stopped", "node started", "node stopped", "site started", "run started", "run resumed",
@@ -34,6 +34,7 @@ TOLD = (
     "question received", "plan received", "budget reserved", "update kept", "sum joined", "update sent",
     "update sent again", "sum opened", "evaluation sent",
     "sites present", "sites joined", "round aggregated", "evaluation received", "central evaluation", "model exported",
+    "privacy audited",
 )  # fmt: skip
 """Kinds that the tables of the runs are made of."""
 

@@ -10,14 +10,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from common.config import Fraction, Recipe, Text, validate_json
-from common.errors import ConfigError, ExportError
+from common.errors import ConfigError
 from common.exchange import Digest, MaybeDigest
 from common.installed import code_hashes
 from common.storage import storing, write_whole
@@ -134,7 +134,9 @@ def unfit(audit: PrivacyAudit | None, recipe: Recipe, weights: str) -> str | Non
         return "there is no privacy audit of it" if recipe.privacy.active else "it was trained without privacy"
     if audit.recipe_id != recipe.id:
         return f"the privacy audit is of recipe {audit.recipe_id[:12]}, the model of {recipe.id[:12]}"
-    if audit.weights and audit.weights != weights:
+    if not audit.weights:
+        return "the privacy audit is of the recipe alone; audit the run, so that it is bound to this model"
+    if audit.weights != weights:
         return f"the privacy audit is of model {audit.weights[:12]}, not of {weights[:12]}"
     installed = audited_code()
     if other := sorted(name for name in {*installed, *audit.code} if installed.get(name) != audit.code.get(name)):
@@ -144,26 +146,18 @@ def unfit(audit: PrivacyAudit | None, recipe: Recipe, weights: str) -> str | Non
     return None
 
 
-def release(audit: PrivacyAudit | None, recipe: Recipe, weights: str, *, unaudited: bool) -> Mapping[str, object]:
-    """What the released file says of its audit.
+def told(audit: PrivacyAudit | None, why: str | None) -> Mapping[str, Any]:
+    """JSON for the model's metadata.
 
-    Raises:
-        ExportError: The audit is missing, failed or of something else, and `unaudited` was not said.
+    Args:
+        why: Of `unfit`; None: the audit holds.
+
+    Returns:
+        `status` is `passed` or `unaudited`; then why, or the figures.
     """
-    why = unfit(audit, recipe, weights)
-    if why is not None and not unaudited:
-        raise ExportError(
-            f"the model is not released: {why}; audit it with `fedicom privacy audit`, or say --unaudited, which the "
-            "model card and the file will tell everybody"
-        )
-    return told(audit, why)
-
-
-def told(audit: PrivacyAudit | None, why: str | None) -> Mapping[str, object]:
-    """JSON for the model's metadata: `passed`, or `unaudited` with the reason."""
     if why is not None or audit is None:
         return {"status": "unaudited", "why": why or "there is no privacy audit of it"}
-    plain: dict[str, object] = {"status": "passed", "made": audit.made, "checks": len(audit.checks)}
+    plain: dict[str, Any] = {"status": "passed", "made": audit.made, "checks": len(audit.checks)}
     if audit.bound is not None:
         plain |= {
             "epsilon_at_least": round(audit.bound.lower, 4), "epsilon_at_most": round(audit.bound.upper, 4),

@@ -26,6 +26,7 @@ _EPILOG = """verbs:
   fedicom server runs                        all runs, a line each
   fedicom server stop RUN                    end the work on a run; what it has done stays
   fedicom server resume RUN                  go on with a run that was stopped or failed
+  fedicom server export RUN [--unaudited]    release the model of a run whose privacy audit passed
   fedicom server audit --out DIR             fetch the coordinator's signed log, all parts
   fedicom server registry install FILE       take a newer registry
   fedicom server token new --role ROLE --name NAME    a token for an operator or an auditor
@@ -190,6 +191,12 @@ def _audit(words: Sequence[str]) -> int:
 # What is done in the folder itself
 
 
+def _export(words: Sequence[str]) -> int:
+    from server.release import export_verb
+
+    return export_verb(words)
+
+
 def _registry(words: Sequence[str]) -> int:
     parser = _parser("registry", "Take a newer registry; the running coordinator sees it within a second.")
     parser.add_argument("action", choices=("install",))
@@ -224,6 +231,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "runs": _runs,
     "stop": _stop,
     "resume": _resume,
+    "export": _export,
     "audit": _audit,
     "registry": _registry,
     "token": _token,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from common.exchange import Scores, Spent
 from common.journal import Log
 from common.metrics import Metrics
 from common.models import build, set_weights
+from common.privacy_audit import FILE as AUDIT_FILE
+from common.privacy_audit import PrivacyAudit, told, unfit
 from common.samples import Samples
 from common.storage import write_whole
 from server.coordinator import Federated, round_line
@@ -64,11 +66,14 @@ def conclude(
     circumstances: Circumstances,
     audit: Log,
     torchscript: bool = False,
+    prove: Callable[[str], PrivacyAudit] | None = None,
 ) -> Conclusion:
     """Evaluates and exports the final model, and writes report.html, model_card.md and summary.json into `out`.
 
     Args:
         test: The coordinator's own set, which no site holds; None leaves the central figures out.
+        prove: Audits the privacy mechanism for the model of this digest; None where nobody here can, as at a deployed
+            coordinator. Without a passed audit every file says so, and `fedicom server export` does not release it.
 
     Raises:
         ExportError: The exported graph does not give the model's probabilities; the other files are not written.
@@ -82,6 +87,8 @@ def conclude(
         audit.append("central evaluation", weights=state.weights.digest, values=_headline(result.metrics))
     model.cpu()
     spent = _spent(state)
+    audited = _audited(recipe, state.weights.digest, out, audit, prove)
+    unaudited = unfit(audited, recipe, state.weights.digest)
     exported = export_onnx(
         model,
         recipe,
@@ -90,14 +97,14 @@ def conclude(
         reference_x=_reference(test, recipe),
         operating_threshold=result.metrics.threshold if result else None,
         metrics=_headline(result.metrics) if result else None,
-        privacy=_privacy(recipe, [item.epsilon for item in spent.values()]),
+        privacy=_privacy(recipe, [item.epsilon for item in spent.values()], told(audited, unaudited)),
     )
     audit.append("model exported", file=exported.path.name, sha256=exported.sha256, weights=state.weights.digest)
     if torchscript:
         path = out / "model.ts.pt"
         traced = export_torchscript(model, recipe, state.weights, path, reference_x=_reference(test, recipe))
         audit.append("model exported", file=path.name, sha256=traced.sha256, weights=state.weights.digest)
-    report = _report(federated, recipe, result, exported, circumstances)
+    report = _report(federated, recipe, result, exported, circumstances, audited, unaudited)
     write_model_card(report, out / "model_card.md", exported=exported)
     write_report(report, out / "report.html")
     summary = _summary(report, exported)
@@ -121,9 +128,22 @@ def _spent(state: ServerState) -> dict[str, Spent]:
     return found
 
 
-def _privacy(recipe: Recipe, epsilons: list[float]) -> Mapping[str, Any]:
+def _audited(
+    recipe: Recipe, weights: str, out: Path, audit: Log, prove: Callable[[str], PrivacyAudit] | None
+) -> PrivacyAudit | None:
+    if prove is None or not recipe.privacy.active:
+        return None
+    found = prove(weights)
+    found.write(out / AUDIT_FILE)
+    audit.append(
+        "privacy audited", recipe_id=recipe.id, weights=weights, passed=found.passed, failed=list(found.failed)
+    )
+    return found
+
+
+def _privacy(recipe: Recipe, epsilons: list[float], audit: Mapping[str, object]) -> Mapping[str, Any]:
     if not recipe.privacy.active:
-        return {"mechanism": "none"}
+        return {"mechanism": "none", "audit": dict(audit)}
     if not epsilons:
         raise ExportError("the recipe demands differential privacy, but no site reported what it spent")
     return {
@@ -133,6 +153,7 @@ def _privacy(recipe: Recipe, epsilons: list[float]) -> Mapping[str, Any]:
         "delta": recipe.privacy.delta,
         "accountant": "PLD",
         "seeded_noise": recipe.privacy.unsafe_seeded_noise,
+        "audit": dict(audit),
     }
 
 
@@ -142,6 +163,8 @@ def _report(
     result: CentralResult | None,
     exported: Exported,
     circumstances: Circumstances,
+    audited: PrivacyAudit | None,
+    unaudited: str | None,
 ) -> RunReport:
     state, last = federated.state, federated.state.history[-1].accepted
     spent = _spent(state)
@@ -176,11 +199,13 @@ def _report(
             opset=exported.opset or 0,
             size_bytes=exported.bytes,
         ),
-        notes=(*_notes(recipe), *circumstances.notes),
+        audit=audited,
+        unaudited=unaudited,
+        notes=(*_notes(recipe, audited, unaudited), *circumstances.notes),
     )
 
 
-def _notes(recipe: Recipe) -> tuple[str, ...]:
+def _notes(recipe: Recipe, audited: PrivacyAudit | None, unaudited: str | None) -> tuple[str, ...]:
     privacy = recipe.privacy
     if not privacy.active:
         return ("privacy: none. Nothing bounds what this model may reveal about a training patient.",)
@@ -188,6 +213,8 @@ def _notes(recipe: Recipe) -> tuple[str, ...]:
         return (
             "unsafe_seeded_noise was on: anybody with the recipe can subtract the noise, so epsilon means nothing.",
         )
+    if audited is not None and unaudited is not None:
+        return (f"The privacy audit does not hold: {unaudited}. Do not release this model.",)
     return ()
 
 
@@ -212,6 +239,7 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
         "weight_digest": report.weight_digest,
         "rounds": sum(1 for line in report.rounds if line.accepted),
         "privacy": report.recipe.privacy.mechanism,
+        "privacy_audit": dict(told(report.audit, report.unaudited)),
         "global": auroc(report.central.values if report.central else {}),
         "sites": {item.name: site(item) for item in report.sites},
         "onnx": {"sha256": exported.sha256, "max_abs_difference": exported.max_abs_difference},

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.exchange import Scores, Spent
 from common.metrics import SCALARS, Metrics
 from common.onnx_model import STATEMENT
+from common.privacy_audit import told
 from common.storage import write_whole
 from server.export import Exported
 from server.report import RunReport, SiteSummary
@@ -58,6 +60,7 @@ def write_model_card(report: RunReport, path: Path, *, exported: Exported | None
         _privacy(report),
         _caveats(report),
         _provenance(report, exported),
+        release_section(told(report.audit, report.unaudited)),
     ]
     write_whole(path, ("\n\n".join("\n".join(part) for part in parts) + "\n").encode())
 
@@ -357,6 +360,25 @@ def _provenance(report: RunReport, exported: Exported | None) -> Iterator[str]:
         yield "To run it on a folder of DICOM images, with the preprocessing that is embedded in the file:"
         yield ""
         yield f"    fedicom predict {exported.path.name} DICOM_DIR --out predictions.csv"
+
+
+RELEASE = "## Release"
+
+
+def release_section(audit: Mapping[str, Any]) -> Iterator[str]:
+    """The last section: whether the privacy mechanism was audited, as the model file says it (`told`)."""
+    yield RELEASE
+    yield ""
+    if audit["status"] != "passed":
+        yield f"**UNAUDITED: {_text(str(audit['why']))}.** Nobody has shown that the mechanism that trained this model"
+        yield "keeps its promise of privacy; do not release it as if somebody had."
+        return
+    yield f"- Privacy audit: **passed**, {audit['checks']} checks of the installed mechanism with this recipe."
+    if "epsilon_at_least" in audit:
+        low, high, steps = audit["epsilon_at_least"], audit["epsilon_at_most"], audit["steps"]
+        yield f"- One-run audit (Steinke et al. 2023), {steps} steps: epsilon at least {low:.2f} with"
+        yield f"  {audit['confidence']:.0%} confidence, at most {high:.2f} by the account. One training sees only so"
+        yield "  much: the gap says nothing about the account."
 
 
 def _trained(report: RunReport) -> list[int]:

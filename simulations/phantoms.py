@@ -110,6 +110,14 @@ def make_phantoms(out: Path, phantom: Phantom, sites: int, progress: Progress | 
             writer.summary[site] |= {"patients": len(patients), "images": sum(p.studies for p in patients)}
 
 
+def pictures(count: int, size: int, seed: int) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Radiographs of `count` patients of all hospitals, in memory: (count, size, size) in [0, 1], and their classes."""
+    patients = _patients(0, count, _KINDS, np.random.default_rng(seed))
+    drawn = [radiograph(patient, np.random.default_rng([patient.seed, 1]), size) for patient in patients]
+    labels = np.array([patient.positive for patient in patients], np.int64)
+    return np.clip(np.stack(drawn) / 1.2, 0, 1).astype(np.float32), labels
+
+
 @dataclass(frozen=True)
 class _Patient:
     name: str

@@ -17,6 +17,7 @@ from common.errors import ConfigError
 # The rooms behind these verbs take seconds to import (torch): a typo shall be answered at once.
 if TYPE_CHECKING:
     from common.config import Recipe
+    from simulations.attacks.study import Row
 
 _PATIENTS = 300
 _STEPS = 60
@@ -36,7 +37,7 @@ class Subject:
 
 
 def privacy_verb(words: Sequence[str]) -> int:
-    """`fedicom privacy audit`."""
+    """`fedicom privacy audit|attack`."""
     parser = argparse.ArgumentParser(
         prog="fedicom privacy", description="Test the privacy mechanism of this installation, and attack its models."
     )
@@ -122,27 +123,75 @@ def subject_of(what: Sequence[str], patients: Sequence[int] | None) -> Subject:
 
 
 def _of_run(folder: Path) -> Subject:
-    from common.config import recipe_from_json
-    from common.signed import read_recipe
-    from common.storage import storing
+    from server.release import ended
 
-    if not (folder / "summary.json").is_file():
-        raise ConfigError(f"{folder} holds no summary.json: it is no run, or one that has not ended")
-    with storing("the run"):
-        summary = json.loads((folder / "summary.json").read_text())
-        record = json.loads((folder / "run.json").read_text())
-    if "recipe" in record:
-        recipe = recipe_from_json(json.dumps(record["recipe"]))
-    else:
-        recipe = read_recipe(folder / "recipe.json", None).recipe
-    if recipe.id != summary["recipe_id"]:
-        raise ConfigError(f"{folder}: summary.json is of another recipe than the run; make the run again")
+    recipe, summary = ended(folder)
     # a site too small to count is tested as the smallest that would have been
     least = recipe.evaluation.min_cell
     patients = {name: max(site["train_patients"], least) for name, site in summary["sites"].items()}
     return Subject(recipe=recipe, patients=patients, weights=summary["weight_digest"], folder=folder)
 
 
+def _attack(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fedicom privacy attack",
+        description="Attack small federations with and without privacy: membership inference (loss threshold, LiRA) on "
+        "the global model and on a site's update, and gradient inversion of one update. Writes attacks.json, a page "
+        "with pictures, and prints the table. With the defaults, ten to twenty minutes on one core.",
+    )
+    parser.add_argument("images", nargs="?", type=Path, metavar="FILE.npz", help="MedMNIST, two classes; else phantoms")
+    parser.add_argument(
+        "--epsilon", type=_epsilon, nargs="+", default=[None, 50.0, 8.0, 3.0, 1.0], metavar="E",
+        help="numbers, or none; without it, none 50 8 3 1",
+    )  # fmt: skip
+    parser.add_argument("--models", type=int, default=12, help="federations for each epsilon; 0: inversion only")
+    parser.add_argument("--patients", type=int, default=800, help="half of them are in each training")
+    parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=400, help="of the gradient inversion, for each of two starts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/attacks"), metavar="DIR")
+    arguments = parser.parse_args(words)
+    if arguments.models and arguments.models < 4:
+        raise ConfigError(f"--models: got {arguments.models}; LiRA needs at least 4 federations, or 0 for none")
+    import torch
+
+    from common.storage import write_whole
+    from simulations.attacks.study import inversion, medmnist, membership, phantoms, plain, table
+    from simulations.cli import Terminal
+    from simulations.privacy_page import write_attack_page
+
+    torch.set_num_threads(1)
+    images = phantoms(seed=arguments.seed) if arguments.images is None else medmnist(arguments.images)
+    if arguments.patients > len(images.train_N):
+        raise ConfigError(f"--patients: got {arguments.patients}, {images.name} has {len(images.train_N)}")
+    epsilons = arguments.epsilon
+    console = Console()
+    terminal = Terminal(console)
+    with terminal.progress:
+        rebuilt = inversion(images, epsilons, iterations=arguments.iterations, seed=arguments.seed, show=terminal.step)
+        rows: tuple[Row, ...] = ()
+        if arguments.models:
+            rows = membership(
+                images, epsilons, patients=arguments.patients, models=arguments.models, sites=arguments.sites,
+                seed=arguments.seed, show=terminal.step,
+            )  # fmt: skip
+    found = plain(rows, rebuilt) | {
+        "images": images.name, "models": arguments.models, "patients": arguments.patients, "sites": arguments.sites,
+        "seed": arguments.seed,
+    }  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_whole(arguments.out / "attacks.json", (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
+    write_attack_page(images.name, rows, rebuilt, found, arguments.out / "attacks.html")
+    print(table(rows, rebuilt))  # noqa: T201
+    console.print(f"Written to {arguments.out}/attacks.json and .html", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _epsilon(word: str) -> float | None:
+    return None if word == "none" else float(word)
+
+
 _VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "audit": (_audit, "test noise, clip, draws and account of a recipe, and bound epsilon from below"),
+    "attack": (_attack, "membership inference and gradient inversion, with and without privacy"),
 }

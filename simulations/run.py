@@ -26,6 +26,7 @@ from client.app import client_app
 from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
+from client.privacy_audit import QUICK_CANARIES, QUICK_STEPS, privacy_audit
 from client.secure import Sums
 from client.site import Site
 from common.audit import AuditLog
@@ -36,6 +37,8 @@ from common.exchange import NAME_PATTERN, Answer, Ask, Failure, Hello, Refusal, 
 from common.identity import Signer
 from common.installed import package_versions
 from common.models import build
+from common.privacy_audit import FILE as AUDIT_FILE
+from common.privacy_audit import PrivacyAudit
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
 from common.storage import private_folder, storing, write_whole
@@ -52,7 +55,7 @@ from simulations.phantoms import CLASSES, make_phantoms
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
 _OWN_FILES = (
-    "report.html", "model.onnx", "model.ts.pt", "model_card.md", "summary.json", "run.json",
+    "report.html", "model.onnx", "model.ts.pt", "model_card.md", "summary.json", AUDIT_FILE, "run.json",
 )  # fmt: skip
 """What overwrite=true removes, run.json last: while it is there, a half-removed run is still known as one."""
 _KEPT = ("hospitals", "simulation.log")
@@ -119,7 +122,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         )
         conclusion = conclude(
             federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
-            torchscript=settings.torchscript,
+            torchscript=settings.torchscript, prove=lambda weights: _prove(recipe, cohorts, weights, device, show),
         )  # fmt: skip
         show.step("Evaluating and exporting", 1, 1)
     return conclusion
@@ -247,6 +250,19 @@ def _compare(
 
     show.step("Baselines", 0, total)
     return baselines(settings.recipe, cohorts, test, device, alone=settings.baselines != "centralised", done=trained)
+
+
+def _prove(
+    recipe: Recipe, cohorts: Mapping[str, Cohort], weights: str, device: torch.device, show: Show
+) -> PrivacyAudit:
+    """A short audit of what has just trained, for the largest and the smallest site."""
+    show.step("Auditing the privacy mechanism", 0, 1)
+    counts = {name: cohort.patients("train") for name, cohort in cohorts.items()}
+    chosen = {min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])}
+    sites = {name: counts[name] for name in sorted(chosen)}
+    found = privacy_audit(recipe, sites, weights=weights, device=device, canaries=QUICK_CANARIES, steps=QUICK_STEPS)
+    show.step("Auditing the privacy mechanism", 1, 1)
+    return found
 
 
 @contextmanager

@@ -129,6 +129,10 @@ def test_a_run_writes_everything_that_was_promised(golden: tuple[Settings, Concl
     for site in summary["sites"].values():
         assert {"patients", "auroc", "epsilon", "delta"} <= set(site)
     assert set(summary["onnx"]) == {"sha256", "max_abs_difference"}
+    # seeded noise is no secret, so the audit at the end of every private run does not pass
+    assert summary["privacy_audit"]["status"] == "unaudited"
+    assert "noise is secret and fresh" in summary["privacy_audit"]["why"]
+    assert "UNAUDITED" in (out / "model_card.md").read_text()
     assert summary["recipe_id"] == settings.recipe.id
     assert summary["weight_digest"] == weights_of(settings).digest
     assert summary["onnx"]["max_abs_difference"] <= 1e-4

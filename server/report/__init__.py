@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from common.config import Recipe
     from common.exchange import Scores, Spent
     from common.metrics import Metrics
+    from common.privacy_audit import PrivacyAudit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,10 @@ class RunReport:
     """Column of labels.csv to value to metrics, on the central test set."""
     baselines: Baselines | None = None
     export: ExportLine | None = None
+    audit: PrivacyAudit | None = None
+    """Of the privacy mechanism; None where none was made."""
+    unaudited: str | None = None
+    """Why the model may not be released as audited; None when it may, or nobody asked."""
     notes: tuple[str, ...] = ()
     """Warnings, shown first: `privacy: none`, `unsafe_seeded_noise was on: the privacy figures do not hold`."""
 

@@ -15,6 +15,7 @@ from common.metrics import SCALARS
 from common.style import CSS
 from server.report import RunReport, SiteSummary, words
 from server.report.plots import comparison_figures, course_figures, performance_figures
+from server.report.privacy import audit_part, epsilon_tables
 
 if TYPE_CHECKING:
     from common.config import Privacy
@@ -344,12 +345,14 @@ def _of_patients(report: RunReport) -> Html:
     head = ("Hospital", "Epsilon", "Delta", "Noise (times clip)", "Clip norm", "Patients a step", "Noised steps")
     parts += [
         table(head, rows, caption="What each hospital spent, by its own ledger") if rows else None,
+        *epsilon_tables(report),
         items(
             "The unit is the patient: all images of a person together.",
             "Each hospital counts for itself over all its steps and rounds (accounting by privacy loss distributions, "
             "PLD). Hospitals do not add up, unless the same person was a patient of several: then theirs do.",
             _noise(privacy),
         ),
+        *audit_part(report),
         tag("h3", "What this does not protect"),
         items(
             "Facts about the whole population that the model learns, and that then apply to a patient too.",

@@ -73,10 +73,11 @@ def test_the_engine_as_it_is_passes_every_check() -> None:
         {"privacy": Privacy(mechanism="dp_sgd", noise_multiplier=1.1, delta=1e-4, secure_rng=True, clip_norm=0.3)},
         {"model": ModelConfig(family="monai", name="resnet10", width=0.0625, stem="small", dropout=0.3)},
         {"privacy": Privacy(mechanism="dp_sgd", epsilon=6.0, delta=1e-4, views=3)},
+        {"privacy": Privacy(mechanism="dp_sgd", epsilon=6.0, delta=1e-4, clip_quantile=0.5)},
     ],
-    ids=["keystream", "dropout", "views"],
+    ids=["keystream", "dropout", "views", "adaptive clip norm"],
 )
-def test_other_noise_dropout_and_several_views_pass_too(parts: dict[str, object]) -> None:
+def test_other_noise_dropout_views_and_an_adaptive_clip_norm_pass_too(parts: dict[str, object]) -> None:
     assert failed(**parts) == set()
 
 
@@ -195,6 +196,13 @@ def test_one_parameter_without_noise_is_caught(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(engine.PrivateGradient, "_release", release)
     blind_engine(monkeypatch)
     assert failed() == {"noise variance"}
+
+
+def test_too_little_noise_on_the_count_of_an_adaptive_clip_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_COUNT_NOISE", 1.0)
+    privacy = Privacy(mechanism="dp_sgd", epsilon=6.0, delta=1e-4, clip_quantile=0.5)
+    # the engine gives the gradient more noise for it, which is not what was accounted either
+    assert failed(privacy=privacy) == {"noise variance", "noise of the clip norm's count", "noise is Gaussian"}
 
 
 def test_without_privacy_there_is_nothing_to_audit() -> None:

@@ -99,7 +99,7 @@ def test_every_section_of_mitchell_et_al_is_there(tmp_path):
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     wanted = [
         "Model details", "Intended use", "Factors", "Metrics", "Evaluation data", "Training data",
-        "Quantitative analyses", "Privacy", "Ethical considerations and caveats", "Provenance",
+        "Quantitative analyses", "Privacy", "Ethical considerations and caveats", "Provenance", "Release",
     ]  # fmt: skip
     assert headings == wanted
 
