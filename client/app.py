@@ -60,7 +60,7 @@ def client_app(
                 reply = node.step(asked)
         except ExchangeError as error:
             reply = node.misunderstood(str(error))
-        return Message(wire.encode(reply, signer), reply_to=message)
+        return Message(wire.encode(reply, signer) if signer else wire.hand(reply), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

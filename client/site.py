@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +79,7 @@ class Site:
         keep: bool = False,
         sums: Sums | None = None,
         now: Callable[[], datetime] = datetime.now,
+        turn: AbstractContextManager[object] = nullcontext(),
     ) -> None:
         """Wires a site.
 
@@ -91,11 +93,13 @@ class Site:
                 training. Under privacy and secure aggregation this is always so.
             sums: This site's secure sums; None where no recipe asks for one.
             now: The local time, for the opening hours.
+            turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device = audit, ledger, device
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
-        self._model, self._keep, self._now = model, keep or recipe.privacy.active or self._secure, now
+        self._model, self._now, self._turn = model, now, turn
+        self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = private_folder(folder / "outbox")
         audit.append(
             "site started",
@@ -197,17 +201,18 @@ class Site:
 
     def _train(self, plan: RoundPlan) -> Update:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
-        validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
-        trained = train(
-            self._model(),
-            plan.weights,
-            self.cohort,
-            self.recipe,
-            round_=plan.round,
-            site=self.name,
-            device=self.device,
-            private=private,
-        )
+        with self._turn:
+            validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
+            trained = train(
+                self._model(),
+                plan.weights,
+                self.cohort,
+                self.recipe,
+                round_=plan.round,
+                site=self.name,
+                device=self.device,
+                private=private,
+            )
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(
             site=self.name,
@@ -286,8 +291,9 @@ class Site:
 
     def _evaluate(self, plan: RoundPlan) -> Update:
         bootstraps = self.recipe.evaluation.bootstraps
-        validation = self._scores(plan.weights, "validation", bootstraps)
-        test = self._scores(plan.weights, "test", bootstraps)
+        with self._turn:
+            validation = self._scores(plan.weights, "validation", bootstraps)
+            test = self._scores(plan.weights, "test", bootstraps)
         return Update(
             site=self.name,
             recipe_id=plan.recipe_id,

@@ -18,7 +18,7 @@ from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_nois
 from common.config import Recipe, Training
 from common.errors import FedicomError
 from common.imaging import augmentation
-from common.models import get_weights, parameter_groups, set_weights
+from common.models import change_of, parameter_groups, set_weights
 from common.shard import Batches
 from common.weights import Weights
 
@@ -112,7 +112,7 @@ def train(
                 losses.append(_plain_gradient(model, loss_B, x_B, target_B, recipe.training, device))
             _finish_gradient(model, anchor, recipe.training)
             optimiser.step()
-    delta = get_weights(model) - weights
+    delta = change_of(model, weights)
     if not delta.finite:
         raise TrainingError(
             f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "

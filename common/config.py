@@ -267,6 +267,9 @@ class Federation:
     sites: Count = 4
     quorum: Count = 2
     """Fewest accepted updates that may change the model."""
+    fraction: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Share of the sites that are asked in a round, never fewer than the quorum; drawn anew each round by the recipe's
+    seed. Who is not asked spends no privacy. The closing evaluation asks all."""
     timeout_s: Positive = 3600.0
     """Deadline of a round; whoever answers later is left out of it."""
     offline_s: Annotated[float, Ge(0)] = 120.0

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from common.config import Evaluation, Task
@@ -193,6 +192,8 @@ def fit_temperature(logits_NC: npt.NDArray[np.floating], targets: npt.NDArray[np
 
     Source: Guo et al. 2017, "On calibration of modern neural networks".
     """
+    from scipy.optimize import minimize_scalar  # takes half a second, and no round of training needs it
+
     z_NC = np.asarray(logits_NC, dtype=np.float64)
     if not len(z_NC) or len(z_NC) != len(targets):
         raise DataError(f"temperature: got {len(z_NC)} logits for {len(targets)} targets, expected as many, at least 1")

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -119,6 +120,14 @@ def get_weights(model: nn.Module) -> Weights:
     return Weights({name: state[name].detach().to("cpu", torch.float32).clone().numpy() for name in exchanged(model)})
 
 
+def change_of(model: nn.Module, weights: Weights) -> Weights:
+    """What is exchanged now minus `weights`, float32 on the CPU, without a copy of the whole in between."""
+    state = model.state_dict()
+    return Weights(
+        {name: state[name].detach().to("cpu", torch.float32).numpy() - weights[name] for name in exchanged(model)}
+    )
+
+
 def set_weights(model: nn.Module, weights: Weights) -> None:
     """Writes the exchanged tensors in place; the model keeps its device and types.
 
@@ -142,7 +151,11 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
             )
     with torch.no_grad():
         for name in names:
-            state[name].copy_(torch.tensor(weights[name]))  # a copy: the arrays are read-only
+            target = state[name]
+            if target.device.type == "cpu" and target.dtype == torch.float32:
+                np.copyto(target.numpy(), weights[name])  # torch takes no read-only array without copying it first
+            else:
+                target.copy_(torch.tensor(weights[name]))
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+_CHUNK = 1 << 14
+"""Numbers at a time, so that their float64 copies stay in the cache."""
 
 
 class Weights(Mapping[str, Array]):
@@ -19,7 +21,7 @@ class Weights(Mapping[str, Array]):
     is a `ValueError`, never a broadcast.
     """
 
-    __slots__ = ("_arrays", "_digest")
+    __slots__ = ("__weakref__", "_arrays", "_digest", "_norm")
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Copies nothing that is already a contiguous float32 array; later writes to `arrays` are forbidden.
@@ -36,6 +38,7 @@ class Weights(Mapping[str, Array]):
             held[name] = value
         self._arrays = held
         self._digest: str | None = None
+        self._norm: float | None = None
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
@@ -85,8 +88,9 @@ class Weights(Mapping[str, Array]):
     @property
     def norm(self) -> float:
         """L2 norm over all numbers; infinite or NaN when one of them is."""
-        # float64: 10^7 float32 squares lose the small ones
-        return math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
+        if self._norm is None:
+            self._norm = math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
+        return self._norm
 
     @property
     def finite(self) -> bool:
@@ -116,6 +120,10 @@ class Weights(Mapping[str, Array]):
 
 
 def _square_sum(array: Array) -> float:
+    flat, total = array.ravel(), 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        wide = array.astype(np.float64).ravel()
-        return float(wide @ wide)
+        for start in range(0, flat.size, _CHUNK):
+            # float64: 10^7 float32 squares lose the small ones, and 10^20 has none
+            wide = flat[start : start + _CHUNK].astype(np.float64)
+            total += float(wide @ wide)
+    return total

@@ -90,6 +90,32 @@ def encode(value: Request | Reply, signer: Signer | None = None) -> RecordDict:
     return record
 
 
+class _Handed(RecordDict):
+    """A message that never leaves this process: the value itself, not its bytes."""
+
+    def __init__(self, value: Request | Reply) -> None:
+        super().__init__()
+        self.value: Request | Reply | None = value
+        self.data: bytes | None = None
+        """As bytes, once somebody wanted them: a plan goes to many sites."""
+
+
+def hand(value: Request | Reply) -> RecordDict:
+    """A message between two sides of one process; `decode` gives the very same object, `to_bytes` encodes it.
+
+    Nothing that arrives from outside can be of this kind: Flower makes plain records of bytes.
+    """
+    return _Handed(value)
+
+
+def let_go(record: RecordDict) -> None:
+    """Empties a message that was read: records sit in reference cycles, which would keep a model's weights for long."""
+    for arrays in record.array_records.values():
+        arrays.clear()
+    if isinstance(record, _Handed):
+        record.value = record.data = None
+
+
 def check_signature(record: RecordDict, public: str) -> None:
     """Holds the whole message against a public key.
 
@@ -140,6 +166,9 @@ def decode_reply(record: RecordDict) -> Reply:
 
 def to_bytes(record: RecordDict) -> bytes:
     """A record as bytes, for a pipe between processes of one machine."""
+    if isinstance(record, _Handed) and record.value is not None:
+        record.data = record.data or to_bytes(encode(record.value))
+        return record.data
     message = record.config_records["message"]
     head = dict(message)
     arrays = record.array_records.get("weights", ArrayRecord())
@@ -168,6 +197,10 @@ def from_bytes(data: bytes) -> RecordDict:
 
 
 def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
+    if isinstance(record, _Handed):  # it was checked when it was made, as every exchange type is
+        if type(record.value) not in kinds:
+            raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
+        return record.value
     try:
         message = record.config_records["message"]
         kind, version, text = message["kind"], message["version"], message["body"]

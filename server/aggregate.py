@@ -1,5 +1,10 @@
 """Admitted updates become one step of the global model, by a Flower strategy's `aggregate_train`.
 
+A strategy that needs no more than their mean never sees them all: they are added up as they come, in one model's
+memory. The mean depends on the admitted updates alone, not on who else was asked, so they are weighed when all are in
+(Flower weighs before it adds: the same bits for 2, 4, 8 ... equal sites, else the last ones may differ). A robust
+strategy compares the updates, so they are kept.
+
 The strategies are given the sites' changes around zero, and the result is added to the
 weights here. Every strategy in use commutes with that shift, and Krum's squared distances
 (`|x|^2 + |y|^2 - 2xy` in float32) would drown in the norm of the weights otherwise.
@@ -8,7 +13,8 @@ weights here. Every strategy in use commutes with that shift, and Krum's squared
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +30,80 @@ Memory = Mapping[str, Weights]
 """What an adaptive strategy carries from round to round (`m_t`, `v_t`, `momentum_vector`)."""
 
 _ADAPTIVE = ("fedadam", "fedyogi", "fedavgm")
+_MEANS = ("fedavg", "fedprox", *_ADAPTIVE)
+_CHUNK = 1 << 14
+"""Numbers at a time, so that their products stay in the cache."""
+
+
+class Gathering:
+    """The updates of one round, taken in one by one and summed in order of site name, so that equal updates give equal
+    bits; one that comes before its turn waits for it."""
+
+    def __init__(self, federation: Federation, sites: Iterable[str]) -> None:
+        """Begins a round in which these sites are asked."""
+        self._federation = federation
+        self._order = deque(sorted(sites))
+        self._early: dict[str, Update | None] = {}
+        self._weight = 0.0
+        self._sum: dict[str, np.ndarray[Any, Any]] = {}
+        self._kept: list[Update] = []
+
+    def take(self, site: str, update: Update | None) -> None:
+        """Takes a site's admitted update, or None when there will be none."""
+        self._early[site] = update
+        while self._order and self._order[0] in self._early:
+            found = self._early.pop(self._order.popleft())
+            if found is None:
+                continue
+            if self._federation.strategy in _MEANS:
+                self._add(found)
+            else:
+                self._kept.append(found)
+
+    def step(self, memory: Memory, *, round_: int, buffers: frozenset[str]) -> tuple[Weights, Memory]:
+        """The change of the global model that the updates make together.
+
+        Args:
+            memory: Of the round before; empty at the start.
+            round_: 1 for the first.
+            buffers: Names of running statistics. An adaptive strategy would push a variance below zero, so these
+                are averaged by weight whatever the strategy.
+
+        Returns:
+            The step to add to the weights, and the memory for the next round.
+
+        Raises:
+            FedicomError: The strategy returned nothing.
+        """
+        if self._federation.strategy not in _MEANS:
+            names = list(self._kept[0].delta)
+            found = _call(
+                _strategy(self._federation), [(item.delta, item.weight) for item in self._kept], names, round_
+            )
+            return Weights(found), {}
+        mean = {name: np.asarray(array / self._weight) for name, array in self._sum.items()}
+        if self._federation.strategy not in _ADAPTIVE:
+            return Weights(mean), {}
+        split = [name for name in mean if name not in buffers]
+        strategy = _strategy(self._federation)
+        _restore(strategy, memory, {name: np.zeros(mean[name].shape, np.float32) for name in split})
+        moved = _call(strategy, [(mean, 1.0)], split, round_)
+        return Weights({name: moved.get(name, array) for name, array in mean.items()}), _memory(strategy, split)
+
+    def _add(self, update: Update) -> None:
+        self._weight += update.weight
+        if not self._sum:
+            self._sum = {name: np.asarray(array * update.weight) for name, array in update.delta.items()}
+            return
+        part = np.empty(_CHUNK, np.float32)
+        for name, array in update.delta.items():
+            total, change = self._sum[name].reshape(-1), array.reshape(-1)
+            if update.weight == 1:
+                total += change
+                continue
+            for start in range(0, change.size, _CHUNK):
+                here = change[start : start + _CHUNK]
+                total[start : start + _CHUNK] += np.multiply(here, update.weight, out=part[: here.size])
 
 
 def aggregate(
@@ -32,28 +112,12 @@ def aggregate(
     """The change of the global model that these updates make together.
 
     Args:
-        updates: Admitted updates; summed in order of site name, so that equal updates give equal bits.
-        memory: Of the round before; empty at the start.
-        round_: 1 for the first.
-        buffers: Names of running statistics. An adaptive strategy would push a variance below zero, so these
-            are averaged by weight whatever the strategy.
-
-    Returns:
-        The step to add to the weights, and the memory for the next round.
-
-    Raises:
-        FedicomError: The strategy returned nothing.
+        updates: All that were admitted, in any order; the rest is as for `Gathering`.
     """
-    ordered = sorted(updates, key=lambda update: update.site)
-    names = list(ordered[0].delta)
-    adaptive = federation.strategy in _ADAPTIVE
-    split = [name for name in names if not (adaptive and name in buffers)]
-    strategy = _strategy(federation)
-    _restore(strategy, memory, {name: np.zeros(ordered[0].delta[name].shape, np.float32) for name in split})
-    step = _call(strategy, ordered, split, round_)
-    if len(split) < len(names):
-        step |= _call(flower.FedAvg(), ordered, [name for name in names if name not in split], round_)
-    return Weights({name: step[name] for name in names}), _memory(strategy, split)
+    gathering = Gathering(federation, [update.site for update in updates])
+    for update in updates:
+        gathering.take(update.site, update)
+    return gathering.step(memory, round_=round_, buffers=buffers)
 
 
 def _strategy(federation: Federation) -> flower.Strategy:
@@ -83,22 +147,25 @@ def _strategy(federation: Federation) -> flower.Strategy:
 class _Reply:
     """The part of a Flower message that `aggregate_train` reads."""
 
-    def __init__(self, update: Update, names: Sequence[str]) -> None:
-        arrays = ArrayRecord({name: Array(np.asarray(update.delta[name])) for name in names})
-        self.content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": update.weight})})
+    def __init__(self, delta: Mapping[str, np.ndarray[Any, Any]], weight: float, names: Sequence[str]) -> None:
+        arrays = ArrayRecord({name: Array(np.asarray(delta[name])) for name in names})
+        self.content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": weight})})
 
     def has_error(self) -> bool:
         return False
 
 
 def _call(
-    strategy: flower.Strategy, updates: Sequence[Update], names: Sequence[str], round_: int
+    strategy: flower.Strategy,
+    updates: Sequence[tuple[Mapping[str, np.ndarray[Any, Any]], float]],
+    names: Sequence[str],
+    round_: int,
 ) -> dict[str, np.ndarray[Any, Any]]:
     flower_log = logging.getLogger("flwr")
     level = flower_log.level
     flower_log.setLevel(logging.ERROR)  # its per-reply lines repeat what our own progress says
     try:
-        arrays, _ = strategy.aggregate_train(round_, cast(Any, [_Reply(update, names) for update in updates]))
+        arrays, _ = strategy.aggregate_train(round_, cast(Any, [_Reply(*update, names) for update in updates]))
     finally:
         flower_log.setLevel(level)
     if arrays is None:

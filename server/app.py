@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -29,6 +29,7 @@ from common.exchange import (
     Update,
 )
 from common.identity import Signer
+from common.weights import Weights
 from server.rounds import Transport
 from server.secure import Take
 
@@ -123,13 +124,14 @@ class FlowerTransport:
         end = deadline = began + federation.timeout_s
         while True:
             self._greet(deadline - time.monotonic())
-            self._net.collect()
+            came = self._net.collect()
             now = time.monotonic()
             if len(self._sites) >= federation.quorum:
                 end = min(end, now + federation.offline_s)
             if now >= deadline or (now >= end and not self._at_work(before)) or self._complete():
                 break
-            _pause(began, deadline)
+            if not came:
+                _pause(began, deadline)
         found = self._told()
         if len(found) < federation.quorum:
             excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
@@ -153,17 +155,17 @@ class FlowerTransport:
                 return self._told()
             _pause(began, began + _JOIN_S)
 
-    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
-        """Sends the plan to every site and gives one reply for each, in the order of `sites`.
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Iterator[Reply]:
+        """Sends the plan to every site and gives one reply for each, as they come; none is kept here.
 
         A site that is connected has the whole `timeout_s`. One that is not, or that answers with errors, is asked
         again until then or, once the quorum has answered, until it has been so for `federation.offline_s`.
         """
         kind = MessageType.TRAIN if plan.work == "train" else MessageType.EVALUATE
-        record, why = wire.encode(plan, self._signer), f"no reply within {timeout_s:g} s"
+        record, why = self._written(plan), f"no reply within {timeout_s:g} s"
         visits = [_Visit(site, plan.round, record, (Update,), why) for site in sites]
-        self._converse(visits, kind, timeout_s)
-        return [cast(Reply, visit.reply) for visit in visits]
+        for visit in self._converse(visits, kind, timeout_s):
+            yield cast(Reply, visit.tell())
 
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
         """Sends each site its own step of a secure sum, and hands every answer to `take` as it comes.
@@ -177,24 +179,30 @@ class FlowerTransport:
         visits = []
         for site, ask in sorted(asks.items()):
             if id(ask) not in records:
-                records[id(ask)] = wire.encode(ask, self._signer)
+                records[id(ask)] = self._written(ask)
             why = f"no answer to the {type(ask).__name__.lower()} within {timeout_s:g} s"
             visits.append(_Visit(site, ask.round, records[id(ask)], get_args(Answer), why, take=take))
-        self._converse(visits, kind, timeout_s, hurry=not large)
+        for _ in self._converse(visits, kind, timeout_s, hurry=not large):
+            pass
         return {visit.site: cast(Answer | Refusal | Failure, visit.reply) for visit in visits}
 
-    def _converse(self, visits: Sequence[_Visit], kind: str, timeout_s: float, *, hurry: bool = False) -> None:
-        """Asks until every visit has its reply.
+    def _converse(
+        self, visits: Sequence[_Visit], kind: str, timeout_s: float, *, hurry: bool = False
+    ) -> Iterator[_Visit]:
+        """Asks until every visit has its reply, and gives each when it has.
 
         Args:
             hurry: Once the quorum has answered, nobody is waited for longer than `offline_s`, connected or not.
         """
         began, end = time.monotonic(), time.monotonic() + timeout_s
+        open_, first = list(visits), True
         while True:
             now = time.monotonic()
             if self._patient:  # a site may be back under another node
                 self._greet(self._federation.timeout_s, only_new=True)
-            due = [visit for visit in visits if self._due(visit)]
+            # Where nobody is asked twice, nothing becomes due later.
+            due = [visit for visit in open_ if self._due(visit)] if self._patient or first else []
+            first = False
             for record in {id(visit.record): visit.record for visit in due}.values():
                 same = [visit for visit in due if visit.record is record]
                 letters = [(visit.node, partial(self._heard, visit)) for visit in same]
@@ -203,23 +211,30 @@ class FlowerTransport:
                     visit.asked, visit.again_at = message_id, now + _PAUSE_S[0]
                     visit.letters.append(message_id)
                     self._watch(visit.site, "asked", f"round {visit.round}")
-            self._net.collect()
+            came = self._net.collect()
             self._give_up(visits)
             if hurry and sum(_usable(visit) for visit in visits) >= self._federation.quorum:
                 hurry, end = False, min(end, time.monotonic() + self._federation.offline_s)
-            if all(visit.reply for visit in visits) or time.monotonic() >= end:
+            answered = [visit for visit in open_ if visit.reply]
+            open_ = [visit for visit in open_ if not visit.reply]
+            yield from answered
+            if not open_ or time.monotonic() >= end:
                 break
-            _pause(began, end)
+            if not came:
+                _pause(began, end)
         self._net.forget(name for visit in visits for name in visit.letters)
-        for visit in visits:
-            if not visit.reply:
-                self._late(visit)
+        for visit in open_:
+            self._late(visit)
+            yield visit
+
+    def _written(self, value: wire.Request) -> RecordDict:
+        return wire.encode(value, self._signer) if self._signer else wire.hand(value)
 
     # Who is there
 
     def _about(self, recipe: Recipe, audit_head: str) -> None:
         self._federation, self._recipe_id = recipe.federation, recipe.id
-        self._question = wire.encode(Question(recipe_id=recipe.id, audit_head=audit_head), self._signer)
+        self._question = self._written(Question(recipe_id=recipe.id, audit_head=audit_head))
 
     def _greet(self, ttl_s: float, *, only_new: bool = False) -> list[_Node]:
         """Asks who they are: nodes that came or came back, and from time to time those that gave no good answer."""
@@ -298,7 +313,7 @@ class FlowerTransport:
 
     def _look(self) -> Mapping[int, str]:
         """Connected nodes, and a mark that changes when one connects anew; tells who came and who went."""
-        online = self._net.online(_LOOK_S if self._patient else 0.0)
+        online = self._net.online(_LOOK_S if self._patient else _PAUSE_S[0])
         for site, number in self._sites.items():
             if number not in online and site not in self._away:
                 self._away[site] = _Away(time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -434,6 +449,13 @@ class _Visit:
     pause_s: float = _PAUSE_S[0]
     failing_since: float | None = None
 
+    def tell(self) -> Reply | Answer | None:
+        """Gives the reply away; what stays here has no weights."""
+        reply = self.reply
+        if isinstance(reply, Update):
+            self.reply = replace(reply, delta=Weights({}))
+        return reply
+
 
 class _Net:
     """A Grid, and who waits for the answers to what was sent through it."""
@@ -479,18 +501,20 @@ class _Net:
         self._waiting |= {name: heard for name, (_, heard) in zip(ids, letters, strict=True) if name}
         return ids
 
-    def collect(self) -> None:
-        """Takes what has come and hands it to who waits for it."""
+    def collect(self) -> bool:
+        """Takes what has come and hands it to who waits for it; whether there was something."""
+        came = False
         if not self._waiting:
-            return
+            return came
         for message in self._grid.pull_messages(list(self._waiting)):
             # By the message it answers, never by its source: an error may come from node 1, and a node may lie.
             heard = self._waiting.pop(message.metadata.reply_to_message_id, None)
             if heard is not None:
                 heard(message)
-            if message.has_content():  # records sit in reference cycles, which would keep a model's weights for long
-                for record in message.content.array_records.values():
-                    record.clear()
+            if message.has_content():
+                wire.let_go(message.content)
+            came = True
+        return came
 
     def forget(self, ids: Iterable[str]) -> None:
         """Waits no more for the answers to these."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Literal, Protocol
 
+import numpy as np
+
 from common.config import Recipe
 from common.errors import QuorumError, SecureAggregationError
 from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan, Scores, Spent, Update
 from common.weights import Weights
 from server.admit import refusal, sum_refusal
-from server.aggregate import Memory, aggregate
+from server.aggregate import Gathering, Memory
 from server.secure import SecureSum, Take, secure_sum
 
 METRIC = "auroc"
@@ -92,8 +96,8 @@ class Transport(Protocol):
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         """Sites that came since, asked between two rounds without waiting for anybody."""
 
-    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
-        """One reply for every site asked; silence is a `Failure`, never missing."""
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Iterable[Reply]:
+        """One reply for every site asked, as they come; silence is a `Failure`, never missing."""
 
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
         """A step of a secure sum, each site its own; answers go to `take` as they come."""
@@ -130,8 +134,23 @@ def run(
     while not state.done:
         closing = state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
         work: Literal["train", "evaluate"] = "evaluate" if closing else "train"
-        state, report = _step(state, recipe, transport, sites(), work, buffers, audit_head())
+        asked = sites() if closing else drawn(sites(), recipe, state.round + 1)
+        state, report = _step(state, recipe, transport, asked, work, buffers, audit_head())
         yield state, report
+
+
+def drawn(sites: Mapping[str, Hello], recipe: Recipe, round_: int) -> Mapping[str, Hello]:
+    """Who is asked to train in a round: `federation.fraction` of the sites, never fewer than the quorum.
+
+    The draw follows from recipe, round and names alone, so that a resumed run asks whom it would have asked.
+    """
+    federation, names = recipe.federation, sorted(sites)
+    count = max(federation.quorum, math.ceil(federation.fraction * len(names) - 1e-9))  # .1 * 30 is above 3 in binary
+    if count >= len(names):
+        return sites
+    seed = hashlib.sha256(f"sites of round {round_}, seed {recipe.seed}".encode()).digest()
+    chosen = np.random.default_rng(list(seed)).choice(len(names), count, replace=False)
+    return {names[at]: sites[names[at]] for at in sorted(chosen)}
 
 
 def _step(
@@ -154,13 +173,12 @@ def _step(
     secure = recipe.privacy.secure_aggregation and work == "train"
     failed: list[str] = []
     while True:
-        replies = {reply.site: reply for reply in transport.ask(plan, sorted(sites), recipe.federation.timeout_s)}
-        accepted, refused = _admitted(replies, plan, recipe, sites)
+        came = _admitted(transport, plan, recipe, sites)
         if not secure:
             total = None
             break
         try:
-            total = _summed(plan, recipe, accepted, transport)
+            total = _summed(plan, recipe, came.updates, transport)
             break
         except SecureAggregationError as error:
             failed.append(str(error))
@@ -170,12 +188,18 @@ def _step(
                     + ". ".join(f"{number}: {why}" for number, why in enumerate(failed, 1))
                 ) from None
     weights, memory, average = state.weights, state.memory, state.average
+    accepted, refused, gathering = came.accepted, came.refused, came.gathering
     if total is not None:
         refused |= {site: "not in the secure sum" for site in accepted if site not in total.masked} | dict(total.left)
-        accepted = {site: update for site, update in accepted.items() if site in total.masked}
+        accepted = {
+            site: replace(told, update_digest=total.masked[site])
+            for site, told in accepted.items()
+            if site in total.masked
+        }
+        gathering = Gathering(recipe.federation, ["sum"])
+        gathering.take("sum", _as_one(total, plan))
     if work == "train":
-        updates = list(accepted.values()) if total is None else [_as_one(total, plan)]
-        step, memory = aggregate(updates, recipe.federation, memory, round_=plan.round, buffers=buffers)
+        step, memory = gathering.step(memory, round_=plan.round, buffers=buffers)
         weights = state.weights + step
         average = _average(average, weights, recipe.federation.ema_decay, plan.round)
         if average is not None and plan.round == recipe.rounds:
@@ -183,40 +207,61 @@ def _step(
     report = RoundReport(
         round=plan.round,
         work=work,
-        accepted={
-            site: _site_round(update, "" if total is None else total.masked[site]) for site, update in accepted.items()
-        },
+        accepted=accepted,
         refused=refused,
         validation=_mean_score(accepted.values()),
         before=state.weights.digest,
         after=weights.digest,
         seconds=round(time.monotonic() - began, 3),
-        heads={site: head for site, reply in replies.items() if (head := getattr(reply, "audit_head", ""))}
-        | (dict(total.heads) if total is not None else {}),
+        heads=came.heads | (dict(total.heads) if total is not None else {}),
         session="" if total is None else total.session,
     )
     return _after(replace(state, average=average), recipe, report, weights, memory), report
 
 
-def _admitted(
-    replies: Mapping[str, Reply], plan: RoundPlan, recipe: Recipe, sites: Mapping[str, Hello]
-) -> tuple[dict[str, Update], dict[str, str]]:
-    """The updates that may change the model, and why the others may not."""
-    accepted: dict[str, Update] = {}
-    refused: dict[str, str] = {}
-    for site in sorted(sites):
-        reply = replies.get(site) or Failure(site=site, round=plan.round, why="no reply")
+@dataclass(frozen=True)
+class _Admitted:
+    """What became of a plan at all sites, in order of their names."""
+
+    accepted: dict[str, SiteRound]
+    refused: dict[str, str]
+    heads: dict[str, str]
+    updates: dict[str, Update]
+    """Those accepted, without their weights, which are in `gathering`."""
+    gathering: Gathering
+
+
+def _admitted(transport: Transport, plan: RoundPlan, recipe: Recipe, sites: Mapping[str, Hello]) -> _Admitted:
+    """Asks the sites, and takes in each reply as it comes: which may change the model, and why the others may not."""
+    outcomes: dict[str, SiteRound | str] = {}
+    heads: dict[str, str] = {}
+    updates: dict[str, Update] = {}
+    gathering = Gathering(recipe.federation, sites)
+    for reply in transport.ask(plan, sorted(sites), recipe.federation.timeout_s):
+        site = reply.site
+        if site not in sites or site in outcomes:
+            continue
         why = refusal(reply, plan, recipe, sites[site])
         if why is None and isinstance(reply, Update):
-            accepted[site] = reply
+            outcomes[site], updates[site] = _site_round(reply), replace(reply, delta=Weights({}))
+            gathering.take(site, reply)
         else:
-            refused[site] = why or "not an update"
+            outcomes[site] = why or "not an update"
+            gathering.take(site, None)
+        if head := getattr(reply, "audit_head", ""):
+            heads[site] = head
+        del reply  # while the next one is waited for, its weights are in the sum alone
+    for site in sites.keys() - outcomes.keys():
+        outcomes[site] = "no reply"
+        gathering.take(site, None)
+    accepted = {site: told for site, told in sorted(outcomes.items()) if isinstance(told, SiteRound)}
+    refused = {site: why for site, why in sorted(outcomes.items()) if isinstance(why, str)}
     if len(accepted) < recipe.federation.quorum:
         raise QuorumError(
             f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is "
             f"{recipe.federation.quorum}; the model is as it was. Refused: {refused}"
         )
-    return accepted, refused
+    return _Admitted(accepted, refused, heads, {site: updates[site] for site in accepted}, gathering)
 
 
 def _summed(plan: RoundPlan, recipe: Recipe, accepted: Mapping[str, Update], transport: Transport) -> SecureSum:
@@ -281,7 +326,7 @@ def _should_stop(state: ServerState, recipe: Recipe) -> bool:
     return max(lately) <= max(before) + stopping.min_improvement
 
 
-def _mean_score(updates: Iterable[Update]) -> float | None:
+def _mean_score(updates: Iterable[SiteRound]) -> float | None:
     scores = [
         update.validation.values[METRIC]
         for update in updates
@@ -290,7 +335,7 @@ def _mean_score(updates: Iterable[Update]) -> float | None:
     return fmean(scores) if scores else None
 
 
-def _site_round(update: Update, masked: str) -> SiteRound:
+def _site_round(update: Update) -> SiteRound:
     return SiteRound(
         steps=update.steps,
         weight=update.weight,
@@ -299,5 +344,5 @@ def _site_round(update: Update, masked: str) -> SiteRound:
         validation=update.validation,
         test=update.test,
         spent=update.spent,
-        update_digest=masked or update.delta.digest,
+        update_digest=update.delta.digest,
     )

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,7 +224,7 @@ class _Told:
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self._transport.joined(recipe, audit_head)
 
-    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Iterable[Reply]:
         state = "training" if plan.work == "train" else "evaluating"
         self._status.change(state=state, round_began=time.time(), error=None)
         return self._transport.ask(plan, sites, timeout_s)

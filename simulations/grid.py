@@ -1,19 +1,21 @@
 """Flower's Grid without a network: the deployed ClientApp is called in this process, or in worker processes.
 
-Workers get and give bytes over pipes; no message is pickled. A site always lives in the same
-worker, so its ledger and log have one owner.
+In this process a message is handed over as it is. Workers get and give bytes over pipes; no message is pickled. A site
+always lives in the same worker, so its ledger and log have one owner.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -36,11 +38,19 @@ _FIRST_NODE = 1000
 _CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
+_AHEAD = 2
+"""Visits under way in one process: one trains, the other writes its log or is read."""
+_STOP_S = 0.2
+
 Progress = Callable[[str], None]
 
 
 class InProcessGrid(Grid):
-    """Sites one after another in this process, or side by side in workers."""
+    """Sites one after another in this process, or side by side in workers.
+
+    Nothing is serialised in this process, and one visit's bookkeeping (hashes, logs on disk) goes on while the next
+    site trains; the sites themselves see to it that only one trains at a time (`client.site.Site`).
+    """
 
     def __init__(
         self,
@@ -53,14 +63,19 @@ class InProcessGrid(Grid):
         """Gives every site a node id.
 
         Args:
-            app: Called in this process; None when there are workers.
+            app: Called in this process, from two threads; None when there are workers.
             workers: Each takes every n-th site.
             done: Told the site's name after each of its answers.
         """
         self._sites = {_FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._app, self._workers, self._done = app, list(workers), done
         self._run = Run.create_empty(run_id=1)
-        self._contexts = {node: context(site, node) for node, site in self._sites.items()}
+        self._contexts: dict[int, Context] = {}
+        self._letters: list[queue.SimpleQueue[Message | None]] = []
+        """One box for each worker, or one for all sites."""
+        self._threads: list[threading.Thread] = []
+        self._answers: queue.SimpleQueue[tuple[str, Message]] = queue.SimpleQueue()
+        self._under_way: set[str] = set()
         self._replies: dict[str, Message] = {}
         self._telling = threading.Lock()
         become_node(1)
@@ -81,65 +96,108 @@ class InProcessGrid(Grid):
         return list(self._sites)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Has all sites answer, and returns when they have.
+        """Has the sites begin.
 
         A message's `ttl` is the time that its site gets, for sites of one worker wait for each other; a worker that
         takes longer is ended. Without workers nothing can end a site.
         """
-        asked = list(messages)
-        for message in asked:
+        self._begin()
+        ids = []
+        for message in messages:
             message.metadata.__dict__["_message_id"] = uuid4().hex
-        for message, reply in self._answers(asked):
-            self._replies[message.metadata.message_id] = reply
-        return [message.metadata.message_id for message in asked]
+            ids.append(message.metadata.message_id)
+            self._under_way.add(message.metadata.message_id)
+            box = (message.metadata.dst_node_id - _FIRST_NODE) % len(self._letters)
+            self._letters[box].put(message)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+        """Waits until one of these is answered at least, and gives what there is."""
+        wanted = set(message_ids)
+        found = [self._replies.pop(key) for key in wanted & self._replies.keys()]
+        try:
+            while (not found and wanted & self._under_way) or not self._answers.empty():
+                key, reply = self._answers.get()
+                self._under_way.discard(key)
+                if key in wanted:
+                    found.append(reply)
+                else:
+                    self._replies[key] = reply
+        except BaseException:  # Ctrl-C reaches this thread alone
+            self.close()
+            raise
+        return found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The answers of all sites; the time for each is its message's `ttl`."""
-        return self.pull_messages(self.push_messages(messages))
+        ids = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(ids):
+            replies += self.pull_messages(ids)
+        return replies
 
-    def _answers(self, messages: Sequence[Message]) -> Iterator[tuple[Message, Message]]:
-        if not self._workers:
-            for message in messages:
-                yield message, self._local(message)
-                self._tell(message)
+    def _begin(self) -> None:
+        if self._threads:
             return
+        if self._workers:
+            self._letters = [queue.SimpleQueue() for _ in self._workers]
+            answers: list[Callable[[Message], Message]] = [partial(self._asked, worker) for worker in self._workers]
+        else:
+            self._letters = [queue.SimpleQueue()]
+            answers = [self._local] * _AHEAD
+        for number, answer in enumerate(answers):
+            box = self._letters[number % len(self._letters)]
+            # A daemon: at the end of the process it waits for a letter, and nobody waits for it.
+            self._threads.append(threading.Thread(target=self._serve, args=(box, answer), daemon=True))
+        for thread in self._threads:
+            thread.start()
 
-        def serve(worker: Worker) -> list[tuple[Message, Message]]:
-            answers = []
-            for message in messages:
-                if self._worker(message) is worker:
-                    site = self._sites[message.metadata.dst_node_id]
-                    answers.append((message, worker.ask(message, site, message.metadata.ttl)))
-                    self._tell(message)
-            return answers
+    def _serve(self, box: queue.SimpleQueue[Message | None], answer: Callable[[Message], Message]) -> None:
+        with suppress(_StoppedError):
+            while (message := box.get()) is not None:
+                reply = answer(message)
+                if self._done is not None:
+                    with self._telling:
+                        self._done(self._sites[message.metadata.dst_node_id])
+                self._answers.put((message.metadata.message_id, reply))
+                del message, reply  # while it waits for the next letter, it holds no model
 
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            try:
-                for answers in pool.map(serve, self._workers):
-                    yield from answers
-            except BaseException:  # Ctrl-C: the pool waits for its threads, and they for the workers
-                for worker in self._workers:
-                    worker.stop(for_good=True)
-                raise
+    def close(self) -> None:
+        """Stops what is under way, and returns when nothing is any more; safe to call twice."""
+        for worker in self._workers:
+            worker.stop(for_good=True)
+        for box in self._letters:
+            with suppress(queue.Empty):
+                while True:
+                    box.get_nowait()
+            for _ in self._threads:
+                box.put(None)
+        for thread in self._threads:
+            thread.join(_STOP_S)
+        while alive := [thread for thread in self._threads if thread.is_alive()]:
+            for thread in alive:  # all of them: one may wait for what another holds
+                # Training looks at no flag: this exception is raised there between two of its operations.
+                stopped = ctypes.py_object(_StoppedError)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), stopped)
+            for thread in alive:
+                thread.join(_STOP_S)
+        self._threads = []
 
-    def _worker(self, message: Message) -> Worker:
-        return self._workers[(message.metadata.dst_node_id - _FIRST_NODE) % len(self._workers)]
+    def _asked(self, worker: Worker, message: Message) -> Message:
+        return worker.ask(message, self._sites[message.metadata.dst_node_id], message.metadata.ttl)
 
     def _local(self, message: Message) -> Message:
         assert self._app is not None
+        node = message.metadata.dst_node_id
         try:
-            return self._app(message, self._contexts[message.metadata.dst_node_id])
+            return self._app(message, self._contexts.setdefault(node, context(self._sites[node], node)))
         except Exception as error:  # as the real runtimes: an error reply, never a raise
             log.exception("a site failed")
             return Message(Error(code=_CLIENT_FAILED, reason=type(error).__name__), reply_to=message)
 
-    def _tell(self, message: Message) -> None:
-        if self._done is not None:
-            with self._telling:
-                self._done(self._sites[message.metadata.dst_node_id])
+
+class _StoppedError(BaseException):
+    """Raised inside a site's visit when the simulation ends before it; no `except Exception` takes it for a failure."""
 
 
 class Worker:

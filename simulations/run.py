@@ -10,9 +10,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -61,6 +62,8 @@ _OWN_FILES = (
 _KEPT = ("hospitals", "simulation.log")
 _RECORD = "run.json"
 _NO_CAP = 1e6
+_OPEN = 256
+"""Sites held open at once; one that was closed is opened again from its files."""
 _CORES = torch.get_num_threads()
 """Torch's own count before anybody sets another: it knows OMP_NUM_THREADS and the cores of this process."""
 
@@ -189,11 +192,11 @@ def _federate(
         app = None
         if not workers:
             site_of = _sites(settings, out, cohorts, device)
-            for name in names:
+            for name in names[:_OPEN]:
                 site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
             app = client_app(lambda context: site_of(str(context.node_config["site"])))
-        grid = InProcessGrid(names, app, workers=workers, done=shown.answered)
-        server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered)) as grid:
+            server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     return result[0]
 
 
@@ -214,7 +217,7 @@ class _Shown:
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self.transport.joined(recipe, audit_head)
 
-    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Sequence[Reply]:
+    def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Iterable[Reply]:
         before = self._done if self._what == "Training" else 0
         self._what, self._done = "Training", max(before, (plan.round - 1) * len(sites))
         # one visit each a round, and one for the closing evaluation, which early stopping brings forward
@@ -278,14 +281,15 @@ def _workers(settings: Settings) -> Iterator[list[Worker]]:
 
 
 def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device) -> Callable[[str], Site]:
-    recipe = settings.recipe
+    recipe, turn, door = settings.recipe, threading.Lock(), threading.Lock()
 
     @functools.cache
     def model() -> nn.Module:
         return build(recipe)  # one for all sites of this process: every visit overwrites all that is exchanged
 
-    @functools.cache
-    def site(name: str) -> Site:
+    # A secure sum has steps, and what a site keeps between them is in its memory.
+    @functools.lru_cache(maxsize=None if recipe.privacy.secure_aggregation else _OPEN)
+    def opened(name: str) -> Site:
         folder = private_folder(out / "sites" / name)
         return Site(
             name,
@@ -298,7 +302,12 @@ def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device:
             device=device,
             policy=_policy(recipe),
             sums=_sums(out, name, folder),
+            turn=turn,
         )
+
+    def site(name: str) -> Site:
+        with door:  # two visits are under way, and one site is opened once
+            return opened(name)
 
     return site
 

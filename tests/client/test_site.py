@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -511,3 +512,27 @@ def test_an_adaptive_clip_norm_goes_on_in_the_next_round_and_after_a_restart(tmp
     assert second.spent is not None
     assert second.spent.clip_norm > first.spent.clip_norm * 1.02
     assert second.spent.noise_multiplier == first.spent.noise_multiplier  # what is accounted
+
+
+def test_while_a_site_writes_its_log_and_its_hashes_the_next_one_has_the_model(
+    house: House, trained: list[RoundPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn, held = threading.Lock(), []
+    site = house.open()
+    site._turn = turn
+    training, append, store = module.train, site.audit.append, site._store
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*words: Any, **more: Any) -> Any:
+            held.append((name, turn.locked()))
+            return function(*words, **more)
+
+        return noted
+
+    monkeypatch.setattr(module, "train", noting("train", training))
+    monkeypatch.setattr(site.audit, "append", noting("log", append))
+    monkeypatch.setattr(site, "_store", noting("store", store))
+    assert isinstance(site.visit(house.plan()), Update)
+    assert ("train", True) in held
+    assert {locked for name, locked in held if name != "train"} == {False}
+    assert not turn.locked()

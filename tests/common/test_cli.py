@@ -81,6 +81,24 @@ def test_help_loads_no_library_that_it_does_not_need(words):
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
+def loaded_by(code: str) -> list[str]:
+    """Heavy packages that a process holds after this code."""
+    heavy = ("torch", "flwr", "monai", "timm", "sklearn", "scipy", "matplotlib", "onnx", "highdicom")
+    code = f"import sys, fedicom\n{code}\nprint('loaded', *sorted(set({heavy!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_the_help_of_no_verb_loads_torch_or_its_like():
+    every = "".join(f"try: fedicom.main([{verb!r}, '--help'])\nexcept SystemExit: pass\n" for verb in fedicom._VERBS)
+    assert set(loaded_by(every)) <= {"scipy"}  # with which `rehearse` draws its phantoms
+
+
+def test_the_simulation_starts_without_what_only_some_runs_need():
+    # MONAI alone takes two seconds; prepared samples and a network of timm need none of it
+    assert set(loaded_by("import simulations.run")) <= {"torch", "flwr", "scipy", "highdicom", "onnx"}
+
+
 def logs(folder: Path) -> Signer:
     key = Signer.temporary()
     server, site = AuditLog(folder / "server.jsonl", key), AuditLog(folder / "north.jsonl", key)

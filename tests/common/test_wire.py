@@ -440,3 +440,26 @@ def test_a_reason_cannot_carry_terminal_commands_or_pages(why):
     told = json.dumps(json.loads(message["body"]) | {"why": why})
     with pytest.raises(ExchangeError, match="out of bounds: why"):
         wire.decode_reply(RecordDict({"message": ConfigRecord({**message, "body": told})}))
+
+
+# A message that stays in one process
+
+
+def test_a_handed_value_is_itself_and_its_bytes_are_those_of_the_encoded_one():
+    value = update()
+    assert wire.decode(wire.hand(value), Update) is value
+    assert wire.to_bytes(wire.hand(value)) == wire.to_bytes(wire.encode(value))
+
+
+def test_a_handed_value_passes_no_check_of_signatures_and_no_wrong_kind():
+    with pytest.raises(ExchangeError, match="not signed"):
+        wire.check_signature(wire.hand(update()), Signer.temporary().public)
+    with pytest.raises(ExchangeError, match="expected RoundPlan"):
+        wire.decode(wire.hand(update()), RoundPlan)
+
+
+def test_what_was_let_go_holds_no_weights():
+    record = wire.hand(update())
+    wire.let_go(record)
+    with pytest.raises(ExchangeError):
+        wire.decode(record, Update)

@@ -254,7 +254,7 @@ def ask_while_busy(running: Running, transport: FlowerTransport, site: str, roun
     (running.sites[site].path / "busy").touch()
     before = running.said(site, f"visit {round_}")
     pool = ThreadPoolExecutor(1)
-    asking = pool.submit(transport.ask, plan(round_), SITES, _LONG_S)
+    asking = pool.submit(lambda: sorted(transport.ask(plan(round_), SITES, _LONG_S), key=lambda reply: reply.site))
     pool.shutdown(wait=False)
     eventually(lambda: running.said(site, f"visit {round_}") > before)
     return asking
@@ -270,7 +270,7 @@ def test_two_sites_say_hello_and_two_rounds_go_through_over_tls_one_of_them_thro
     assert sorted(transport.hello(RECIPE, "")) == list(SITES)
     assert running.online() == set(SITES)
     for round_ in (1, 2):
-        replies = transport.ask(plan(round_), SITES, _LONG_S)
+        replies = sorted(transport.ask(plan(round_), SITES, _LONG_S), key=lambda reply: reply.site)
         assert [reply.site for reply in replies] == list(SITES)
         assert all(is_update(reply, round_) for reply in replies)
     for site in SITES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import permutations
 from typing import get_args
@@ -162,7 +163,7 @@ def test_steps_around_zero_equal_flowers_strategy_on_the_weights_over_rounds_and
         record = ArrayRecord({key: Array(np.asarray(value)) for key, value in theirs.items()})
         reference.configure_train(round_, record, ConfigRecord(), _Grid())
         trained = [replace(item, delta=Weights(dict(theirs)) + item.delta) for item in given]
-        replies = [subject._Reply(item, list(start)) for item in trained]
+        replies = [subject._Reply(item.delta, item.weight, list(start)) for item in trained]
         arrays, _ = reference.aggregate_train(round_, replies)
         theirs = {key: array.numpy() for key, array in arrays.items()}
         ours, memory = aggregate(given, chosen, state.memory, round_=round_, buffers=NONE)
@@ -196,6 +197,49 @@ def test_inputs_are_left_as_they_were():
     for name in get_args(Strategy)[:7]:
         step(Federation(strategy=name, sites=5, quorum=5), given)
     assert [Weights(dict(item.delta)).digest for item in given] == before
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_adding_as_they_come_gives_the_bits_of_flowers_average(count):
+    rng = np.random.default_rng(count)
+    given = [update(f"s{n}", w=rng.standard_normal(40_000), b=rng.standard_normal(())) for n in range(count)]
+    theirs = subject._call(flower.FedAvg(), [(item.delta, item.weight) for item in given], ["w", "b"], 1)
+    assert step(Federation(sites=9, quorum=1), given)[0] == Weights(theirs)
+
+
+def test_weighed_sites_give_flowers_average_to_rounding():
+    rng = np.random.default_rng(3)
+    given = [update(f"s{n}", weight=n + 1, w=rng.standard_normal(40_000)) for n in range(7)]
+    theirs = subject._call(flower.FedAvg(), [(item.delta, item.weight) for item in given], ["w"], 1)
+    np.testing.assert_allclose(
+        step(Federation(site_weights="patients"), given)[0]["w"], theirs["w"], rtol=1e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedadam", "fedmedian"])
+def test_a_site_without_an_update_changes_no_bit(name):
+    rng = np.random.default_rng(4)
+    given = [update(f"s{n}", w=rng.standard_normal(50)) for n in range(7)]
+    gathering = subject.Gathering(federation(name), [*(item.site for item in given), "s3b", "a"])
+    for site in ("s6", "s3b", "s2", "s4", "a", "s0", "s1", "s5", "s3"):
+        gathering.take(site, next((item for item in given if item.site == site), None))
+    assert gathering.step({}, round_=1, buffers=NONE) == step(federation(name), given)
+
+
+def test_of_a_thousand_updates_one_is_held_at_a_time():
+    held: list[weakref.ref[Weights]] = []
+
+    def arriving(site: str) -> Update:
+        found = update(site, w=np.ones(10))
+        held.append(weakref.ref(found.delta))
+        return found
+
+    sites = [f"s{n:04d}" for n in range(1000)]
+    gathering = subject.Gathering(Federation(sites=1000), sites)
+    for site in sites:
+        gathering.take(site, arriving(site))
+        assert sum(ref() is not None for ref in held[-2:]) == 0
+    assert gathering.step({}, round_=1, buffers=NONE)[0]["w"].tolist() == [1.0] * 10
 
 
 def test_three_sites_in_every_order_give_one_sum():

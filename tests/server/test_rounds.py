@@ -132,6 +132,50 @@ def test_a_finished_state_asks_nobody():
     assert sites.plans == []
 
 
+class Noting(Sites):
+    """Keeps who was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[str]] = []
+
+    def ask(self, plan, sites, timeout_s):
+        self.asked.append(list(sites))
+        return super().ask(plan, sites, timeout_s)
+
+
+def test_a_share_of_the_sites_is_drawn_anew_each_round_and_all_are_asked_at_the_end():
+    noting, chosen = Noting(), recipe(20, fraction=0.3, quorum=1)
+    reports = ran(chosen, noting)
+    *training, closing = noting.asked
+    assert {len(sites) for sites in training} == {3}  # 0.3 * 7 = 2.1
+    assert {site for sites in training for site in sites} == set(SITES)
+    assert len({tuple(sites) for sites in training}) > 5
+    assert closing == SITES
+    assert [sorted(report.accepted) for _, report in reports] == noting.asked
+    half = Noting()
+    ran(chosen, half, state=reports[9][0])  # a resumed run asks whom it would have asked
+    assert half.asked == noting.asked[10:]
+    other = Noting()
+    ran(replace(chosen, seed=1), other)
+    assert other.asked[:-1] != training
+
+
+@pytest.mark.parametrize(
+    ("fraction", "sites", "quorum", "count"), [(0.1, 30, 1, 3), (0.01, 30, 5, 5), (1.0, 30, 2, 30)]
+)
+def test_never_fewer_than_the_quorum_are_drawn(fraction, sites, quorum, count):
+    there = hellos([f"s{n:02d}" for n in range(sites)])
+    chosen = recipe(1, fraction=fraction, sites=sites, quorum=quorum)
+    assert len(rounds.drawn(there, chosen, 1)) == count
+
+
+def test_who_was_not_asked_is_neither_missing_nor_refused():
+    (_, report), *_ = ran(recipe(1, fraction=0.5, quorum=4), Sites())
+    assert len(report.accepted) == 4
+    assert report.refused == {}
+
+
 def test_a_round_adds_the_mean_step():
     class Fixed(Sites):
         def answer(self, plan, site):
