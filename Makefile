@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo federation test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
+.PHONY: help venv demo federation bench test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
 help:
 	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
 	@echo "make federation  a deployed federation of real processes on this machine: TLS, approvals, a site killed and back"
+	@echo "make bench  the benchmarks, and docs/benchmarks.md from them"
 	@echo "make test   lint, types, contracts between the rooms, tests; these are its parts:"
 	@echo "  make lint             ruff, mypy, import-linter"
 	@echo "  make test-rooms       every room by itself, and the simulation end to end"
@@ -31,6 +32,9 @@ demo: $(READY)
 
 federation: $(READY)
 	$(BIN)/fedicom rehearse --out runs/federation
+
+bench: $(READY)
+	$(BIN)/python benchmarks/suite.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

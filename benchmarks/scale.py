@@ -1,0 +1,137 @@
+"""Many tiny sites: what a visit costs beside its training, and how memory grows with the number of sites.
+
+    python benchmarks/scale.py --sites 100 1000 --out runs/bench/scale.json
+
+20 made-up images of 28 x 28 a site, a small CNN, 3 rounds, a tenth of the sites asked in each; then all are asked for
+the closing evaluation. Sites are opened when they are asked, with key, log and folder of their own; their images are
+made then. Each number of sites runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measure import machine, measured, own_peak_mb
+
+IMAGES, SIZE, ROUNDS = 20, 28, 3
+
+
+def main() -> None:
+    """Every number of sites in a process of its own, or, called by itself, one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--sites", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(run(arguments.one)))
+        return
+    rows = [measured([sys.executable, __file__, "--one", str(count)]) for count in arguments.sites]
+    found = {"machine": machine(), "rows": [{**row.says, "wall_s": row.wall_s} for row in rows]}
+    text = json.dumps(found, indent=1) + "\n"
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+    print(text)
+
+
+class Made(Mapping[str, Any]):
+    """Cohorts that are made when they are asked for, and not kept."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        from client.cohort import Cohort
+        from common.samples import Samples
+
+        rng = np.random.default_rng(list(name.encode()))
+        targets_N = (np.arange(IMAGES) % 2).astype(np.int64)
+        x_N = (rng.normal(size=(IMAGES, 1, SIZE, SIZE)) + targets_N[:, None, None, None]).astype(np.float32)
+        samples = Samples(x_N, targets_N, np.arange(IMAGES), tuple(f"{n:04d}" for n in range(IMAGES)), {}, "")
+        return Cohort(samples, np.repeat("train", IMAGES), "a" * 64, {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Clock:
+    """Adds up the time inside a function, however many threads call it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.spent_s, self.calls = function, 0.0, 0
+
+    def __call__(self, *words: Any, **more: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._function(*words, **more)
+        finally:
+            self.spent_s += time.perf_counter() - began
+            self.calls += 1
+
+
+def run(sites: int) -> dict[str, Any]:
+    """One federation of so many sites, through the simulation's own sites, grid and coordinator."""
+    import torch
+
+    from client import site as site_module
+    from client.train import train
+    from common.config import Evaluation, Federation, ModelConfig, Preprocessing, Recipe, Settings, Simulation, Training
+    from common.storage import private_folder
+    from simulations import run as simulation
+
+    names = tuple(f"s{number:05d}" for number in range(sites))
+    recipe = Recipe(
+        name="scale",
+        rounds=ROUNDS,
+        data=Preprocessing(size=(SIZE, SIZE)),
+        model=ModelConfig(family="monai", name="resnet10", width=0.141, stem="small"),
+        training=Training(optimizer="sgd", schedule="constant", lr=0.01, weight_decay=0.0, batch_size=10),
+        federation=Federation(sites=sites, quorum=max(1, sites // 20), fraction=0.1),
+        evaluation=Evaluation(validation_fraction=0.0, test_fraction=0.0),
+    )
+    out = Path(tempfile.mkdtemp(prefix="fedicom-scale-"))
+    settings = Settings(recipe=recipe, simulation=Simulation(device="cpu", threads=1), out=str(out / "run"))
+    torch.set_num_threads(1)
+    training, opening, logs = Clock(train), Clock(site_module.Site), Clock(simulation._audit)
+    site_module.__dict__["train"] = training
+    simulation.__dict__["Site"] = opening
+    simulation.__dict__["_audit"] = logs
+    try:
+        folder = private_folder(Path(settings.out or ""))
+        audit = simulation._audit(folder, "server")
+        began = time.perf_counter()
+        cpu = torch.device("cpu")
+        federated = simulation._federate(settings, folder, names, Made(names), audit, cpu, simulation.Silent())
+        wall_s = time.perf_counter() - began
+    finally:
+        shutil.rmtree(out)
+    visits = training.calls + sites  # the closing evaluation asks all
+    opening_s = opening.spent_s + logs.spent_s
+    return {
+        "sites": sites,
+        "asked": len(federated.state.history[0].accepted),
+        "rounds_s": wall_s,
+        "training_ms": 1e3 * training.spent_s / training.calls,
+        "open_ms": 1e3 * opening_s / opening.calls,
+        "opened": opening.calls,
+        "visit_ms": 1e3 * (wall_s - training.spent_s - opening_s) / visits,
+        "peak_mb": own_peak_mb(),
+        "digest": federated.state.weights.digest,
+    }
+
+
+if __name__ == "__main__":
+    main()

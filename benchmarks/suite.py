@@ -1,0 +1,213 @@
+"""Runs the benchmarks and writes docs/benchmarks.md with a table and a plot each.
+
+    make bench                                            # all, under half an hour on two quiet cores
+    python benchmarks/suite.py --only parts               # one of them
+    python benchmarks/suite.py --render                   # the page alone, from the numbers of earlier runs
+
+Every part leaves its JSON in runs/bench/; what the page was made of is kept in docs/benchmarks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from measure import ROOT
+
+OUT = ROOT / "runs" / "bench"
+KEPT = ROOT / "docs" / "benchmarks.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOTS = ROOT / "docs" / "benchmarks"
+SUITE = {
+    "simulation": ("simulation.py", "--repeats", "5"),
+    "parts": ("parts.py", "--turns", "5"),
+    "scale": ("scale.py",),
+}
+HEAD = """# Benchmarks
+
+Made by `make bench` (benchmarks/suite.py); do not edit. Every number is a ratio between two things on one machine,
+taken in turns: the median, and in brackets the smallest and the largest. Speed is judged by these ratios, never by a
+timed test.
+"""
+
+
+def main() -> None:
+    """Runs what is asked for, then renders."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SUITE), default=list(SUITE))
+    parser.add_argument("--render", action="store_true")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for name in () if arguments.render else arguments.only:
+        file = OUT / f"{name}.json"
+        script, *words = SUITE[name]
+        command = [sys.executable, str(ROOT / "benchmarks" / script), *words, "--out", str(file)]
+        if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+            sys.exit(f"{name} failed")
+        found[name] = json.loads(file.read_text())
+    KEPT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    PLOTS.mkdir(exist_ok=True)
+    PAGE.write_text(HEAD + "".join(f"\n{RENDER[name](found[name])}" for name in RENDER if name in found))
+    print(PAGE.read_text())
+
+
+def simulation(found: Mapping[str, Any]) -> str:
+    """Whole simulations against the raw loop."""
+    lines = []
+    for row in found["rows"]:
+        lines.append(
+            (
+                f"{row['model']}, {row['workers']} worker{'s' if row['workers'] > 1 else ''}",
+                _spread(row["wall_s"]["raw"]), _spread(row["wall_s"]["fedicom"]), _spread(row["wall_s"]["ratio"]),
+                _spread(row["rounds_s"]["ratio"]),
+                f"{row['start_s']['fedicom']['median'] - found['import_torch_s']['median']:.1f}",
+                f"{row['peak_mb']['raw']:.0f}, {row['peak_mb']['fedicom']:.0f}", f"{row['peak_mb']['ratio']:.2f}",
+            )
+        )  # fmt: skip
+    heads = (
+        "5 rounds, 8 sites x 200 images", "raw loop, s", "Fedicom, s", "whole process", "rounds alone",
+        "start beyond `import torch`, s", "peak MB (raw, ours)", "ratio",
+    )  # fmt: skip
+    _bars(
+        "simulation",
+        "Rounds of a simulation against the raw loop (1 = as fast)",
+        {line[0]: row["rounds_s"]["ratio"] for line, row in zip(lines, found["rows"], strict=True)},
+        1.02,
+    )
+    return (
+        "## A simulated federation against the raw PyTorch loop\n\n"
+        "Both do the same SGD steps and end with the same weights, bit for bit (the benchmark fails otherwise): "
+        "benchmarks/raw_loop.py has nothing of Fedicom in it, and neither messages, checks, logs nor checkpoints. The "
+        "raw loop imports torch alone; Fedicom also imports Flower and the library of its network. Fedicom's "
+        "bookkeeping for one site (hashes, log) runs beside the training of the next one, on the other core. What "
+        "follows the last round "
+        f"(export, report) takes another {found['conclusion_s']:.1f} s. Targets: 1.02 with one worker, 1.05 with two, "
+        f"start 1 s, memory 1.2.\n\n{_where(found)}\n\n{_table(heads, lines)}\n\n![Rounds](benchmarks/simulation.svg)\n"
+    )
+
+
+def parts(found: Mapping[str, Any]) -> str:
+    """Each part against the least that it could cost."""
+    lines: list[tuple[str, ...]] = []
+    ratios: dict[str, Mapping[str, float]] = {}
+    if "help" in found:
+        part = found["help"]
+        lines.append(("`fedicom --help`", "`python -c pass`", f"+{_spread(part['difference_s'])} s", "+0.3 s"))
+    if "start" in found:
+        part = found["start"]
+        lines.append(("import of the simulation", "`import torch`", f"+{_spread(part['difference_s'])} s", "+1 s"))
+    if "aggregation" in found:
+        part = found["aggregation"]
+        ratios["aggregation"] = part["ratio"]
+        lines.append(("mean of 100 sites x 45 MB", "one `add_` a site", f"{_spread(part['ratio'])}x", "2x"))
+        lines.append(("the same, memory", "one model", f"{part['peak_models']:.1f} models and the one in hand", "3"))
+    if "checkpoint" in found:
+        part = found["checkpoint"]
+        ratios["checkpoint"] = part["ratio"]
+        lines.append(("durable checkpoint, 45 MB", "write and fsync", f"{_spread(part['ratio'])}x", "1.2x"))
+    if "input" in found:
+        part = found["input"]
+        ratios["input"] = {name: 1 / value for name, value in part["ratio"].items()}
+        lines.append(("small images, drawn", "a batch that is there", f"{_spread(part['ratio'])}x speed", "0.95x"))
+    for name, row in found.get("inference", {}).items():
+        lines.append((f"ONNX, {name}", "torch eager", f"{_spread(row['speed_against_eager'])}x speed", "1.5x"))
+        if "speed_against_compile" in row:
+            lines.append((f"ONNX, {name}", "torch.compile", f"{_spread(row['speed_against_compile'])}x speed", ""))
+    _bars("parts", "Time of a part over the least that it could take", ratios, 1.0)
+    return (
+        f"## Parts of a round\n\nOne thread. {_where(found)}\n\n"
+        f"{_table(('part', 'against', 'measured', 'target'), lines)}\n\n![Parts](benchmarks/parts.svg)\n"
+    )
+
+
+def scale(found: Mapping[str, Any]) -> str:
+    """Many tiny sites."""
+    lines = [
+        (
+            f"{row['sites']:,}", f"{row['asked']:,}", f"{row['wall_s']:.1f}", f"{row['training_ms']:.2f}",
+            f"{row['visit_ms']:.2f}", f"{row['open_ms']:.2f}", f"{row['peak_mb']:.0f}",
+        )
+        for row in found["rows"]
+    ]  # fmt: skip
+    heads = (
+        "sites", "asked a round", "whole run, s", "training a visit, ms", "beside it a visit, ms",
+        "opening a site, ms", "peak MB",
+    )  # fmt: skip
+    _lines("scale", "Peak memory, MB", {row["sites"]: row["peak_mb"] for row in found["rows"]})
+    return (
+        "## Many tiny sites\n\n20 images a site, 3 rounds, a tenth of the sites asked in each, every visit with its "
+        "signed logs on disk. "
+        f"{_where(found)}\n\n{_table(heads, lines)}\n\n![Memory](benchmarks/scale.svg)\n"
+    )
+
+
+RENDER: dict[str, Callable[[Mapping[str, Any]], str]] = {"simulation": simulation, "parts": parts, "scale": scale}
+
+
+def _where(found: Mapping[str, Any]) -> str:
+    machine = found["machine"]
+    return (
+        f"{machine['date']}, {machine['cores']} cores of {machine['cpu']}, load before {machine['load']:.1f}, "
+        f"torch {machine['torch']}, flwr {machine['flwr']}."
+    )
+
+
+def _spread(values: Mapping[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['min']:.2f}-{values['max']:.2f})"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _figure() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "fedicom", "font.size": 9})
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _bars(name: str, title: str, values: Mapping[str, Mapping[str, float]], line: float) -> None:
+    pyplot = _figure()
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.4 * len(values)))
+    names = list(values)
+    middle = [values[key]["median"] for key in names]
+    ends = [
+        [max(0.0, m - min(values[key].values())) for key, m in zip(names, middle, strict=True)],
+        [max(0.0, max(values[key].values()) - m) for key, m in zip(names, middle, strict=True)],
+    ]
+    axes.barh(names, middle, xerr=ends, color="#4477aa")
+    axes.axvline(line, color="#cc3311", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_title(title, loc="left")
+    _save(pyplot, figure, name)
+
+
+def _lines(name: str, title: str, values: Mapping[int, float]) -> None:
+    pyplot = _figure()
+    figure, axes = pyplot.subplots(figsize=(7, 2.4))
+    axes.plot(list(values), list(values.values()), marker="o", color="#4477aa")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("sites")
+    axes.set_title(title, loc="left")
+    _save(pyplot, figure, name)
+
+
+def _save(pyplot: Any, figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
