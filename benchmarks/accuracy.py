@@ -1,6 +1,7 @@
 """What federation and privacy cost in accuracy, on real images: a table and a JSON file.
 
     python benchmarks/accuracy.py DATA_FOLDER --out runs/accuracy --seeds 0 1 2 --jobs 2
+    python benchmarks/accuracy.py DATA_FOLDER --epsilons 8 3 1 --only breast_ultrasound
 
 DATA_FOLDER holds the MedMNIST files (pneumoniamnist*.npz, breastmnist.npz, adrenalmnist3d.npz). Each becomes DICOM at
 five hospitals (Dirichlet 0.5, one partition for all seeds); the seeds change initial weights, order of the samples and
@@ -39,31 +40,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--epsilons", nargs="*", default=["none", "8", "3", "1"], help="none is the recipe without")
     parser.add_argument("--only", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     arguments = parser.parse_args()
     for name in arguments.only:
         _import(name, arguments.data, arguments.out)
-    jobs = [(name, kind, seed) for seed in arguments.seeds for name in arguments.only for kind in ("plain", "private")]
-    first = [job for job in jobs if job[1:] == ("plain", arguments.seeds[0])]  # prepares each data set's cache once
+    jobs = [(name, kind, seed) for seed in arguments.seeds for name in arguments.only for kind in arguments.epsilons]
+    first = [job for job in jobs if job[1:] == (arguments.epsilons[0], arguments.seeds[0])]  # prepares the cache once
     for batch in (first, [job for job in jobs if job not in first]):
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda job: _run(job, arguments.out, arguments.seeds[0]), batch))
-    rows = {name: _row(name, arguments.seeds, arguments.out) for name in arguments.only}
+    rows = {name: _row(name, arguments.epsilons, arguments.seeds, arguments.out) for name in arguments.only}
     (arguments.out / "accuracy.json").write_text(json.dumps(rows, indent=2, sort_keys=True) + "\n")
     print(table(rows))
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: mean over seeds, and standard deviation where there are several."""
-    columns = ("centralised", "federated", "federated, epsilon 8, delta 1e-5", "best single site")
-    lines = [f"| data as DICOM, 5 sites, Dirichlet 0.5 | {' | '.join(columns)} |", "|---|---|---|---|---|"]
+    epsilons = list(dict.fromkeys(epsilon for row in rows.values() for epsilon in row["federated"]))
+    columns = ["centralised", *(f"federated, epsilon {epsilon}" for epsilon in epsilons), "best single site"]
+    lines = [f"| data as DICOM, 5 sites, Dirichlet 0.5 | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     for name, row in rows.items():
-        cells = [_cell(row[column]) for column in ("centralised", "federated", "private", "best_single")]
-        lines.append(f"| {NAMES[name]}, test AUROC | {' | '.join(cells)} |")
+        found = [row["centralised"], *(row["federated"].get(epsilon, []) for epsilon in epsilons), row["best_single"]]
+        lines.append(f"| {NAMES[name]}, test AUROC | {' | '.join(map(_cell, found))} |")
     return "\n".join(lines)
 
 
 def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
     return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
@@ -79,29 +84,36 @@ def _run(job: tuple[str, str, int], out: Path, first_seed: int) -> None:
     folder = out / f"{name}-{kind}-{seed}"
     if (folder / "summary.json").exists():
         return
-    recipe = name if kind == "private" else f"{name}_plain"
-    baselines = "false" if kind == "private" else "true" if seed == first_seed else "centralised"
+    recipe = f"{name}_plain" if kind == "none" else name
+    baselines = "false" if kind != "none" else "true" if seed == first_seed else "centralised"
+    budget = () if kind == "none" else (f"privacy.epsilon={kind}",)
     again = "resume=true" if (folder / "run.json").exists() else "resume=false"
     folder.parent.mkdir(parents=True, exist_ok=True)
     _fedicom(
         "simulate", f"recipe={recipe}", f"seed={seed}", f"simulation.hospitals={out / 'hospitals' / name}",
-        f"out={folder}", f"baselines={baselines}", "simulation.threads=1", again,
+        f"out={folder}", f"baselines={baselines}", "simulation.threads=1", again, *budget,
         log=out / f"{folder.name}.log",
     )  # fmt: skip
 
 
-def _row(name: str, seeds: list[int], out: Path) -> dict[str, Any]:
-    plain = [json.loads((out / f"{name}-plain-{seed}" / "summary.json").read_text()) for seed in seeds]
-    private = [json.loads((out / f"{name}-private-{seed}" / "summary.json").read_text()) for seed in seeds]
+def _row(name: str, epsilons: list[str], seeds: list[int], out: Path) -> dict[str, Any]:
+    runs = {
+        epsilon: [json.loads((out / f"{name}-{epsilon}-{seed}" / "summary.json").read_text()) for seed in seeds]
+        for epsilon in epsilons
+    }
+    plain = runs.get("none", [])
     return {
         "seeds": seeds,
-        "recipe_ids": {"plain": [run["recipe_id"] for run in plain], "private": [run["recipe_id"] for run in private]},
+        "recipe_ids": {epsilon: [run["recipe_id"] for run in found] for epsilon, found in runs.items()},
         "centralised": [run["baselines"]["centralised"]["auroc"] for run in plain],
-        "federated": [run["global"]["auroc"] for run in plain],
-        "private": [run["global"]["auroc"] for run in private],
-        "best_single": [max(site["auroc"] for site in plain[0]["baselines"]["alone"].values())],
-        "epsilon": [max(site["epsilon"] for site in run["sites"].values()) for run in private],
-        "wall_s": {"plain": [run["wall_s"] for run in plain], "private": [run["wall_s"] for run in private]},
+        "federated": {epsilon: [run["global"]["auroc"] for run in found] for epsilon, found in runs.items()},
+        "best_single": [max(site["auroc"] for site in plain[0]["baselines"]["alone"].values())] if plain else [],
+        "epsilon": {
+            epsilon: [max(site["epsilon"] for site in run["sites"].values()) for run in found]
+            for epsilon, found in runs.items()
+            if epsilon != "none"
+        },
+        "wall_s": {epsilon: [run["wall_s"] for run in found] for epsilon, found in runs.items()},
     }
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from client.approvals import Approvals
-from client.ledger import Ledger
+from client.ledger import Entry, Ledger
 from client.policy import ledger_policy
-from common.accounting import Event, epsilon_pld
+from common.accounting import accounts, epsilon_pld
 from common.deployment import SiteHome
 from common.errors import ConfigError
 from common.storage import storing
@@ -19,16 +18,6 @@ from common.storage import storing
 _FORMATS = (".png", ".svg", ".pdf")
 _POINTS = 40
 """Drawn at most: each costs an epsilon of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Visit:
-    """One reservation of the ledger."""
-
-    recipe_id: str
-    round: int
-    event: Event
-    settled: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +31,11 @@ class RecipeCost:
     open: int
     """Visits that were reserved and did not end; they count in full."""
     steps: int
+    """Noised steps of training."""
     epsilon: float
-    """As if nothing else had been trained on these patients."""
+    """Of the updates, as if nothing else had been trained on these patients."""
+    scores_epsilon: float
+    """Of the noised scores alone; 0 where none left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +46,13 @@ class Budget:
     delta: float
     spent: float
     """Everything together, open reservations in full."""
+    prv: float
+    rdp: float
+    """The same by the accountants that cross-check."""
     reserved: float
     """How much of it would not be there without the open ones."""
     recipes: tuple[RecipeCost, ...]
-    visits: tuple[Visit, ...]
+    visits: tuple[Entry, ...]
 
     @property
     def left(self) -> float:
@@ -70,6 +65,8 @@ class Budget:
             "cap": self.cap,
             "delta": self.delta,
             "spent": self.spent,
+            "spent_prv": self.prv,
+            "spent_rdp": self.rdp,
             "reserved": self.reserved,
             "left": self.left,
             "recipes": [asdict(row) for row in self.recipes],
@@ -85,29 +82,31 @@ def budget(home: SiteHome) -> Budget:
     """
     config = home.config
     policy = config.policy
-    visits: tuple[Visit, ...] = ()
+    visits: tuple[Entry, ...] = ()
     if home.ledger_file.exists():
-        # Opened first: it checks chain and owner.
-        Ledger(home.ledger_file, config.site, ledger_policy(policy)).events()
-        visits = _visits(home.ledger_file)
+        visits = Ledger(home.ledger_file, config.site, ledger_policy(policy)).entries()
     names = {approval.recipe_id: approval.signed.recipe.name for approval in Approvals(home).all()}
     recipes = []
     for recipe_id in dict.fromkeys(visit.recipe_id for visit in visits):
-        own = [visit for visit in visits if visit.recipe_id == recipe_id]
+        own = [visit for visit in visits if visit.recipe_id == recipe_id and visit.kind == "updates"]
+        told = [visit for visit in visits if visit.recipe_id == recipe_id and visit.kind == "scores"]
         recipes.append(
             RecipeCost(
                 recipe_id=recipe_id,
                 name=names.get(recipe_id, ""),
                 visits=len(own),
-                open=sum(not visit.settled for visit in own),
+                open=sum(not visit.settled for visit in (*own, *told)),
                 steps=sum(visit.event.steps for visit in own),
                 epsilon=epsilon_pld([visit.event for visit in own], policy.delta),
+                scores_epsilon=epsilon_pld([visit.event for visit in told], policy.delta),
             )
         )
-    spent = epsilon_pld([visit.event for visit in visits], policy.delta)
+    together = accounts([visit.event for visit in visits], policy.delta)
+    spent = together.pld
     ended = epsilon_pld([visit.event for visit in visits if visit.settled], policy.delta)
     return Budget(
-        cap=policy.epsilon, delta=policy.delta, spent=spent, reserved=spent - ended, recipes=tuple(recipes),
+        cap=policy.epsilon, delta=policy.delta, spent=spent, prv=together.prv, rdp=together.rdp,
+        reserved=spent - ended, recipes=tuple(recipes),
         visits=visits,
     )  # fmt: skip
 
@@ -130,11 +129,19 @@ def draw(home: SiteHome, found: Budget, path: Path) -> None:
     spent = [epsilon_pld([visit.event for visit in found.visits[:end]], found.delta) for end in ends]
     figure = Figure(figsize=(7.5, 4), layout="constrained", facecolor=CARD)
     axes = figure.add_subplot()
-    starts = [0, *accumulate(row.visits for row in found.recipes)]
-    if [row.recipe_id for row in found.recipes for _ in range(row.visits)] == [v.recipe_id for v in found.visits]:
-        for at, row in enumerate(found.recipes):  # one after the other: each has its stretch
-            label = row.name or row.recipe_id[:12]
-            axes.axvspan(starts[at], starts[at + 1], color=PALETTE[at % len(PALETTE)], alpha=0.12, lw=0, label=label)
+    order = {row.recipe_id: at for at, row in enumerate(found.recipes)}
+    begin, drawn = 0, set[str]()
+    for recipe_id, stretch in groupby(visit.recipe_id for visit in found.visits):
+        end, row = begin + sum(1 for _ in stretch), found.recipes[order[recipe_id]]
+        label = None if recipe_id in drawn else row.name or recipe_id[:12]
+        color = PALETTE[order[recipe_id] % len(PALETTE)]
+        axes.axvspan(begin, end, color=color, alpha=0.12, lw=0, label=label)
+        drawn.add(recipe_id)
+        begin = end
+    waiting = [at for at, visit in enumerate(found.visits) if not visit.settled]
+    for at in waiting:
+        label = "reserved, not ended" if at == waiting[0] else None
+        axes.axvspan(at, at + 1, fill=False, hatch="///", edgecolor=MUTED, lw=0, label=label)
     axes.step(ends, spent, where="post", color=INK, lw=1.8, label="spent")
     axes.axhline(found.cap, color=PALETTE[1], lw=1.2, ls="--", label=f"cap {found.cap:g}")
     axes.set_xlabel("visits", color=MUTED)
@@ -147,25 +154,3 @@ def draw(home: SiteHome, found: Budget, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     with storing(path.name):
         figure.savefig(path, dpi=150)
-
-
-def _visits(path: Path) -> tuple[Visit, ...]:
-    """The reservations of a ledger that was checked, in their order, with the steps that were really run."""
-    with storing("the privacy ledger"):
-        whole = path.read_text().rpartition("\n")[0]  # a running node may be about to write a line
-    lines = [json.loads(line) for line in whole.splitlines()]
-    settled = {line["number"]: int(line["steps"]) for line in lines if line["kind"] == "settle"}
-    return tuple(
-        Visit(
-            recipe_id=line["recipe_id"],
-            round=line["round"],
-            event=Event(
-                noise_multiplier=line["noise_multiplier"],
-                sampling_rate=line["sampling_rate"],
-                steps=min(line["steps"], settled.get(line["number"], line["steps"])),
-            ),
-            settled=line["number"] in settled,
-        )
-        for line in lines
-        if line["kind"] == "reserve"
-    )

@@ -26,6 +26,7 @@ from common.errors import ConfigError, DataError, FedicomError
 
 # The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
 if TYPE_CHECKING:
+    from client.budget import Budget
     from client.cohort import Cohort
     from client.ledger import Ledger
     from common.imaging import Progress as Told
@@ -357,19 +358,29 @@ def budget_verb(words: Sequence[str]) -> int:
         print(json.dumps(found.plain, indent=1))  # noqa: T201
         return 0
     table = Table(title=f"Privacy budget at delta {found.delta:g}", title_justify="left")
-    for column in ("recipe", "visits", "steps", "reserved", "epsilon alone"):
+    for column in ("recipe", "visits", "steps", "open", "epsilon alone", "of scores"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     for row in found.recipes:
         name = f"{row.name} {row.recipe_id[:12]}" if row.name else row.recipe_id[:12]
-        numbers = (str(row.visits), f"{row.steps:,}", str(row.open or "-"), f"{row.epsilon:.2f}")
-        table.add_row(Text(name), *numbers)
+        told = f"{row.scores_epsilon:.2f}" if row.scores_epsilon else "-"
+        table.add_row(Text(name), str(row.visits), f"{row.steps:,}", str(row.open or "-"), f"{row.epsilon:.2f}", told)
     if found.recipes:
         console.print(table)
     reserved = f", of which {found.reserved:.2f} is reserved by visits that did not end" if found.reserved else ""
+    console.print(_bar(found, min(console.width, 72)))
     _say(console, f"Spent: epsilon {found.spent:.2f} of {found.cap:g}{reserved}. Left: {found.left:.2f}.")
+    _say(console, f"PLD counts. As cross-checks: PRV {found.prv:.2f}, RDP {found.rdp:.2f} (an older, looser bound).")
     if arguments.plot is not None:
         _say(console, f"Drawn to {arguments.plot}")
     return 0
+
+
+def _bar(found: Budget, width: int) -> Text:
+    """Spent, reserved and left under the cap; letters, so that it reads without colours too."""
+    reserved = min(round(width * found.reserved / found.cap), width)
+    spent = min(round(width * found.spent / found.cap), width) - reserved
+    left = width - spent - reserved
+    return Text.assemble(("█" * spent, "red"), ("▒" * reserved, "yellow"), ("·" * left, "green"))
 
 
 def log_verb(words: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -48,6 +49,13 @@ class Cohort:
     """Number of classes of the task."""
     corrected: Mapping[str, int] = field(default_factory=dict)
     """What was done to values beyond reading and preparing them, such as a tilt -> number of samples."""
+
+    @cached_property
+    def scattered(self) -> npt.NDArray[np.float32]:
+        """`common.scattering.Scattering` of every sample: nothing trains it, so it is computed once."""
+        from common.scattering import scattered
+
+        return scattered(self.samples.x_N)
 
     def indices(self, split: Split) -> npt.NDArray[np.int64]:
         """The samples of this split, ascending."""

@@ -10,8 +10,13 @@ its first noised step and *settled* after its last one, before the reply leaves 
 A crash in between released nothing, so the same request again takes over the open reservation instead of
 paying twice. Nothing else gives a reservation back: one that nobody settles stays spent in full.
 
-The chain shows a changed or missing line, but not that lines are missing at the end: anchor `head`
-elsewhere (the audit log does) and ask `holds`.
+The chain shows a changed or missing line, but not that lines are missing at the end. So the audit log and the
+coordinator remember `head`, and what they remember is asked at the start (`holds`) and again, under the same lock,
+before a reservation (`reserve(known=...)`).
+
+Everything composes one after the other, over recipes and kinds of release: the splits of two recipes may divide the
+patients differently, so that nobody counts on a patient being in one of them alone. Time plays no part: entries
+count by their order in the chain, and the clock's reading in each is a note for people.
 """
 
 from __future__ import annotations
@@ -23,14 +28,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common.accounting import Event, epsilon_pld
 from common.errors import PrivacyError, StorageError
+
+Kind = Literal["updates", "scores"]
+"""What is paid for: noised steps of training, or noised histograms of scores."""
+OLD_COPY = (
+    "the privacy ledger is older than others remember it: lines were lost, or an old copy was put back; nothing "
+    "private is trained until the newest ledger is back in its place"
+)
 
 _VERSION = 1
 _GENESIS = "0" * 64
@@ -61,8 +73,14 @@ class SitePolicy:
         if not self.min_noise_multiplier > 0:
             raise PrivacyError(f"policy min_noise_multiplier: got {self.min_noise_multiplier}, expected above 0")
 
-    def check(self, event: Event) -> None:
-        """Raises PrivacyError when the event is outside the limits that do not depend on what was spent."""
+    def check(self, event: Event, kind: Kind = "updates") -> None:
+        """Raises PrivacyError when the event is outside the limits that do not depend on what was spent.
+
+        The limits on noise, rate and steps are about training: a histogram of scores is one release over everybody,
+        with noise of the site's own choice.
+        """
+        if kind == "scores":
+            return
         for name, got, allowed, ok in (
             ("noise multiplier", event.noise_multiplier, self.min_noise_multiplier, "at least"),
             ("sampling rate", event.sampling_rate, self.max_sampling_rate, "at most"),
@@ -91,7 +109,7 @@ class Reservation:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A reservation as the file has it."""
 
     number: int
@@ -100,6 +118,7 @@ class _Entry:
     base: str
     event: Event
     settled: bool
+    kind: Kind = "updates"
 
     def is_open(self, recipe_id: str, round_: int, base: str) -> bool:
         return not self.settled and (self.recipe_id, self.round, self.base) == (recipe_id, round_, base)
@@ -128,22 +147,31 @@ class Ledger:
         """
         self._path, self._cohort, self._policy = path, cohort, policy
 
-    def reserve(self, recipe_id: str, *, round: int, base: str, event: Event) -> Reservation:
+    def reserve(
+        self, recipe_id: str, *, round: int, base: str, event: Event, kind: Kind = "updates", known: Iterable[str] = ()
+    ) -> Reservation:
         """Counts a visit as spent, before it happens.
 
-        The same request (recipe, round, base, event) takes over an open reservation of its own; after
+        The same request (recipe, round, base, event, kind) takes over an open reservation of its own; after
         `settle` it is a new visit with new noise, and paid for.
 
+        Args:
+            kind: What is released; everything composes, whatever it is.
+            known: Heads that others remember of this ledger (the audit log, the coordinator); "" is none.
+
         Raises:
-            PrivacyError: The site's policy or its budget forbids it; nothing was written.
+            PrivacyError: The site's policy or its budget forbids it, or a known head is not in the ledger; nothing
+                was written.
             StorageError: The ledger cannot be read, trusted or written.
         """
-        self._policy.check(event)
+        self._policy.check(event, kind)
         with self._locked() as (fd, lines):
+            if not all(_holds(lines, head) for head in known):
+                raise PrivacyError(OLD_COPY)
             entries = _entries(lines)
             events = [entry.event for entry in entries]
             for entry in entries:
-                if entry.event == event and entry.is_open(recipe_id, round, base):
+                if entry.event == event and entry.kind == kind and entry.is_open(recipe_id, round, base):
                     return entry.reservation(epsilon_pld(events, self._policy.delta))
             projected = epsilon_pld([*events, event], self._policy.delta)
             if not projected <= self._policy.epsilon:
@@ -158,24 +186,25 @@ class Ledger:
             self._append(
                 fd, lines, kind="reserve", number=number, recipe_id=recipe_id, round=round, base=base,
                 noise_multiplier=event.noise_multiplier, sampling_rate=event.sampling_rate, steps=event.steps,
+                **({} if kind == "updates" else {"releases": kind}),
             )  # fmt: skip
             return Reservation(
                 number=number, recipe_id=recipe_id, round=round, base=base, event=event, epsilon=projected
             )
 
-    def pending(self, recipe_id: str, *, round: int, base: str) -> Reservation | None:
-        """The open reservation of a visit, if there is one.
+    def pending(self, number: int, recipe_id: str, *, round: int, base: str) -> Reservation | None:
+        """The reservation of that number, if it is of this visit and still open.
 
         For a reply that was kept on disk, then a crash, then the same question: settle it before the kept
-        reply leaves, else the reservation stays open and a second training could take it over for nothing.
+        reply leaves, else the reservation stays open and a second training could take it over for nothing. By its
+        number, for one visit may have several: its terms change with the number of patients.
 
         Raises:
             StorageError: The ledger cannot be read or trusted.
         """
-        with self._locked() as (_, lines):
-            entries = _entries(lines)
-        found = [entry for entry in entries if entry.is_open(recipe_id, round, base)]
+        entries = self.entries()
         epsilon = epsilon_pld([entry.event for entry in entries], self._policy.delta)
+        found = [entry for entry in entries if entry.number == number and entry.is_open(recipe_id, round, base)]
         return found[0].reservation(epsilon) if found else None
 
     def settle(self, reservation: Reservation, steps: int) -> float:
@@ -223,14 +252,26 @@ class Ledger:
         """
         return epsilon_pld(self.events(), self._policy.delta if delta is None else delta)
 
-    def events(self, recipe_id: str | None = None) -> tuple[Event, ...]:
-        """What was spent, visit by visit, of one recipe or of all.
+    def entries(self) -> tuple[Entry, ...]:
+        """Every reservation in its order, with the steps that were really run where it is settled.
 
         Raises:
             StorageError: The ledger cannot be read or trusted.
         """
         with self._locked() as (_, lines):
-            return tuple(entry.event for entry in _entries(lines) if recipe_id in (None, entry.recipe_id))
+            return tuple(_entries(lines))
+
+    def events(self, recipe_id: str | None = None, kind: Kind | None = None) -> tuple[Event, ...]:
+        """What was spent, visit by visit, of one recipe or of all, on one kind of release or on all.
+
+        Raises:
+            StorageError: The ledger cannot be read or trusted.
+        """
+        return tuple(
+            entry.event
+            for entry in self.entries()
+            if recipe_id in (None, entry.recipe_id) and kind in (None, entry.kind)
+        )
 
     @property
     def head(self) -> str:
@@ -241,7 +282,7 @@ class Ledger:
     def holds(self, head: str) -> bool:
         """Whether a head that was anchored earlier is still part of the ledger; False means lines were cut off."""
         with self._locked() as (_, lines):
-            return head == _GENESIS or any(line["hash"] == head for line in lines)
+            return _holds(lines, head)
 
     def repair(self) -> int:
         """Drops a last line that a crash left incomplete; nothing was trained or sent under it.
@@ -265,11 +306,10 @@ class Ledger:
         """The file under an exclusive lock, and its checked lines."""
         fd = -1
         try:
-            new = not self._path.exists()
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if new:
+            if not os.fstat(fd).st_size:  # also when a crash came right after the file was made
                 _sync_folder(self._path.parent)
             yield fd, self._checked(_read(fd), incomplete_ok)
         except OSError as error:
@@ -332,17 +372,22 @@ class Ledger:
         lines.append(line)
 
 
-def _entries(lines: Sequence[dict[str, Any]]) -> list[_Entry]:
-    entries: dict[int, _Entry] = {}
+def _holds(lines: Sequence[dict[str, Any]], head: str) -> bool:
+    return head in ("", _GENESIS) or any(line["hash"] == head for line in lines)
+
+
+def _entries(lines: Sequence[dict[str, Any]]) -> list[Entry]:
+    entries: dict[int, Entry] = {}
     for line in lines:
         number = line.get("number")
         if line["kind"] == "reserve":
             event = Event(
                 noise_multiplier=line["noise_multiplier"], sampling_rate=line["sampling_rate"], steps=line["steps"]
             )
-            entries[line["number"]] = _Entry(
-                line["number"], line["recipe_id"], line["round"], line["base"], event, settled=False
-            )
+            entries[line["number"]] = Entry(
+                line["number"], line["recipe_id"], line["round"], line["base"], event, settled=False,
+                kind=line.get("releases", "updates"),
+            )  # fmt: skip
         elif line["kind"] == "settle" and number in entries:
             entry = entries[number]
             steps = min(entry.event.steps, line["steps"])

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from client.ledger import SitePolicy
+from typing import TYPE_CHECKING
+
+from client.ledger import Ledger, SitePolicy
+from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
 from common.deployment import Policy
+from common.errors import PrivacyError
+
+# The engine beside the rules needs torch, which takes seconds to import.
+if TYPE_CHECKING:
+    from client.dp import Sampling
+
+_BANDS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)
+"""ISO 3's preferred numbers, R10, as whole ones: steps of about a quarter."""
+SCORE_RELEASES = 2
+"""Noised histograms of a closing evaluation: validation and test patients, counted one after the other."""
 
 
 def objections(recipe: Recipe, policy: Policy, patients: int | None = None) -> tuple[str, ...]:
@@ -42,10 +55,81 @@ def objections(recipe: Recipe, policy: Policy, patients: int | None = None) -> t
         found.append(f"the recipe names no modality, the policy allows {', '.join(policy.modalities)} (modalities)")
     if policy.modalities and (odd := [name for name in recipe.data.modalities if name not in policy.modalities]):
         found.append(f"modality {odd[0]}, the policy allows {', '.join(policy.modalities)} (modalities)")
+    masked = privacy.secure_aggregation
+    if recipe.federation.site_weights == "patients" and policy.counts != "exact" and not masked:
+        found.append(
+            f"the recipe weights sites by exact numbers of patients, the policy tells them {policy.counts} (counts)"
+        )
     if patients is not None and patients < policy.min_patients:
         # Not how many: the sentence goes to the coordinator.
         found.append(f"fewer training patients than the policy's {policy.min_patients} (min_patients)")
     return tuple(found)
+
+
+def told(patients: int, policy: Policy) -> int:
+    """The number of patients as the policy lets others know it, in a greeting or by the sampling rate."""
+    if policy.counts == "exact" or patients < _BANDS[0]:
+        return patients
+    power = int(10 ** (len(str(patients)) - 2))
+    return max(band for band in _BANDS if band * power <= patients) * power
+
+
+def visit_event(recipe: Recipe, patients: int, policy: Policy) -> tuple[Sampling, Event]:
+    """How one visit draws its patients, and what the ledger pays for it.
+
+    With coarse counts everything here is a function of the rounded number. The rounded one is never larger, so the
+    rate is at least batch / patients, and it is the rate that is run and accounted.
+
+    Raises:
+        PrivacyError: No noise reaches the budget, or there is no patient.
+    """
+    from client.dp.rules import sampling
+
+    privacy, training = recipe.privacy, recipe.training
+    assert privacy.delta is not None
+    drawn = sampling(told(patients, policy), training.batch_size, training.local_epochs)
+    noise = privacy.noise_multiplier
+    if noise is None:
+        assert privacy.epsilon is not None
+        noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
+    return drawn, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps)
+
+
+def score_event(policy: Policy, *, releases: int = SCORE_RELEASES) -> Event:
+    """What noised scores of a closing evaluation cost: everybody is in every histogram."""
+    noise = solve_noise(policy.scores_epsilon, policy.delta, 1.0, SCORE_RELEASES)
+    return Event(noise_multiplier=noise, sampling_rate=1.0, steps=releases)
+
+
+def check_budget(recipe: Recipe, patients: int, policy: Policy, ledger: Ledger) -> None:
+    """Asked before the first visit of a recipe: would all its rounds, and its noised scores, stay below the cap?
+
+    A recipe that has begun is not asked again here: each of its visits is, by the ledger.
+
+    Raises:
+        PrivacyError: The policy forbids a visit, or all of them together pass the cap; names the projected epsilon.
+        StorageError: The ledger cannot be read or trusted.
+    """
+    from client.dp.rules import check_delta
+
+    assert recipe.privacy.delta is not None
+    check_delta(recipe.privacy.delta, patients)
+    if ledger.events(recipe.id):
+        return
+    _, event = visit_event(recipe, patients, policy)
+    ledger_policy(policy).check(event)
+    past = ledger.events()
+    planned = [Event(noise_multiplier=event.noise_multiplier, sampling_rate=event.sampling_rate,
+                     steps=event.steps * recipe.rounds)]  # fmt: skip
+    if policy.metrics == "noised":
+        planned.append(score_event(policy))
+    projected = epsilon_pld([*past, *planned], policy.delta)
+    if not projected <= policy.epsilon:
+        raise PrivacyError(
+            f"all {recipe.rounds} rounds{' and the noised scores' if policy.metrics == 'noised' else ''} would bring "
+            f"this site to epsilon {projected:.4g}, its cap is {policy.epsilon:g} at delta {policy.delta:g}, spent so "
+            f"far {epsilon_pld(past, policy.delta):.4g}; ask for less, or the site raises its cap"
+        )
 
 
 def ledger_policy(policy: Policy) -> SitePolicy:

@@ -134,8 +134,8 @@ class Resident:
             StorageError: The log or the ledger cannot be read, trusted or written.
         """
         events = self._events()
-        reserved = [str(event.facts.get("ledger_head", "")) for event in events if event.kind == "budget reserved"]
-        self._ledger_head = reserved[-1] if reserved else GENESIS
+        heads = [str(event.facts["ledger_head"]) for event in events if event.facts.get("ledger_head")]
+        self._ledger_head = heads[-1] if heads else GENESIS
         config = self._configured()
         self._log.append("node started", configuration=self._configuration, versions=dict(package_versions()))
         self._log.append("code", packages=dict(code_hashes()))
@@ -258,10 +258,11 @@ class Resident:
             return self._refuse(recipe_id, round_, "recipe", str(error), error)
 
     def _visit(self, site: Site, plan: RoundPlan) -> Update | Refusal:
-        if site.ledger is not None and plan.work == "train" and (why := self._cut(site.ledger)):
+        paid = plan.work == "train" or site.policy.metrics == "noised"
+        if site.ledger is not None and paid and (why := self._cut(site.ledger)):
             return self._refuse(plan.recipe_id, plan.round, "budget", why, kind="budget refused")
         reply = site.visit(plan)
-        if site.ledger is not None and plan.work == "train":
+        if site.ledger is not None and paid:
             self._ledger_head = site.ledger.head
             self._account(site.ledger, site.policy)
         if isinstance(reply, Refusal):
@@ -293,7 +294,7 @@ class Resident:
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(policy.gpu_memory_fraction, device)
         self._site.policy = policy
-        self._site.ledger = self._ledger(policy) if recipe.privacy.active else None
+        self._site.ledger = self._account_of(recipe, policy)
         return self._site
 
     def _build(self, recipe: Recipe, config: SiteConfig) -> Site:
@@ -314,7 +315,7 @@ class Resident:
             model,
             folder=private_folder(self._home.state),
             audit=self._log,
-            ledger=self._ledger(config.policy) if recipe.privacy.active else None,
+            ledger=self._account_of(recipe, config.policy),
             device=device,
             policy=config.policy,
             keep=True,
@@ -354,6 +355,9 @@ class Resident:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+    def _account_of(self, recipe: Recipe, policy: Policy) -> Ledger | None:
+        return self._ledger(policy) if recipe.privacy.active or policy.metrics == "noised" else None
 
     def _ledger(self, policy: Policy) -> Ledger:
         private_folder(self._home.state)

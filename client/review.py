@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from client.ledger import Ledger
-from client.policy import ledger_policy, objections
-from common.accounting import Event, epsilon_pld, solve_noise
+from client.policy import ledger_policy, objections, score_event, visit_event
+from common.accounting import Accounts, Event, accounts, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig
 from common.errors import FedicomError, PrivacyError
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 _INTERVAL = 1e-3
 """Of the grid of privacy losses; rounding on it only ever adds."""
+_TOLD = {
+    "exact": "the patients of each group",
+    "coarse": "the patients of each group, rounded down by up to a quarter (counts)",
+    "none": "none of them (counts)",
+}
 _SPLITS = {"train": "to train on", "validation": "to watch the training with", "test": "for the closing evaluation"}
 
 
@@ -60,8 +65,8 @@ class Cost:
     sampling_rate: float
     steps: int
     """Noised steps of one visit."""
-    epsilon: float
-    """Of all rounds, at the recipe's delta."""
+    epsilon: Accounts
+    """Of all rounds, at the recipe's delta, by three accountants; the first counts."""
     right_guesses: float
     """Share of right guesses whether a patient took part, at most; 0.5 is a coin."""
     spent: float
@@ -186,9 +191,10 @@ def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
     if recipe.privacy.secure_aggregation and recipe.federation.site_weights == "patients":
         lines.append("These numbers were counted here. The coordinator is not told them.")
     else:
+        cell = _cell(recipe, policy)
         lines.append(
-            f"These numbers were counted here. The coordinator is told the patients of each group, and 0 where they "
-            f"are fewer than {_cell(recipe, policy)}."
+            f"These numbers were counted here. The coordinator is told {_TOLD[policy.counts]}"
+            + ("." if policy.counts == "none" else f", and 0 where they are fewer than {cell}.")
         )
     return Section(title="On which of your patients", lines=tuple(lines))
 
@@ -206,9 +212,17 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int 
     lines = [
         "Once: this site's name, the patients of each group as above, versions of the programs, hash of the data.",
         f"In each round: one update of the network, {size}, {noised}.",
-        f"In each round: scores on the validation patients, such as AUROC: {scores['validation'] or 'yes'}.",
-        f"After the last round: scores on the test patients: {scores['test'] or 'yes'}.",
     ]
+    if policy.metrics == "noised":
+        lines.append(
+            "After the last round: AUROC and the like on the validation and test patients, out of noised histograms; "
+            f"they cost epsilon {policy.scores_epsilon:g} at delta {policy.delta:g} (metrics, scores_epsilon)."
+        )
+    else:
+        lines += [
+            f"In each round: scores on the validation patients, such as AUROC: {scores['validation'] or 'yes'}.",
+            f"After the last round: scores on the test patients: {scores['test'] or 'yes'}.",
+        ]
     if recipe.privacy.active:
         lines.append("In each round: epsilon spent, noise, sampling rate, number of steps.")
     elif not secure:
@@ -243,8 +257,9 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         lines.append(f"The recipe asks for {asked} at delta {privacy.delta:g}; what that costs here: {why}.")
         return Section(title="Privacy", lines=tuple(lines))
     lines += [
-        f"All {_count(recipe.rounds, 'round')} would spend epsilon {cost.epsilon:.2f} at delta {privacy.delta:g}, with "
-        f"noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round.",
+        f"All {_count(recipe.rounds, 'round')} would spend epsilon {cost.epsilon.pld:.2f} at delta {privacy.delta:g}, "
+        f"with noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round (PLD, which counts; as "
+        f"cross-checks PRV {cost.epsilon.prv:.2f}, RDP {cost.epsilon.rdp:.2f}).",
         "In plain words: somebody who knows everything but one patient, and sees all that leaves, guesses whether that "
         f"patient took part. A coin is right 50 times of 100, the best guess {_right(cost.right_guesses)} of 100.",
         f"Spent on these patients so far: epsilon {cost.spent:.2f} of at most {policy.epsilon:g} (delta "
@@ -283,41 +298,40 @@ def _numbers(recipe: Recipe) -> tuple[int | None, list[str]]:
 
 
 def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) -> tuple[Cost | None, list[str]]:
-    from client.dp.rules import check_delta, sampling
+    from client.dp.rules import check_delta
 
-    privacy, training, rounds = recipe.privacy, recipe.training, recipe.rounds
+    privacy, rounds = recipe.privacy, recipe.rounds
     assert privacy.delta is not None
     found = []
     try:
         check_delta(privacy.delta, patients)
     except PrivacyError as error:
         found.append(str(error))
-    drawn = sampling(patients, training.batch_size, training.local_epochs)
     try:
-        noise = privacy.noise_multiplier
-        if noise is None:
-            assert privacy.epsilon is not None
-            noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * rounds)
+        drawn, visit = visit_event(recipe, patients, policy)
     except PrivacyError as error:
         return None, [*found, str(error)]
+    noise = visit.noise_multiplier
     try:
-        ledger_policy(policy).check(Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps))
+        ledger_policy(policy).check(visit)
     except PrivacyError as error:
         found.append(str(error))
     past = ledger.events() if ledger is not None else ()
-    paid = len(ledger.events(recipe.id)) if ledger is not None else 0
+    paid = len(ledger.events(recipe.id, "updates")) if ledger is not None else 0
+    scores = [score_event(policy)] if policy.metrics == "noised" else []
     left = max(0, rounds - paid)
 
     def after(count: int) -> float:
         steps = drawn.steps * count
-        return epsilon_pld([*past, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=steps)], policy.delta)
+        rounds_left = Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=steps)
+        return epsilon_pld([*past, rounds_left, *scores], policy.delta)
 
     whole = Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps * rounds)
     cost = Cost(
         noise_multiplier=noise,
         sampling_rate=drawn.rate,
         steps=drawn.steps,
-        epsilon=epsilon_pld([whole], privacy.delta),
+        epsilon=accounts([whole], privacy.delta),
         right_guesses=right_guesses(whole),
         spent=epsilon_pld(past, policy.delta),
         paid_rounds=paid,
@@ -343,7 +357,9 @@ def _last_below(after: Any, rounds: int, cap: float) -> int:
 
 def _cost_plain(recipe: Recipe, policy: Policy, cost: Cost) -> dict[str, Any]:
     return {
-        "epsilon": cost.epsilon,
+        "epsilon": cost.epsilon.pld,
+        "epsilon_prv": cost.epsilon.prv,
+        "epsilon_rdp": cost.epsilon.rdp,
         "right_guesses": cost.right_guesses,
         "delta": recipe.privacy.delta,
         "noise_multiplier": cost.noise_multiplier,
@@ -387,6 +403,8 @@ def _scores(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> dict[str, 
             why = "no, this site's policy keeps them (metrics)"
         elif not fraction:
             why = "no, the recipe asks for none"
+        elif policy.metrics == "noised":
+            pass  # what is suppressed follows from the noised count
         elif cohort is not None and cohort.patients("validation" if split == "validation" else "test") < cell:
             why = f"no, they are fewer than {cell}"
         found[split] = why

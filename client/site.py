@@ -10,17 +10,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from client.cohort import SPLITS, Cohort, Split
-from client.dp import check_delta, sampling
-from client.ledger import Ledger, Reservation
-from client.policy import objections
+from client.dp import check_delta
+from client.ledger import Kind, Ledger, Reservation
+from client.noised_scores import histogram, noised, scores
+from client.policy import check_budget, objections, score_event, told, visit_event
 from client.secure import Sums, noise_norm
 from client.train import Private, site_noise, train
 from common import wire
-from common.accounting import Event, epsilon_pld, solve_noise
+from common.accounting import Event, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy
 from common.errors import ConfigError, DataError, ExchangeError, FedicomError, PrivacyError, SecureAggregationError
@@ -45,6 +48,7 @@ from common.installed import package_versions
 from common.journal import Log
 from common.metrics import probabilities, score
 from common.models import set_weights
+from common.scattering import ScatteringClassifier
 from common.storage import private_folder, write_whole
 from common.weights import Weights
 
@@ -115,6 +119,12 @@ class Site:
             self._agree(question.recipe_id)
         except FedicomError as error:
             return self._refuse(question.recipe_id, 1, _side(error), str(error))
+        try:
+            if self.recipe.privacy.active:
+                check_budget(self.recipe, self.cohort.patients("train"), self.policy, self._budget)
+        except FedicomError as error:
+            self.audit.append("budget refused", round=1, recipe_id=self.recipe.id, why=str(error)[:500])
+            return self._refuse(question.recipe_id, 1, _code(error), str(error))
         if question.audit_head:
             self.audit.append("question received", recipe_id=question.recipe_id, server_head=question.audit_head)
         return Hello(
@@ -229,10 +239,10 @@ class Site:
         if self._secure:
             self.recipe.fixed_point.check(update.delta, round(update.weight))
         # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
-        if self._keep:
-            self._store(plan, update)
+        path = self._store(plan, update, reserved) if self._keep else None
         if reserved is not None:
-            self._settle(plan, reserved, trained.steps)
+            assert path is not None
+            self._settle(path, reserved, trained.steps)
         return self._sent("update sent", update)
 
     def _sent(self, kind: str, update: Update, **facts: Any) -> Update:
@@ -242,13 +252,14 @@ class Site:
         """
         if self._sums is not None and self._secure:
             offer, norm = self._sums.offer(self.recipe, update), update.delta.norm
-            head = self.audit.append("update kept", **_facts(update), **facts)
+            head = self.audit.append("update kept", **_facts(update), **self._ledger_fact(), **facts)
             kept = replace(update, delta=Weights({}), weight=1.0, steps=0, train_loss=None)
-            return replace(kept, norm=norm, offer=offer, audit_head=head)
+            return replace(kept, norm=norm, offer=offer, audit_head=head, ledger_head=self._ledger_head)
         head = self.audit.append(
-            kind, digest=update.delta.digest, bytes=update.delta.nbytes, **_facts(update), **facts
+            kind, digest=update.delta.digest, bytes=update.delta.nbytes, **_facts(update), **self._ledger_fact(),
+            **facts,
         )  # fmt: skip
-        return replace(update, audit_head=head)
+        return replace(update, audit_head=head, ledger_head=self._ledger_head)
 
     def _step(self, ask: Ask) -> Answer:
         assert self._sums is not None
@@ -261,9 +272,10 @@ class Site:
                 )  # fmt: skip
                 return replace(dealing, audit_head=head)
             case Masking():
-                update = self._kept(ask.recipe_id, ask.round, ask.base)
-                if update is None:
+                kept = self._kept(ask.recipe_id, ask.round, ask.base)
+                if kept is None:
                     raise SecureAggregationError(f"this site has no update of round {ask.round} to be summed")
+                update = kept[2]
                 masked = self._sums.mask(ask, self.recipe, update)
                 head = self.audit.append(
                     "update sent again" if masked.again else "update sent",
@@ -271,6 +283,7 @@ class Site:
                     bytes=masked.values.nbytes,
                     session=ask.session,
                     **_facts(update),
+                    **self._ledger_fact(),
                 )
                 return MaskedUpdate(
                     site=self.name, recipe_id=ask.recipe_id, round=ask.round, session=ask.session,
@@ -290,11 +303,10 @@ class Site:
                 return replace(shares, audit_head=head)
 
     def _evaluate(self, plan: RoundPlan) -> Update:
-        bootstraps = self.recipe.evaluation.bootstraps
-        with self._turn:
-            validation = self._scores(plan.weights, "validation", bootstraps)
-            test = self._scores(plan.weights, "test", bootstraps)
-        return Update(
+        noised_scores = self.policy.metrics == "noised"
+        measure = self._noised_scores if noised_scores else self._exact_scores
+        validation, test, reserved = measure(plan)
+        update = Update(
             site=self.name,
             recipe_id=plan.recipe_id,
             round=plan.round,
@@ -305,10 +317,53 @@ class Site:
             validation=validation,
             test=test,
             spent=self._spent(self._clip_norm(plan)),
-            audit_head=self.audit.append(
-                "evaluation sent", round=plan.round, weights=plan.weights.digest, scores=_told(validation, test)
-            ),
         )
+        if reserved is not None:
+            self._settle(self._store(plan, update, reserved), reserved, reserved.event.steps)
+        return self._measured(update)
+
+    def _measured(self, update: Update) -> Update:
+        """Writes down that an evaluation leaves."""
+        head = self.audit.append(
+            "evaluation sent",
+            round=update.round,
+            weights=update.base,
+            scores=_told(update.validation, update.test),
+            **self._ledger_fact(),
+        )
+        return replace(update, audit_head=head, ledger_head=self._ledger_head)
+
+    def _exact_scores(self, plan: RoundPlan) -> tuple[Scores | None, Scores | None, None]:
+        bootstraps = self.recipe.evaluation.bootstraps
+        with self._turn:
+            validation = self._scores(plan.weights, "validation", bootstraps)
+            test = self._scores(plan.weights, "test", bootstraps)
+        return validation, test, None
+
+    def _noised_scores(self, plan: RoundPlan) -> tuple[Scores | None, Scores | None, Reservation | None]:
+        """Scores out of noised histograms, or none where they cannot be paid; see `client.noised_scores`."""
+        event = score_event(self.policy)
+        try:
+            if any(
+                entry.settled and (entry.recipe_id, entry.kind) == (plan.recipe_id, "scores")
+                for entry in self._budget.entries()
+            ):
+                raise PrivacyError("the noised scores of this recipe were told once already")
+            reserved = self._pay(plan, event, kind="scores")
+        except PrivacyError as error:
+            log.info("no scores leave: %s", error)
+            return None, None, None
+        noise = site_noise(self.recipe, plan.round, f"{self.name} scores")
+        found = []
+        for split in ("validation", "test"):
+            with self._turn:
+                counts = self._counted(plan.weights, split)
+            release = noised(counts, event.noise_multiplier, noise)
+            made = scores(
+                release, event.noise_multiplier, self.recipe.task, min_cell=self._min_cell, seed=self.recipe.seed
+            )
+            found.append(Scores(patients=made.patients, values=dict(made.values), noised=True))
+        return found[0], found[1], reserved
 
     # Privacy
 
@@ -321,24 +376,31 @@ class Site:
         return self.ledger
 
     def _reserve(self, plan: RoundPlan) -> tuple[Private, Reservation]:
-        recipe, patients = self.recipe, self.cohort.patients("train")
-        privacy, training = recipe.privacy, recipe.training
-        assert privacy.delta is not None
-        drawn = sampling(patients, training.batch_size, training.local_epochs)
-        noise_multiplier = privacy.noise_multiplier
-        if noise_multiplier is None:
-            assert privacy.epsilon is not None
-            noise_multiplier = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
-        event = Event(noise_multiplier=noise_multiplier, sampling_rate=drawn.rate, steps=drawn.steps)
+        recipe = self.recipe
+        drawn, event = visit_event(recipe, self.cohort.patients("train"), self.policy)
         if self._secure:
-            norm, limit = noise_norm(recipe, noise_multiplier, drawn.steps, plan.weights.size), recipe.fixed_point.limit
+            norm = noise_norm(recipe, event.noise_multiplier, drawn.steps, plan.weights.size)
+            limit = recipe.fixed_point.limit
             if norm > limit:
                 raise ConfigError(
                     f"the noise of a round alone may move the model by {norm:.3g}, and a secure sum takes updates up "
                     f"to federation.max_update_norm {limit:g}; nothing was trained: lower training.lr or raise it"
                 )
+        reserved = self._pay(plan, event)
+        noise = site_noise(recipe, plan.round, self.name)
+        private = Private(
+            sampling=drawn, noise_multiplier=event.noise_multiplier, noise=noise, clip_norm=self._clip_norm(plan)
+        )  # fmt: skip
+        return private, reserved
+
+    def _pay(self, plan: RoundPlan, event: Event, *, kind: Kind = "updates") -> Reservation:
+        """Reserves, if the ledger is as new as the coordinator remembers it, and writes that down."""
+        recipe = self.recipe
+        known = [plan.ledger_heads.get(self.name, "")]
         try:
-            reserved = self._budget.reserve(recipe.id, round=plan.round, base=plan.weights.digest, event=event)
+            reserved = self._budget.reserve(
+                recipe.id, round=plan.round, base=plan.weights.digest, event=event, kind=kind, known=known
+            )
         except PrivacyError as error:
             self.audit.append("budget refused", round=plan.round, recipe_id=recipe.id, why=str(error))
             raise
@@ -346,24 +408,21 @@ class Site:
             "budget reserved",
             round=plan.round,
             recipe_id=recipe.id,
-            noise_multiplier=noise_multiplier,
-            sampling_rate=drawn.rate,
-            steps=drawn.steps,
+            noise_multiplier=event.noise_multiplier,
+            sampling_rate=event.sampling_rate,
+            steps=event.steps,
             epsilon=reserved.epsilon,
-            delta=privacy.delta,
+            delta=self.policy.delta,
             ledger_head=self._budget.head,
+            **({} if kind == "updates" else {"releases": kind}),
         )
-        noise = site_noise(recipe, plan.round, self.name)
-        private = Private(
-            sampling=drawn, noise_multiplier=noise_multiplier, noise=noise, clip_norm=self._clip_norm(plan)
-        )  # fmt: skip
-        return private, reserved
+        return reserved
 
-    def _settle(self, plan: RoundPlan, reserved: Reservation, steps: int) -> None:
+    def _settle(self, kept: Path, reserved: Reservation, steps: int) -> None:
         try:
             self._budget.settle(reserved, steps)
         except PrivacyError:
-            self._path(plan).unlink(missing_ok=True)  # nobody has paid for these very bytes: they shall never leave
+            kept.unlink(missing_ok=True)  # nobody has paid for these very bytes: they shall never leave
             raise
 
     def _clip_norm(self, plan: RoundPlan) -> float | None:
@@ -383,7 +442,7 @@ class Site:
         privacy = self.recipe.privacy
         if not privacy.active:
             return None
-        events = self._budget.events(self.recipe.id)
+        events = self._budget.events(self.recipe.id, "updates")
         if not events:  # every round was refused here
             return None
         assert privacy.delta is not None
@@ -394,76 +453,103 @@ class Site:
             clip_norm=clip_norm or privacy.clip_norm,
             sampling_rate=events[-1].sampling_rate,
             steps=sum(event.steps for event in events),
+            scores_epsilon=epsilon_pld(self._budget.events(self.recipe.id, "scores"), privacy.delta),
         )
+
+    @property
+    def _ledger_head(self) -> str:
+        return self.ledger.head if self.ledger is not None else ""
+
+    def _ledger_fact(self) -> dict[str, str]:
+        """For the log, which remembers the newest ledger."""
+        return {"ledger_head": self._ledger_head} if self.ledger is not None else {}
 
     # Replies are kept until the next one: asked again, the same update goes out.
 
-    def _path(self, plan: RoundPlan) -> Path:
-        return self._file(plan.recipe_id, plan.round, plan.weights.digest)
-
-    def _file(self, recipe_id: str, round_: int, base: str) -> Path:
-        return self._outbox / f"{recipe_id[:16]}-{round_:06d}-{base[:16]}.bin"
-
-    def _kept(self, recipe_id: str, round_: int, base: str) -> Update | None:
-        path = self._file(recipe_id, round_, base)
-        if not path.exists():
+    def _kept(self, recipe_id: str, round_: int, base: str, work: str = "train") -> tuple[Path, int, Update] | None:
+        """The reply that was kept for a question: its file, the number of its reservation (0 for none), and it."""
+        found = sorted(self._outbox.glob(f"{_stem(recipe_id, round_, base, work)}.*.bin"))
+        if not found:
             return None
+        path = found[-1]
         try:
             update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
         except ExchangeError:  # of another version: what is trained anew is paid anew
             log.warning("the kept reply of round %d cannot be read any more", round_)
             return None
-        return update if (update.recipe_id, update.round, update.base) == (recipe_id, round_, base) else None
+        number = int(path.name.split(".")[-2])
+        return (
+            (path, number, update)
+            if (update.recipe_id, update.round, update.base) == (recipe_id, round_, base)
+            else None
+        )
 
     def _stored(self, plan: RoundPlan) -> Update | None:
-        update = self._kept(plan.recipe_id, plan.round, plan.weights.digest) if plan.work == "train" else None
-        if update is None:
+        kept = self._kept(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
+        if kept is None:
             return None
+        path, number, update = kept
         # A crash came between keeping and settling: left open, a later training could take the reservation over.
-        if self.recipe.privacy.active:
-            reserved = self._budget.pending(plan.recipe_id, round=plan.round, base=update.base)
+        if number:
+            reserved = self._budget.pending(number, plan.recipe_id, round=plan.round, base=update.base)
             if reserved is not None:
-                self._settle(plan, reserved, update.steps)
+                self._settle(path, reserved, update.steps if plan.work == "train" else reserved.event.steps)
+        if plan.work == "evaluate":
+            return self._measured(update)
         # With a head of now: the coordinator has seen later ones than the kept one, as if the log had been rewritten.
         return self._sent("update sent again", update, server_head=plan.audit_head)
 
-    def _store(self, plan: RoundPlan, update: Update) -> None:
-        path = self._path(plan)
+    def _store(self, plan: RoundPlan, update: Update, reserved: Reservation | None) -> Path:
+        stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
+        path = self._outbox / f"{stem}.{reserved.number if reserved is not None else 0}.bin"
         write_whole(path, wire.to_bytes(wire.encode(update)))
         for old in self._outbox.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
             if old != path:
                 old.unlink()
+        return path
 
     # Scores and refusals
 
     def _scores(self, weights: Weights, split: Split, bootstraps: int) -> Scores | None:
-        if self.policy.metrics == "none":
+        """Exact ones."""
+        if self.policy.metrics != "bounded":
             return None
-        indices = self.cohort.indices(split)
-        evaluation = self.recipe.evaluation
         patients = self.cohort.patients(split)
         if patients < self._min_cell:
             return Scores(patients=0, values={})
-        model = self._model()
-        set_weights(model, weights)
-        samples, task = self.cohort.samples, self.recipe.task
-        probability_NC = probabilities(logits(model, samples.x_N, indices, device=self.device), task.kind)
+        indices, samples = self.cohort.indices(split), self.cohort.samples
         result = score(
             samples.targets_N[indices],
-            probability_NC,
+            self._probabilities(weights, indices),
             samples.patient_N[indices],
-            task,
-            replace(evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
+            self.recipe.task,
+            replace(self.recipe.evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
             seed=self.recipe.seed,
         )
         return Scores(patients=self._count(patients), values=dict(result.values))
+
+    def _counted(self, weights: Weights, split: Split) -> npt.NDArray[np.float64]:
+        indices, samples = self.cohort.indices(split), self.cohort.samples
+        probability_NC = self._probabilities(weights, indices)
+        return histogram(samples.targets_N[indices], probability_NC, samples.patient_N[indices], self.recipe.task)
+
+    def _probabilities(self, weights: Weights, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        task = self.recipe.task
+        if not len(indices):
+            return np.zeros((0, task.outputs), np.float32)
+        model = self._model()
+        set_weights(model, weights)
+        x_N = self.cohort.scattered if isinstance(model, ScatteringClassifier) else self.cohort.samples.x_N
+        return probabilities(logits(model, x_N, indices, device=self.device), task.kind)
 
     @property
     def _min_cell(self) -> int:
         return max(self.policy.min_cell, self.recipe.evaluation.min_cell)
 
     def _cell(self, patients: int) -> int:
-        return patients if patients >= self._min_cell else 0
+        if patients < self._min_cell or self.policy.counts == "none":
+            return 0
+        return told(patients, self.policy)
 
     def _count(self, patients: int) -> int:
         """What the coordinator is told; nothing where the weight of the site goes under masks."""
@@ -490,8 +576,14 @@ def _facts(update: Update) -> dict[str, Any]:
         "clip_norm": spent.clip_norm if spent else None,
         "noise_multiplier": spent.noise_multiplier if spent else None,
         "epsilon": spent.epsilon if spent else None,
+        "delta": spent.delta if spent else None,
         "scores": _told(update.validation),
     }
+
+
+def _stem(recipe_id: str, round_: int, base: str, work: str) -> str:
+    """Of the kept reply's file name."""
+    return f"{recipe_id[:16]}-{round_:06d}-{base[:16]}{'' if work == 'train' else '-scores'}"
 
 
 def _told(*scores: Scores | None) -> bool:

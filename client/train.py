@@ -19,6 +19,7 @@ from common.config import Recipe, Training
 from common.errors import FedicomError
 from common.imaging import augmentation
 from common.models import change_of, parameter_groups, set_weights
+from common.scattering import ScatteringClassifier
 from common.shard import Batches
 from common.weights import Weights
 
@@ -93,10 +94,13 @@ def train(
     else:
         steps, batches = private.sampling.steps, private_batches(cohort, private, rng, recipe.privacy.views)
         engine = private_gradient(model, loss_B, recipe, private)
+    # Where the first layers never change and the images neither, the batches are cut from what those layers give.
+    fixed = augment is None and isinstance(model, ScatteringClassifier)
+    x_N = cohort.scattered if fixed else cohort.samples.x_N
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(rng.integers(2**63)))  # dropout
-        samples = Batches(cohort.samples.x_N)
+        samples = Batches(x_N)
         for step, index_B in enumerate(batches):
             x_B, target_B = _batch(cohort, samples, index_B, device)
             if augment is not None and len(index_B):

@@ -371,10 +371,12 @@ def _site_line(
         for event in (log.events if log is not None else ())
         if event.kind == "site started" and event.facts.get("recipe_id") == recipe_id
     ] or [as_map(row[name]) for row in told if name in row]
-    budget = [
-        event.facts
+    # That of the update's own epsilon; logs of before it was noted there have the ledger's.
+    deltas = [
+        event.facts["delta"]
+        for kinds in (("budget reserved",), ("update sent", "update sent again"))
         for event in (log.events if log is not None else ())
-        if event.kind == "budget reserved" and event.facts.get("recipe_id") == recipe_id
+        if event.kind in kinds and event.facts.get("recipe_id") == recipe_id and event.facts.get("delta")
     ]
     mine = [item for item in sent if item.site == name]
     spent = [item.epsilon for item in mine if item.epsilon is not None]
@@ -388,7 +390,7 @@ def _site_line(
         versions={package: str(version) for package, version in as_map(last.get("versions")).items()},
         approvals=approvals(name, log.events, recipe_id) if log is not None else (),
         epsilon=max(spent, default=None),
-        delta=_number(budget[-1].get("delta")) if budget else None,
+        delta=_number(deltas[-1]) if deltas else None,
         updates=len(updates),
         bytes=sum(item.bytes or 0 for item in updates),
     )

@@ -127,13 +127,17 @@ class Preprocessing:
         return self
 
 
+SCATTERING_NETWORKS = ("linear", "linear_by_channel", "convolutions")
+
+
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class ModelConfig:
     """Which network."""
 
-    family: Literal["timm", "monai"] = "timm"
+    family: Literal["timm", "monai", "scattering"] = "timm"
     name: str = "resnet18"
-    """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit."""
+    """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit; scattering:
+    linear, linear_by_channel, convolutions (over fixed wavelets, for few patients under differential privacy)."""
     dimensions: Literal[2, 3] = 2
     channels: Literal[1] = 1
     """Grey values; the weights of a colour network are folded into one channel."""
@@ -142,7 +146,7 @@ class ModelConfig:
     stem: Literal["default", "small"] = "default"
     """small: 3-wide stride-1 first convolution without pooling, for images below 64 pixels (ResNets only)."""
     width: Positive = 1.0
-    """Factor on the channels of MONAI ResNets and ViT (1 is ViT-Tiny, 4 is ViT-Base)."""
+    """Factor on the channels of MONAI ResNets and ViT (1 is ViT-Tiny, 4 is ViT-Base) and scattering's convolutions."""
     patch: Count | None = None
     """Patch edge of a transformer; null: timm's own, for MONAI each axis' largest divisor up to 16 and size / 4."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -159,6 +163,10 @@ class ModelConfig:
         if self.family == "timm" and self.dimensions == 3:
             raise ValueError(
                 f"timm network {self.name!r} is 2D; a 3D task needs family=monai, for example model=resnet18_3d"
+            )
+        if self.family == "scattering" and self.name not in SCATTERING_NETWORKS:
+            raise ValueError(
+                f"scattering has no network {self.name!r}; expected one of {', '.join(SCATTERING_NETWORKS)}"
             )
         if (self.weights_file is None) != (self.weights_sha256 is None):
             raise ValueError(
@@ -445,6 +453,8 @@ class Simulation:
     """CPU threads of each worker; 0 shares the cores out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Cache = Cache()
+    metrics: Literal["bounded", "noised", "none"] = "bounded"
+    """The virtual hospitals' policy on scores, see docs/privacy.md."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

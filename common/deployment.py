@@ -87,8 +87,14 @@ class Policy:
     """A recipe must name its modalities, and only of these; empty allows all."""
     hours: tuple[Hours, ...] = ()
     """Local times at which work may begin, for example ["19:00-06:00"]; empty is always."""
-    metrics: Literal["bounded", "none"] = "bounded"
-    """Scores on this site's patients: `bounded` lets those of cells of at least `min_cell` patients leave."""
+    metrics: Literal["bounded", "noised", "none"] = "bounded"
+    """Scores on this site's patients: `bounded` lets exact ones of at least `min_cell` patients leave in every round;
+    `noised` lets noised ones leave once, after the last round, and takes `scores_epsilon` from the budget; or none."""
+    scores_epsilon: Annotated[float, Gt(0)] = 1.0
+    """What the noised scores of one recipe may cost, at `delta`."""
+    counts: Literal["exact", "coarse", "none"] = "coarse"
+    """Numbers of patients that are told: `coarse` rounds them down to 10, 12, 16, 20, 25, 32, 40, 50, 63, 80, 100 ...,
+    and trains with the sampling rate of the rounded number, so that rate, steps and noise tell no more than it."""
     min_cell: Annotated[int, Ge(1)] = 5
     """Smallest number of patients that a score or a count may be about; the larger of this and the recipe's holds."""
     gpu_memory_fraction: Annotated[float, Gt(0), Le(1)] = 1.0

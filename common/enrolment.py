@@ -385,7 +385,10 @@ _POLICY = {
     "tasks": "of binary, multiclass, multilabel; empty: every one",
     "modalities": "a recipe must name its modalities, and only of these; empty: every one",
     "hours": 'local times at which work may begin, for example ["19:00-06:00"]; empty: always',
-    "metrics": "bounded: scores over at least min_cell patients may leave; none: no score leaves",
+    "metrics": "bounded: exact scores over at least min_cell patients may leave in every round; noised: noised ones "
+    "leave once, after the last round; none: no score leaves",
+    "scores_epsilon": "what the noised scores of one recipe may cost of the budget",
+    "counts": "numbers of patients that are told: exact, coarse (rounded down by up to a quarter) or none",
     "min_cell": "smallest number of patients that a score or a count may be about",
     "gpu_memory_fraction": "share of the GPU's memory that a visit may take",
     "seeded_noise": "true is for tests with synthetic patients only",

@@ -8,6 +8,7 @@ generated from this file and a test holds the two equal.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len
@@ -67,18 +68,24 @@ class RoundPlan:
     """The global model before this round."""
     audit_head: MaybeDigest = ""
     """Head of the coordinator's audit chain, which the site records."""
+    ledger_heads: Annotated[Mapping[Name, Digest], Len(0, 10_000)] = field(default_factory=dict)
+    """Site to the last head of its privacy ledger that the coordinator was told. A site whose ledger does not hold its
+    own any more had an old copy put back, and trains nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Scores:
     """Site to coordinator: results of the incoming global model on one split of the site.
 
-    Empty when the split has fewer patients than `evaluation.min_cell`.
+    Empty when the split has fewer patients than `evaluation.min_cell`. Under the policy `metrics: noised` all of it is
+    computed from noised histograms (`common.noised_scores`) and paid from the site's ledger.
     """
 
     patients: Patients
+    """Given as the site's policy on counts allows; the sum of the noised histogram when `noised`."""
     values: Annotated[Mapping[ScoreName, Score], Len(0, 64)]
     """Names of `common.metrics.SCALARS`, with `_low` and `_high` for the ends of an interval."""
+    noised: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -92,6 +99,8 @@ class Spent:
     sampling_rate: Annotated[float, Gt(0), Le(1)]
     steps: Annotated[int, Ge(0)]
     """Noised steps so far, over all rounds."""
+    scores_epsilon: Annotated[float, Ge(0)] = 0.0
+    """Of the noised scores of this recipe, about validation and test patients; `epsilon` is that of the updates."""
 
 
 # Secure aggregation, docs/secure-aggregation.md. All of it is about one update: recipe, round, base weights.
@@ -232,7 +241,8 @@ class Hello:
     versions: Annotated[Mapping[Name, Version], Len(0, 32)]
     """Versions of the packages that change numbers."""
     patients: Mapping[Literal["train", "validation", "test"], Patients]
-    """Patients in each split; a cell below `evaluation.min_cell` is given as 0."""
+    """Patients in each split, exact, rounded down or 0 as the site's policy says (`counts`); a cell below
+    `evaluation.min_cell` is given as 0."""
     manifest: Digest
     """Hash of the cohort's manifest, for the lineage of the model."""
     audit_head: MaybeDigest = ""
@@ -265,6 +275,8 @@ class Update:
     offer: Offer | None = None
     """Under secure aggregation: the update is kept at the site, ready for a sum with these keys."""
     audit_head: MaybeDigest = ""
+    ledger_head: MaybeDigest = ""
+    """Head of the site's privacy ledger after this visit was paid, for the coordinator to remember."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

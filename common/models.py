@@ -23,6 +23,7 @@ from torch import nn
 from common import adaptation
 from common.config import ModelConfig, Recipe, Training
 from common.errors import ConfigError, ExchangeError
+from common.scattering import ScatteringClassifier
 from common.weights import Weights
 
 MONAI_NETWORKS = (
@@ -63,7 +64,7 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     config = recipe.model
     with _own_randomness(recipe.seed if seed is None else seed):
         try:
-            model = _timm(recipe) if config.family == "timm" else _monai(recipe)
+            model = _FAMILIES[config.family](recipe)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"model.name: cannot build {config.family} network {config.name!r} for images of "
@@ -277,6 +278,19 @@ def _monai(recipe: Recipe) -> nn.Module:
     return model
 
 
+def _scattering(recipe: Recipe) -> nn.Module:
+    config = recipe.model
+    if config.stem == "small" or config.patch is not None:
+        raise ConfigError("model.stem, model.patch: scattering has neither; use stem=default, patch=null")
+    if config.width != 1 and config.name != "convolutions":
+        raise ConfigError(f"model.width: scattering/{config.name} has none; use width=1, or name=convolutions")
+    return ScatteringClassifier(
+        recipe.data.size, recipe.task.outputs, dropout=config.dropout,
+        hidden=max(4, round(32 * config.width / 4) * 4) if config.name == "convolutions" else 0,
+        groups=1 if config.name == "linear" else None,
+    )  # fmt: skip
+
+
 def _monai_vit(recipe: Recipe) -> nn.Module:
     """ViT-Tiny at width 1 (12 blocks, 3 heads of 64 channels; Touvron et al. 2021), ViT-Base at width 4."""
     from monai.networks.nets.vit import ViT
@@ -304,6 +318,9 @@ def _monai_vit(recipe: Recipe) -> nn.Module:
         block.norm_cross_attn.requires_grad_(False)  # MONAI makes it and never calls it
     assert isinstance(model, nn.Module)
     return model
+
+
+_FAMILIES = {"timm": _timm, "monai": _monai, "scattering": _scattering}
 
 
 def _patch(length: int) -> int:

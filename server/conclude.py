@@ -21,6 +21,7 @@ from common.privacy_audit import FILE as AUDIT_FILE
 from common.privacy_audit import PrivacyAudit, told, unfit
 from common.samples import Samples
 from common.storage import write_whole
+from server.accounts import cross_checks
 from server.coordinator import Federated, round_line
 from server.evaluate import CentralResult, central
 from server.export import Exported, export_onnx, export_torchscript
@@ -225,11 +226,14 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
 
     def site(summary: SiteSummary) -> dict[str, Any]:
         test: Scores | None = summary.test
+        checks = cross_checks(summary.spent)
         return {
             "patients": sum(summary.patients.values()),
             "train_patients": summary.patients.get("train", 0),
             **auroc(test.values if test is not None else {}),
             "epsilon": summary.spent.epsilon if summary.spent else None,
+            "epsilon_prv": checks.prv if checks else None,
+            "epsilon_rdp": checks.rdp if checks else None,
             "delta": summary.spent.delta if summary.spent else None,
         }
 

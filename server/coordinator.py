@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from common.chain import Event
 from common.config import Recipe
 from common.errors import QuorumError, StorageError
 from common.exchange import Hello
@@ -44,6 +46,7 @@ def coordinate(
     audit: Log,
     resume: bool = False,
     key: Secret | None = None,
+    ledger_heads: Mapping[str, str] = MappingProxyType({}),
     on_round: OnRound = lambda state, report: None,
 ) -> Federated:
     """Runs, or finishes, the recipe's rounds with the sites behind `transport`.
@@ -55,6 +58,7 @@ def coordinate(
         out: Gets `checkpoints/` and `tensorboard/`.
         resume: Go on from the newest checkpoint, if there is one. When all rounds are behind it, no site is asked.
         key: Encrypts the checkpoints.
+        ledger_heads: What earlier runs saw of the sites' privacy ledgers, see `ledger_heads_in`.
         on_round: Called after every round that is safely on disk.
 
     Raises:
@@ -89,7 +93,10 @@ def coordinate(
         return hellos
 
     with Scalars(out / "tensorboard") as scalars:
-        running = rounds.run(state, recipe, transport, sites, buffers=buffers(model), audit_head=lambda: audit.head)
+        running = rounds.run(
+            state, recipe, transport, sites, buffers=buffers(model), audit_head=lambda: audit.head,
+            ledger_heads=ledger_heads,
+        )  # fmt: skip
         try:
             for state, report in running:
                 scalars.write(round_line(report))
@@ -100,6 +107,16 @@ def coordinate(
             audit.append("round failed", round=state.round + 1, why=str(error))
             raise
     return Federated(state=state, hellos=dict(sorted(known.items())))
+
+
+def ledger_heads_in(events: Iterable[Event]) -> dict[str, str]:
+    """Site to the head of its privacy ledger that the coordinator's log holds last, over all runs."""
+    found: dict[str, str] = {}
+    for event in events:
+        heads = event.facts.get("ledgers")
+        if isinstance(heads, dict):
+            found |= {str(site): str(head) for site, head in heads.items()}
+    return found
 
 
 def round_line(report: RoundReport) -> RoundLine:
@@ -154,6 +171,7 @@ def _record(audit: Log, report: RoundReport) -> None:
         refused=dict(report.refused),
         heads=dict(report.heads),
         **({"session": report.session} if report.session else {}),
+        ledgers={site: done.ledger_head for site, done in report.accepted.items() if done.ledger_head},
     )
 
 

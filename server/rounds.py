@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import numpy as np
@@ -41,6 +42,8 @@ class SiteRound:
     spent: Spent | None
     update_digest: str
     """Under secure aggregation of the masked update."""
+    ledger_head: str = ""
+    """Of the site's privacy ledger after the visit; empty without privacy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ def run(
     *,
     buffers: frozenset[str],
     audit_head: Callable[[], str] = str,
+    ledger_heads: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[tuple[ServerState, RoundReport]]:
     """Runs what is left of a federation and yields after every round; the caller saves, plots and prints.
 
@@ -123,6 +127,8 @@ def run(
         sites: Who is asked; called before every round, for sites may join between two of them.
         buffers: Exchanged names that are running statistics, see `aggregate`.
         audit_head: Gives the head of the coordinator's audit chain, which goes out with every plan.
+        ledger_heads: Heads of the sites' privacy ledgers as earlier runs saw them last; those of this run follow
+            from the state.
 
     The last report is the closing evaluation: every site measures the final model on its test patients. With early
     stopping it is also the first measure of the last model; when an earlier one was better, that one is taken
@@ -135,7 +141,8 @@ def run(
         closing = state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
         work: Literal["train", "evaluate"] = "evaluate" if closing else "train"
         asked = sites() if closing else drawn(sites(), recipe, state.round + 1)
-        state, report = _step(state, recipe, transport, asked, work, buffers, audit_head())
+        heads = {**ledger_heads, **remembered(state)}
+        state, report = _step(state, recipe, transport, asked, work, buffers, audit_head(), heads)
         yield state, report
 
 
@@ -153,6 +160,16 @@ def drawn(sites: Mapping[str, Hello], recipe: Recipe, round_: int) -> Mapping[st
     return {names[at]: sites[names[at]] for at in sorted(chosen)}
 
 
+def remembered(state: ServerState) -> dict[str, str]:
+    """Site to the head of its privacy ledger that it told last."""
+    return {
+        site: done.ledger_head
+        for report in state.history
+        for site, done in report.accepted.items()
+        if done.ledger_head
+    }  # fmt: skip
+
+
 def _step(
     state: ServerState,
     recipe: Recipe,
@@ -161,6 +178,7 @@ def _step(
     work: Literal["train", "evaluate"],
     buffers: frozenset[str],
     audit_head: str,
+    ledger_heads: Mapping[str, str],
 ) -> tuple[ServerState, RoundReport]:
     began = time.monotonic()
     plan = RoundPlan(
@@ -169,6 +187,7 @@ def _step(
         work=work,
         weights=state.weights,
         audit_head=audit_head,
+        ledger_heads={site: head for site, head in ledger_heads.items() if site in sites},
     )
     secure = recipe.privacy.secure_aggregation and work == "train"
     failed: list[str] = []
@@ -345,4 +364,5 @@ def _site_round(update: Update) -> SiteRound:
         test=update.test,
         spent=update.spent,
         update_digest=update.delta.digest,
+        ledger_head=update.ledger_head,
     )

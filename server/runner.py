@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from common.chain import verify
 from common.config import Recipe
 from common.deployment import ServerHome, read_status
 from common.errors import ConfigError, DataError, ExchangeError, FedicomError, QuorumError, StorageError
@@ -35,7 +36,7 @@ from common.shard import read_secret
 from common.signed import read_recipe
 from common.vault import Secret
 from server.conclude import Circumstances, conclude
-from server.coordinator import Federated, coordinate
+from server.coordinator import Federated, coordinate, ledger_heads_in
 from server.rounds import Transport
 from server.runs import Order, Run, RunStatus
 from server.secure import Take
@@ -149,10 +150,15 @@ def _work(
     # Before the first round: a test set that cannot be read is better known now than after a week of training.
     test = _test_set(home, home.path / config.test_data, recipe) if config.test_data is not None else None
 
+    # The head first: it opens the log, which mends what a full disk left of its last line.
+    past = verify(home.audit_file, Signer.load(home.signing_key).public) if audit.head else ()
+    ledger_heads = ledger_heads_in(past)
+
     def train(transport: Transport) -> Federated:
         told = _Told(transport, status)
         return coordinate(
-            recipe, told, found.path, audit=audit, resume=True, key=key, on_round=status.round_done
+            recipe, told, found.path, audit=audit, resume=True, key=key, ledger_heads=ledger_heads,
+            on_round=status.round_done,
         )  # fmt: skip
 
     federated = _with_patience(order, found, connect, status, train, sleep)

@@ -109,10 +109,11 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
     """The short table at the end of a run: sites, the global model, what lies where."""
     summary = conclusion.summary
     table = Table(title="Final model", title_justify="left")
-    for column in ("", "patients", "AUROC [95 % CI]", "epsilon", "delta"):
+    for column in ("", "patients", "AUROC [95 % CI]", "epsilon", "PRV", "RDP", "delta"):
         table.add_column(column, justify="left" if not column else "right")
     for name, site in summary["sites"].items():
-        table.add_row(name, str(site["patients"]), _auroc(site), _number(site["epsilon"]), _small(site["delta"]))
+        epsilons = (_number(site[key]) for key in ("epsilon", "epsilon_prv", "epsilon_rdp"))
+        table.add_row(name, str(site["patients"]), _auroc(site), *epsilons, _small(site["delta"]))
     central = conclusion.report.central
     table.add_section()
     spent = [site["epsilon"] for site in summary["sites"].values() if site["epsilon"] is not None]
@@ -121,10 +122,9 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
         str(central.patients) if central is not None else "-",
         _auroc(summary["global"]),
         f"<= {_number(max(spent))}" if spent else "none",
-        "",
     )
     for name, values in _baselines(summary):
-        table.add_row(name, "", _auroc(values), "none", "")
+        table.add_row(name, "", _auroc(values), "none")
     console.print(table)
     for note in summary["notes"]:
         console.print(f"Note: {note}", style="yellow", highlight=False, markup=False)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -298,9 +298,9 @@ def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device:
             model,
             folder=folder,
             audit=_audit(out, name),
-            ledger=_ledger(recipe, folder, name),
+            ledger=_ledger(settings, folder, name),
             device=device,
-            policy=_policy(recipe),
+            policy=_policy(recipe, settings.simulation.metrics),
             sums=_sums(out, name, folder),
             turn=turn,
         )
@@ -321,24 +321,27 @@ def _sums(out: Path, name: str, folder: Path) -> Sums:
     return Sums(name, folder / "sums", Signer.load_or_create(out / "keys" / f"{name}.key"), keys)
 
 
-def _ledger(recipe: Recipe, folder: Path, name: str) -> Ledger | None:
-    if not recipe.privacy.active:
+def _ledger(settings: Settings, folder: Path, name: str) -> Ledger | None:
+    recipe, metrics = settings.recipe, settings.simulation.metrics
+    if not (recipe.privacy.active or metrics == "noised"):
         return None
-    ledger = Ledger(folder / "ledger.jsonl", name, ledger_policy(_policy(recipe)))
+    ledger = Ledger(folder / "ledger.jsonl", name, ledger_policy(_policy(recipe, metrics)))
     ledger.repair()
     return ledger
 
 
-def _policy(recipe: Recipe) -> Policy:
-    """A simulated site allows what its recipe asks, and no more."""
+def _policy(recipe: Recipe, metrics: Literal["bounded", "noised", "none"]) -> Policy:
+    """A simulated site allows what its recipe asks, and the noised scores where they are wanted, and no more."""
     privacy = recipe.privacy
     return Policy(
         require_privacy=False,
-        epsilon=privacy.epsilon or _NO_CAP,
+        epsilon=(privacy.epsilon or _NO_CAP) + (Policy.scores_epsilon if metrics == "noised" else 0),
         delta=privacy.delta or Policy.delta,
         max_rounds=recipe.rounds,
         min_patients=1,
         min_cell=recipe.evaluation.min_cell,
+        metrics=metrics,
+        counts="exact",
         seeded_noise=True,
     )
 

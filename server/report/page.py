@@ -13,12 +13,14 @@ from common.config import as_plain
 from common.html import Child, Html, items, join, table, tag
 from common.metrics import SCALARS
 from common.style import CSS
+from server.accounts import cross_checks
 from server.report import RunReport, SiteSummary, words
 from server.report.plots import comparison_figures, course_figures, performance_figures
 from server.report.privacy import audit_part, epsilon_tables
 
 if TYPE_CHECKING:
     from common.config import Privacy
+    from common.exchange import Spent
     from common.metrics import Metrics
 
 
@@ -336,20 +338,24 @@ def _of_patients(report: RunReport) -> Html:
         )  # fmt: skip
     rows = [
         [
-            site.name, words.epsilon(s.epsilon), words.small(s.delta), words.number(s.noise_multiplier),
-            words.plain(s.clip_norm), words.percent(s.sampling_rate, 2), f"{s.steps:,}",
+            site.name, words.epsilon(s.epsilon), *_cross_checks(s), words.small(s.delta),
+            words.number(s.noise_multiplier), words.plain(s.clip_norm),
+            words.percent(s.sampling_rate, 2), f"{s.steps:,}",
         ]
         for site in report.sites
         if (s := site.spent) is not None
     ]  # fmt: skip
-    head = ("Hospital", "Epsilon", "Delta", "Noise (times clip)", "Clip norm", "Patients a step", "Noised steps")
+    head = ("Hospital", "Epsilon", "by PRV", "by RDP", "Delta", "Noise (times clip)", "Clip norm", "Patients a step",
+            "Noised steps")  # fmt: skip
     parts += [
         table(head, rows, caption="What each hospital spent, by its own ledger") if rows else None,
         *epsilon_tables(report),
         items(
             "The unit is the patient: all images of a person together.",
             "Each hospital counts for itself over all its steps and rounds (accounting by privacy loss distributions, "
-            "PLD). Hospitals do not add up, unless the same person was a patient of several: then theirs do.",
+            "PLD). PRV, another numerical method, and RDP, an older and looser bound, are cross-checks, computed here "
+            "from the noise, the share of patients and the steps. Hospitals do not add up, unless the same person was "
+            "a patient of several: then theirs do.",
             _noise(privacy),
         ),
         *audit_part(report),
@@ -363,6 +369,11 @@ def _of_patients(report: RunReport) -> Html:
         ),
     ]
     return join(*parts)
+
+
+def _cross_checks(spent: Spent) -> tuple[str, str]:
+    found = cross_checks(spent)
+    return (words.epsilon(found.prv), words.epsilon(found.rdp)) if found is not None else ("–", "–")
 
 
 def _noise(privacy: Privacy) -> str:

@@ -86,10 +86,11 @@ def test_after_the_reply_left_the_same_visit_is_paid_again(tmp_path: Path) -> No
 def test_an_open_visit_can_be_found_and_closed_after_a_restart(tmp_path: Path) -> None:
     first = make(tmp_path).reserve("a", round=1, base="w", event=EVENT)
     ledger = make(tmp_path)
-    assert ledger.pending("a", round=1, base="w") == first
-    assert ledger.pending("a", round=1, base="v") is None
+    assert ledger.pending(first.number, "a", round=1, base="w") == first
+    assert ledger.pending(first.number, "a", round=1, base="v") is None
+    assert ledger.pending(first.number + 1, "a", round=1, base="w") is None
     ledger.settle(first, 20)
-    assert ledger.pending("a", round=1, base="w") is None
+    assert ledger.pending(first.number, "a", round=1, base="w") is None
 
 
 def test_settling_only_lowers_and_only_once(tmp_path: Path) -> None:
@@ -245,3 +246,39 @@ def test_only_one_of_two_processes_may_answer_the_same_visit(tmp_path: Path) -> 
 def test_a_policy_that_limits_nothing_is_refused(epsilon: float, delta: float, noise: float) -> None:
     with pytest.raises(PrivacyError, match="policy"):
         SitePolicy(epsilon=epsilon, delta=delta, min_noise_multiplier=noise)
+
+
+def test_a_head_that_others_remember_must_be_in_the_ledger_before_anything_is_reserved(tmp_path: Path) -> None:
+    path = filled(tmp_path)
+    older = path.read_bytes()
+    ledger = make(tmp_path)
+    ledger.settle(ledger.reserve("a", round=3, base="w", event=EVENT, known=[ledger.head, ""]), 20)
+    anchored = ledger.head
+    path.write_bytes(older)
+    with pytest.raises(PrivacyError, match="older than others remember it"):
+        ledger.reserve("a", round=4, base="w", event=EVENT, known=[anchored])
+    assert path.read_bytes() == older
+    path.unlink()  # a new ledger for the same patients is caught as well
+    with pytest.raises(PrivacyError, match="older than others remember it"):
+        make(tmp_path).reserve("a", round=4, base="w", event=EVENT, known=[anchored])
+
+
+def test_scores_and_updates_are_one_account_and_are_told_apart(tmp_path: Path) -> None:
+    ledger, wide = make(tmp_path), Event(noise_multiplier=4.0, sampling_rate=1.0, steps=2)
+    update = ledger.reserve("a", round=1, base="w", event=EVENT)
+    # rate 1 is against this policy for training, and the way of a histogram
+    scores = ledger.reserve("a", round=1, base="w", event=wide, kind="scores")
+    assert scores.number != update.number
+    assert (ledger.events("a", "updates"), ledger.events("a", "scores")) == ((EVENT,), (wide,))
+    assert ledger.spent() == scores.epsilon == epsilon_pld([EVENT, wide], 1e-5) > update.epsilon
+    assert ledger.reserve("a", round=1, base="w", event=wide, kind="scores") == scores
+
+
+@pytest.mark.parametrize("clock", [-1e9, 0.0, 1.0, 4e9])
+def test_the_clock_plays_no_part_in_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float) -> None:
+    filled(tmp_path)
+    before = make(tmp_path).spent()
+    monkeypatch.setattr("client.ledger.time.time", lambda: clock)
+    after = make(tmp_path).reserve("b", round=1, base="w", event=EVENT)
+    assert after.epsilon > before
+    assert make(tmp_path).spent() == after.epsilon

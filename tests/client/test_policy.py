@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from client.ledger import Ledger
-from client.policy import ledger_policy, objections
-from common.accounting import Event
+from client.policy import ledger_policy, objections, score_event, told
+from common.accounting import Event, epsilon_pld
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
 from common.deployment import Policy
 from common.errors import PrivacyError
@@ -20,7 +20,8 @@ RECIPE = Recipe(
     name="r", rounds=20, privacy=PRIVATE, model=ModelConfig(name="resnet18"),
     data=Preprocessing(modalities=("CR", "DX")), task=Task(),
 )  # fmt: skip
-FREE = Policy(require_privacy=False, epsilon=100.0, delta=1e-3, min_patients=1)
+WEIGHTED = replace(RECIPE, privacy=Privacy(), federation=replace(RECIPE.federation, site_weights="patients"))
+FREE = Policy(require_privacy=False, epsilon=100.0, delta=1e-3, min_patients=1, counts="exact")
 
 
 def test_a_policy_that_allows_everything_objects_to_nothing() -> None:
@@ -46,6 +47,7 @@ def test_a_policy_that_allows_everything_objects_to_nothing() -> None:
         ("modalities", RECIPE, ("CR",), ("CR", "DX", "MR")),
         ("modalities", replace(RECIPE, data=Preprocessing()), ("CR",), ()),
         ("min_patients", RECIPE, 31, 30),
+        ("counts", WEIGHTED, "coarse", "exact"),
     ],
 )
 def test_each_rule_forbids_alone_and_is_named(rule: str, recipe: Recipe, forbids: Any, allows: Any) -> None:
@@ -91,3 +93,18 @@ def test_hours_may_pass_midnight_and_the_end_does_not_belong_to_them() -> None:
     opens |= {time(11, 59): False, time(12): True, time(12, 59): True, time(13): False}
     assert {moment: night.open_at(moment) for moment in opens} == opens
     assert all(FREE.open_at(time(hour)) for hour in range(24))
+
+
+def test_coarse_counts_round_down_by_at_most_a_quarter() -> None:
+    coarse = replace(FREE, counts="coarse")
+    assert [told(n, coarse) for n in (0, 9, 10, 11, 12, 99, 100, 124, 308, 1309, 10**6)] == [
+        0, 9, 10, 10, 12, 80, 100, 120, 250, 1200, 10**6
+    ]  # fmt: skip
+    assert [told(n, FREE) for n in (11, 308)] == [11, 308]
+    for n in range(10, 3000):
+        assert 0.75 * n < told(n, coarse) <= n
+
+
+def test_the_scores_of_a_recipe_cost_what_the_policy_gives_them() -> None:
+    policy = replace(FREE, scores_epsilon=2.0, delta=1e-5)
+    assert 1.99 <= epsilon_pld([score_event(policy)], 1e-5) <= 2.0

@@ -125,7 +125,7 @@ def test_approving_and_withdrawing_count_from_the_next_message_on(house: House, 
     node.approve()
     hello = node.hello()
     assert isinstance(hello, Hello)
-    assert (hello.site, hello.patients["train"]) == ("north", TRAIN_PATIENTS)
+    assert (hello.site, hello.patients["train"]) == ("north", 32)  # of 34: rounded down, as the standard policy says
     assert isinstance(node.visit(1), Update)
     node.withdraw()
     assert "not approved" in refused(node.visit(2), "recipe", node)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +23,7 @@ from client import site as module
 from client.app import client_app
 from client.cohort import Cohort
 from client.dp import sampling
-from client.ledger import Ledger
+from client.ledger import Ledger, Reservation
 from client.policy import ledger_policy
 from client.site import Site
 from client.train import Trained, TrainingError
@@ -73,7 +76,9 @@ class House:
     def open(self, *, keep: bool = False, now: Callable[[], datetime] = datetime.now, **policy: Any) -> Site:
         privacy = self.recipe.privacy
         delta = privacy.delta or 1e-3
-        given = {"require_privacy": False, "epsilon": self.cap, "delta": delta, "min_patients": 1}
+        given = {
+            "require_privacy": False, "epsilon": self.cap, "delta": delta, "min_patients": 1, "counts": "exact"
+        }  # fmt: skip
         rules = Policy(**(given | policy))
         self.ledger = Ledger(self.folder / "ledger.jsonl", "n", ledger_policy(rules))
         self.ledger.repair()
@@ -321,11 +326,9 @@ def test_an_update_that_somebody_else_settled_never_leaves(
     site = house.open()
     real = site._store
 
-    def race(plan: RoundPlan, update: Update) -> None:
-        real(plan, update)
-        pending = house.ledger.pending(plan.recipe_id, round=1, base=update.base)
-        assert pending is not None
-        house.ledger.settle(pending, update.steps)
+    def race(plan: RoundPlan, update: Update, reserved: Reservation) -> Path:
+        house.ledger.settle(reserved, update.steps)
+        return real(plan, update, reserved)
 
     monkeypatch.setattr(site, "_store", race)
     assert "settled already" in refused(site.visit(house.plan()), "budget", house)
@@ -536,3 +539,158 @@ def test_while_a_site_writes_its_log_and_its_hashes_the_next_one_has_the_model(
     assert ("train", True) in held
     assert {locked for name, locked in held if name != "train"} == {False}
     assert not turn.locked()
+
+
+# Anchors
+
+
+def test_a_ledger_that_is_older_than_the_coordinator_remembers_trains_nothing(
+    house: House, trained: list[Any], tmp_path: Path
+) -> None:
+    """A restored snapshot of the whole machine: log, outbox and ledger agree with each other."""
+    snapshot = tmp_path / "snapshot"
+    house.open().visit(house.plan())
+    shutil.copytree(house.folder, snapshot, ignore=shutil.ignore_patterns("snapshot"))
+    update = house.open().visit(house.plan(2))
+    assert isinstance(update, Update)
+    assert update.ledger_head == house.ledger.head != ""
+    restored = House(snapshot, house.recipe)
+    heads = {"north": update.ledger_head, "south": "f" * 64}
+    why = refused(restored.open().visit(restored.plan(2, ledger_heads=heads)), "budget", restored)
+    assert "older than others remember it" in why
+    assert len(trained) == 2
+    assert isinstance(house.open().visit(house.plan(3, ledger_heads=heads)), Update)
+
+
+class Died(BaseException):
+    """The process ends at a system call."""
+
+
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_a_death_at_every_single_write_of_a_visit_costs_no_second_epsilon(
+    tmp_path: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    real = {name: getattr(os, name) for name in ("write", "fsync", "replace")}
+    house, calls = House(tmp_path / "house"), 0
+    house.cap = 20.0
+    start_of = (lambda: house.plan(1)) if what == "train" else (lambda: house.plan(4, "evaluate"))
+    house.open(metrics="noised").visit(house.plan(3))  # folders, keys and first lines are there
+    site = house.open(metrics="noised")
+    for dies_in in range(60):
+        folder = tmp_path / f"{dies_in}"
+        shutil.copytree(house.folder, folder)
+        copy = House(folder, house.recipe)
+        copy.cap = house.cap
+        site = copy.open(metrics="noised")
+        left = [dies_in]
+
+        def call(name: str, *words: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                if name == "write":
+                    real[name](words[0], words[1][: len(words[1]) // 2])
+                raise Died
+            return real[name](*words)
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, functools.partial(call, name))
+            try:
+                reply = site.visit(start_of())
+            except Died:
+                reply = None
+        calls = dies_in - left[0]
+        again = copy.open(metrics="noised").visit(start_of())
+        assert isinstance(again, Update)
+        assert reply is None or (reply.delta, reply.test) == (again.delta, again.test)
+        lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+        assert [line["kind"] for line in lines] == ["open", "reserve", "settle", "reserve", "settle"]
+        shutil.rmtree(folder)
+        if reply is not None:
+            break
+    assert calls >= (8 if what == "evaluate" else 9)  # as many as were tried in turn
+
+
+# The budget of the whole recipe, at the greeting
+
+
+def test_a_recipe_whose_rounds_together_pass_the_cap_is_refused_at_the_greeting_with_the_figure(
+    house: House, trained: list[Any]
+) -> None:
+    site = house.open()
+    house.ledger.settle(house.ledger.reserve("f" * 64, round=1, base="e" * 64, event=FULL), 1)  # by another recipe
+    why = refused(site.hello(house.question()), "budget", house)
+    assert re.search(r"all 3 rounds would bring this site to epsilon (8|9)\.\d+, its cap is 8", why)
+    assert house.entries("reserve") == 1
+    assert trained == []
+    assert isinstance(house.open(epsilon=12.0).hello(house.question()), Hello)
+
+
+def test_the_noised_scores_are_part_of_what_is_projected(house: House) -> None:
+    assert isinstance(house.open().hello(house.question()), Hello)
+    why = refused(house.open(metrics="noised").hello(house.question()), "budget", house)
+    assert "all 3 rounds and the noised scores" in why
+    assert isinstance(house.open(metrics="noised", epsilon=9.0).hello(house.question()), Hello)
+
+
+def test_a_recipe_that_has_begun_goes_on_as_far_as_its_budget_reaches(house: House, trained: list[Any]) -> None:
+    house.open().visit(house.plan())
+    house.ledger.reserve("f" * 64, round=1, base="e" * 64, event=replace(FULL, steps=1))
+    assert isinstance(house.open().hello(house.question()), Hello)
+
+
+# Noised scores, counts
+
+
+def test_noised_scores_leave_once_after_the_last_round_and_are_paid(house: House, trained: list[Any]) -> None:
+    house.cap = 20.0
+    site = house.open(metrics="noised", scores_epsilon=4.0)
+    for round_ in (1, 2, 3):
+        update = site.visit(house.plan(round_))
+        assert isinstance(update, Update)
+        assert update.validation is None
+    before = house.ledger.spent()
+    first = site.visit(house.plan(4, "evaluate"))
+    assert isinstance(first, Update)
+    assert first.validation is not None
+    assert first.test is not None
+    assert first.validation.noised
+    assert first.test.noised
+    (event,) = house.ledger.events(house.recipe.id, "scores")
+    assert 3.98 <= epsilon_pld([event], 1e-3) <= 4.0
+    assert house.ledger.spent() > before
+    assert first.spent is not None
+    assert first.spent.scores_epsilon == epsilon_pld([event], 1e-3)
+    assert first.spent.epsilon == update.spent.epsilon <= 8  # of the updates alone: what admission compares
+    # Asked again, the same noised numbers; asked about another model, none.
+    again = house.open(metrics="noised", scores_epsilon=4.0).visit(house.plan(4, "evaluate"))
+    assert isinstance(again, Update)
+    assert (again.validation, again.test) == (first.validation, first.test)
+    other = site.visit(house.plan(4, "evaluate", weights=start(house.recipe) + start(house.recipe)))
+    assert isinstance(other, Update)
+    assert (other.validation, other.test) == (None, None)
+    assert house.ledger.events(house.recipe.id, "scores") == (event,)
+
+
+def test_without_budget_for_scores_the_evaluation_says_nothing(house: House, trained: list[Any]) -> None:
+    site = house.open(metrics="noised", scores_epsilon=6.0)
+    house.ledger.reserve("f" * 64, round=1, base="e" * 64, event=FULL)
+    update = site.visit(house.plan(4, "evaluate"))
+    assert isinstance(update, Update)
+    assert (update.validation, update.test) == (None, None)
+    assert house.kinds()[-2:] == ["budget refused", "evaluation sent"]
+
+
+def test_coarse_counts_are_all_that_rate_steps_and_noise_depend_on(tmp_path: Path, trained: list[Any]) -> None:
+    told = []
+    for patients in (20, 22, 24, 25):
+        house = House(tmp_path / str(patients), cohort=cohort_of(train=patients))
+        site = house.open(counts="coarse")
+        hello, update = site.hello(house.question()), site.visit(house.plan())
+        assert isinstance(hello, Hello)
+        assert isinstance(update, Update)
+        told.append((hello.patients["train"], update.spent, update.steps))
+    assert told[0] == told[1] == told[2]
+    assert (told[0][0], told[3][0]) == (20, 25)
+    assert told[3][1] != told[0][1]
+    assert dict(house.open(counts="none").hello(house.question()).patients) == {"train": 0, "validation": 0, "test": 0}
