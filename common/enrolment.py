@@ -409,7 +409,7 @@ device: auto            # auto, cpu or cuda
 threads: 0              # CPU threads; 0 leaves the choice to torch
 metrics_port: null      # port of the Prometheus endpoint on 127.0.0.1; null: none
 node_port: null         # port on 127.0.0.1 between Flower's SuperNode and our runner; null takes a free one
-cache:
+cache:                  # prepared images on this computer; they are patient data
   key: null             # encrypts prepared images: a key file such as "keys/cache.key", or "keyring:SERVICE/NAME"
   storage: float32      # float16 takes half the room and rounds to one of 2,048 grey levels or finer
 # Limits that the newest `fedicom data report --site` must keep before anything is trained. null asks for no report,

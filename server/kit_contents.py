@@ -39,6 +39,7 @@ control_port: null          # port on 127.0.0.1 of `fedicom server run|status|st
 test_data: null             # the coordinator's own labelled images, which no site holds; null: no central evaluation
 device: auto                # auto, cpu or cuda
 checkpoint_key: null        # key file (`fedicom provision key FILE`) that encrypts checkpoints; null leaves them plain
+cache: {{}}                   # prepared test images: `key: FILE` encrypts them, `storage: float16` halves them
 gateway: {{}}                 # limits of the gateway that differ from its defaults
 """
 
