@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from server import runner
 from server.conclude import Conclusion
 from simulations.grid import InProcessGrid
 from tests.server.house import SITES
+
+_TURN = threading.Lock()
+"""One model serves all sites, and the grid asks several at once."""
 
 
 def grid(folder: Path, recipe: Recipe) -> InProcessGrid:
@@ -51,6 +55,7 @@ def _site(folder: Path, name: str, recipe: Recipe) -> Site:
         name, recipe, _cohort(name), lambda: _model(recipe), folder=folder,
         audit=AuditLog(folder / "audit.jsonl", Signer.load_or_create(folder / "keys" / "own.key")),
         ledger=ledger, device=torch.device("cpu"), policy=policy, keep=True,
+        turn=_TURN,
     )  # fmt: skip
 
 
