@@ -38,8 +38,6 @@ _FIRST_NODE = 1000
 _CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
-_AHEAD = 2
-"""Visits under way in one process: one trains, the other writes its log or is read."""
 _STOP_S = 0.2
 
 Progress = Callable[[str], None]
@@ -48,8 +46,8 @@ Progress = Callable[[str], None]
 class InProcessGrid(Grid):
     """Sites one after another in this process, or side by side in workers.
 
-    Nothing is serialised in this process, and one visit's bookkeeping (hashes, logs on disk) goes on while the next
-    site trains; the sites themselves see to it that only one trains at a time (`client.site.Site`).
+    Nothing is serialised in this process. With `ahead=2` one visit's bookkeeping (hashes, logs on disk) goes on while
+    the next site trains.
     """
 
     def __init__(
@@ -59,14 +57,18 @@ class InProcessGrid(Grid):
         *,
         workers: Sequence[Worker] = (),
         done: Progress | None = None,
+        ahead: int = 1,
     ) -> None:
         """Gives every site a node id.
 
         Args:
-            app: Called in this process, from two threads; None when there are workers.
+            app: Called in this process; None when there are workers.
             workers: Each takes every n-th site.
             done: Told the site's name after each of its answers.
+            ahead: Visits under way at once in this process, each in a thread of its own. Above 1 only where sites that
+                share a model take turns with it (`client.site.Site`'s `turn`): else they train on each other's weights.
         """
+        self._ahead = ahead
         self._sites = {_FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._app, self._workers, self._done = app, list(workers), done
         self._run = Run.create_empty(run_id=1)
@@ -144,7 +146,7 @@ class InProcessGrid(Grid):
             answers: list[Callable[[Message], Message]] = [partial(self._asked, worker) for worker in self._workers]
         else:
             self._letters = [queue.SimpleQueue()]
-            answers = [self._local] * _AHEAD
+            answers = [self._local] * self._ahead
         for number, answer in enumerate(answers):
             box = self._letters[number % len(self._letters)]
             # A daemon: at the end of the process it waits for a letter, and nobody waits for it.

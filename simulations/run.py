@@ -62,6 +62,8 @@ _OWN_FILES = (
 _KEPT = ("hospitals", "simulation.log")
 _RECORD = "run.json"
 _NO_CAP = 1e6
+_AHEAD = 2
+"""Visits under way in one process: one trains, the other writes its log or is read."""
 _OPEN = 256
 """Sites held open at once; one that was closed is opened again from its files."""
 _CORES = torch.get_num_threads()
@@ -195,7 +197,7 @@ def _federate(
             for name in names[:_OPEN]:
                 site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
             app = client_app(lambda context: site_of(str(context.node_config["site"])))
-        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered)) as grid:
+        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=_AHEAD)) as grid:
             server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     return result[0]
 

@@ -225,7 +225,7 @@ from flwr.clientapp import ClientApp
 from common import wire
 from common.exchange import Hello, Question
 
-seen, turn = [], threading.Lock()
+arrived, seen, turn = [], [], threading.Lock()
 
 def make(settings):
     app = ClientApp()
@@ -233,6 +233,7 @@ def make(settings):
     @app.query()
     def query(message, context):
         question = wire.decode(message.content, Question)
+        arrived.append(context.node_config["site"])
         with turn:
             seen.append(question)
             if settings == "endless":
@@ -280,7 +281,7 @@ def test_replies_are_given_as_they_come(busy: Any) -> None:
 
 
 def test_closing_ends_a_site_in_the_middle_of_its_work(busy: Any) -> None:
-    grid = InProcessGrid(SITES, busy.make("endless"))
+    grid = InProcessGrid(SITES, busy.make("endless"), ahead=2)  # one works, one waits for its turn
     grid.push_messages([Message(wire.hand(ASKING), 1000 + n, "query") for n in range(4)])
     while not busy.seen:
         time.sleep(0.01)
@@ -288,6 +289,17 @@ def test_closing_ends_a_site_in_the_middle_of_its_work(busy: Any) -> None:
     grid.close()
     assert not any(thread.is_alive() for thread in threads)
     assert len(busy.seen) <= 2  # the others never began
+
+
+def test_one_site_works_at_a_time_unless_more_are_asked_for(busy: Any) -> None:
+    # sites that share a model without taking turns would train on each other's weights
+    grid = InProcessGrid(SITES, busy.make("endless"))
+    grid.push_messages([Message(wire.hand(ASKING), 1000 + n, "query") for n in range(4)])
+    while not busy.seen:
+        time.sleep(0.01)
+    assert len(grid._threads) == 1
+    assert busy.arrived == ["east"]
+    grid.close()
 
 
 def test_a_context_names_its_site() -> None:
