@@ -76,7 +76,7 @@ class InProcessGrid(Grid):
         self._letters: list[queue.SimpleQueue[Message | None]] = []
         """One box for each worker, or one for all sites."""
         self._threads: list[threading.Thread] = []
-        self._answers: queue.SimpleQueue[tuple[str, Message]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, Message | BaseException]] = queue.SimpleQueue()
         self._under_way: set[str] = set()
         self._replies: dict[str, Message] = {}
         self._telling = threading.Lock()
@@ -121,11 +121,13 @@ class InProcessGrid(Grid):
             while (not found and wanted & self._under_way) or not self._answers.empty():
                 key, reply = self._answers.get()
                 self._under_way.discard(key)
+                if isinstance(reply, BaseException):
+                    raise reply
                 if key in wanted:
                     found.append(reply)
                 else:
                     self._replies[key] = reply
-        except BaseException:  # Ctrl-C reaches this thread alone
+        except BaseException:  # a signal reaches this thread alone
             self.close()
             raise
         return found
@@ -157,12 +159,21 @@ class InProcessGrid(Grid):
     def _serve(self, box: queue.SimpleQueue[Message | None], answer: Callable[[Message], Message]) -> None:
         with suppress(_StoppedError):
             while (message := box.get()) is not None:
-                reply = answer(message)
-                if self._done is not None:
-                    with self._telling:
-                        self._done(self._sites[message.metadata.dst_node_id])
-                self._answers.put((message.metadata.message_id, reply))
-                del message, reply  # while it waits for the next letter, it holds no model
+                self._answers.put((message.metadata.message_id, self._ended(message, answer)))
+                del message  # while it waits for the next letter, it holds no model
+
+    def _ended(self, message: Message, answer: Callable[[Message], Message]) -> Message | BaseException:
+        """The answer, or what ends the whole run (Ctrl-C): raised again where the answer is waited for."""
+        try:
+            reply = answer(message)
+            if self._done is not None:
+                with self._telling:
+                    self._done(self._sites[message.metadata.dst_node_id])
+        except _StoppedError:
+            raise
+        except BaseException as end:
+            return end
+        return reply
 
     def close(self) -> None:
         """Stops what is under way, and returns when nothing is any more; safe to call twice."""
