@@ -19,14 +19,14 @@ from client.cohort import SPLITS, Cohort, Split
 from client.dp import check_delta
 from client.ledger import Kind, Ledger, Reservation
 from client.noised_scores import histogram, noised, scores
+from client.outbox import Outbox
 from client.policy import check_budget, objections, score_event, told, visit_event
 from client.secure import Sums, noise_norm
 from client.train import Private, site_noise, train
-from common import wire
 from common.accounting import Event, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy
-from common.errors import ConfigError, DataError, ExchangeError, FedicomError, PrivacyError, SecureAggregationError
+from common.errors import ConfigError, DataError, FedicomError, PrivacyError, SecureAggregationError
 from common.exchange import (
     Agreement,
     Answer,
@@ -49,7 +49,6 @@ from common.journal import Log
 from common.metrics import probabilities, score
 from common.models import set_weights
 from common.scattering import ScatteringClassifier
-from common.storage import private_folder, write_whole
 from common.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -104,7 +103,7 @@ class Site:
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
         self._model, self._now, self._turn = model, now, turn
         self._keep = keep or recipe.privacy.active or self._secure
-        self._outbox = private_folder(folder / "outbox")
+        self._outbox = Outbox(folder / "outbox")
         audit.append(
             "site started",
             recipe_id=recipe.id,
@@ -272,10 +271,10 @@ class Site:
                 )  # fmt: skip
                 return replace(dealing, audit_head=head)
             case Masking():
-                kept = self._kept(ask.recipe_id, ask.round, ask.base)
+                kept = self._outbox.find(ask.recipe_id, ask.round, ask.base)
                 if kept is None:
                     raise SecureAggregationError(f"this site has no update of round {ask.round} to be summed")
-                update = kept[2]
+                update = kept.update
                 masked = self._sums.mask(ask, self.recipe, update)
                 head = self.audit.append(
                     "update sent again" if masked.again else "update sent",
@@ -429,14 +428,8 @@ class Site:
         """Where an adaptive clip norm stood after the last round, which the kept reply tells; None for a fixed one."""
         if self.recipe.privacy.clip_quantile is None:
             return None
-        for path in sorted(self._outbox.glob(f"{plan.recipe_id[:16]}-*.bin"), reverse=True):
-            try:
-                spent = wire.decode(wire.from_bytes(path.read_bytes()), Update).spent
-            except (ExchangeError, OSError):
-                continue
-            if spent is not None:
-                return spent.clip_norm
-        return None
+        told = (update.spent.clip_norm for update in self._outbox.newest(plan.recipe_id) if update.spent is not None)
+        return next(told, None)
 
     def _spent(self, clip_norm: float | None) -> Spent | None:
         privacy = self.recipe.privacy
@@ -466,47 +459,23 @@ class Site:
 
     # Replies are kept until the next one: asked again, the same update goes out.
 
-    def _kept(self, recipe_id: str, round_: int, base: str, work: str = "train") -> tuple[Path, int, Update] | None:
-        """The reply that was kept for a question: its file, the number of its reservation (0 for none), and it."""
-        found = sorted(self._outbox.glob(f"{_stem(recipe_id, round_, base, work)}.*.bin"))
-        if not found:
-            return None
-        path = found[-1]
-        try:
-            update = wire.decode(wire.from_bytes(path.read_bytes()), Update)
-        except ExchangeError:  # of another version: what is trained anew is paid anew
-            log.warning("the kept reply of round %d cannot be read any more", round_)
-            return None
-        number = int(path.name.split(".")[-2])
-        return (
-            (path, number, update)
-            if (update.recipe_id, update.round, update.base) == (recipe_id, round_, base)
-            else None
-        )
-
     def _stored(self, plan: RoundPlan) -> Update | None:
-        kept = self._kept(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
+        kept = self._outbox.find(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
         if kept is None:
             return None
-        path, number, update = kept
+        number, update = kept.reservation, kept.update
         # A crash came between keeping and settling: left open, a later training could take the reservation over.
         if number:
             reserved = self._budget.pending(number, plan.recipe_id, round=plan.round, base=update.base)
             if reserved is not None:
-                self._settle(path, reserved, update.steps if plan.work == "train" else reserved.event.steps)
+                self._settle(kept.path, reserved, update.steps if plan.work == "train" else reserved.event.steps)
         if plan.work == "evaluate":
             return self._measured(update)
         # With a head of now: the coordinator has seen later ones than the kept one, as if the log had been rewritten.
         return self._sent("update sent again", update, server_head=plan.audit_head)
 
     def _store(self, plan: RoundPlan, update: Update, reserved: Reservation | None) -> Path:
-        stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
-        path = self._outbox / f"{stem}.{reserved.number if reserved is not None else 0}.bin"
-        write_whole(path, wire.to_bytes(wire.encode(update)))
-        for old in self._outbox.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
-            if old != path:
-                old.unlink()
-        return path
+        return self._outbox.keep(plan, update, reserved.number if reserved is not None else 0)
 
     # Scores and refusals
 
@@ -579,11 +548,6 @@ def _facts(update: Update) -> dict[str, Any]:
         "delta": spent.delta if spent else None,
         "scores": _told(update.validation),
     }
-
-
-def _stem(recipe_id: str, round_: int, base: str, work: str) -> str:
-    """Of the kept reply's file name."""
-    return f"{recipe_id[:16]}-{round_:06d}-{base[:16]}{'' if work == 'train' else '-scores'}"
 
 
 def _told(*scores: Scores | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import re
+import time
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -22,6 +23,7 @@ from client.quality.gate import QualityGate, standing_objections
 from client.quality.survey import patient_pseudonym, unit_pseudonym
 from common.cache import purge, usage
 from common.errors import ConfigError, DataError, StorageError
+from common.imaging import index as index_module
 from common.imaging.facts import read_facts, vendor_of
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
@@ -238,6 +240,7 @@ def small(tmp_path: Path) -> Path:
                     subject)  # fmt: skip
         rows.append(f"{name(number)},{'right' if number % 2 else 'left'}")
     (place / "labels.csv").write_text("\n".join(rows) + "\n")
+    time.sleep(2 * index_module._FINE_NS / 1e9)  # what has just been written is not remembered: it may change unseen
     return place
 
 

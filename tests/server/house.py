@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection
 from pathlib import Path
@@ -73,7 +73,9 @@ class House:
         @contextmanager
         def connect(home, run, watch):
             recipe = read_recipe(Run(home, run).recipe_file, None).recipe
-            yield change(FlowerTransport(grid(self.kits / folder, recipe), watch=watch))
+            # closed: what ends this process ends its sites, and none works on beside those that are opened next
+            with closing(grid(self.kits / folder, recipe)) as sites:
+                yield change(FlowerTransport(sites, watch=watch))
 
         return connect
 

@@ -1,0 +1,79 @@
+"""Replies that a site keeps until the next one: asked again after a crash, the same bytes go out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import wire
+from common.errors import ExchangeError
+from common.exchange import RoundPlan, Update
+from common.storage import private_folder, write_whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A reply as it lies on the disk."""
+
+    path: Path
+    reservation: int
+    """Number of what was reserved for it in the ledger; 0 for nothing."""
+    update: Update
+
+
+class Outbox:
+    """One kept reply for each recipe; the folder is patient data as long as updates are not noised."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = private_folder(folder)
+
+    def find(self, recipe_id: str, round_: int, base: str, work: str = "train") -> Kept | None:
+        """The reply that was kept for a question; None when there is none, or one of another version."""
+        found = sorted(self._folder.glob(f"{_stem(recipe_id, round_, base, work)}.*.bin"), key=_reservation)
+        if not found:
+            return None
+        try:
+            update = _read(found[-1])
+        except ExchangeError:  # what is trained anew is paid anew
+            log.warning("the kept reply of round %d cannot be read any more", round_)
+            return None
+        same = (update.recipe_id, update.round, update.base) == (recipe_id, round_, base)
+        return Kept(found[-1], _reservation(found[-1]), update) if same else None
+
+    def keep(self, plan: RoundPlan, update: Update, reservation: int) -> Path:
+        """Writes a reply, then removes the recipe's older one.
+
+        Raises:
+            StorageError: The disk is full or the folder cannot be written; nothing was removed.
+        """
+        stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
+        path = self._folder / f"{stem}.{reservation}.bin"
+        write_whole(path, wire.to_bytes(wire.encode(update)))
+        for old in self._folder.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
+            if old != path:
+                old.unlink()
+        return path
+
+    def newest(self, recipe_id: str) -> Iterator[Update]:
+        """The recipe's readable replies, the newest first."""
+        for path in sorted(self._folder.glob(f"{recipe_id[:16]}-*.bin"), reverse=True):
+            try:
+                yield _read(path)
+            except (ExchangeError, OSError):
+                continue
+
+
+def _read(path: Path) -> Update:
+    return wire.decode(wire.from_bytes(path.read_bytes()), Update)
+
+
+def _stem(recipe_id: str, round_: int, base: str, work: str) -> str:
+    return f"{recipe_id[:16]}-{round_:06d}-{base[:16]}{'' if work == 'train' else '-scores'}"
+
+
+def _reservation(path: Path) -> int:
+    return int(path.name.split(".")[-2])
