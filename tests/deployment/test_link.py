@@ -451,7 +451,7 @@ def test_a_question_that_is_lost_on_its_way_to_a_site_is_asked_again(running, gr
     time.sleep(0.5)  # a look that was on its way is answered: there is nothing
     try:
         with ThreadPoolExecutor(1) as pool:
-            asking = pool.submit(transport.ask, plan(8), SITES, _LONG_S)
+            asking = pool.submit(lambda: list(transport.ask(plan(8), SITES, _LONG_S)))
             eventually(lambda: running.said("east", "visit 8"))  # so north's question is out as well
             proxy.loses, lost = True, proxy.lost
             os.kill(node, signal.SIGCONT)
