@@ -33,6 +33,15 @@ class Run:
     """The JSON on its last line."""
 
 
+def tell(found: Mapping[str, Any], out: Path | None) -> None:
+    """Prints what was found as JSON, and writes it to `out` when there is one."""
+    text = json.dumps(found, indent=1) + "\n"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+    print(text)
+
+
 def measured(command: Sequence[str], *, whole_tree: bool = False, environment: Mapping[str, str] | None = None) -> Run:
     """Runs a command and takes the JSON of its last line.
 

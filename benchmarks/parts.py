@@ -9,7 +9,6 @@ that it says the same on a machine whose other cores are busy.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from measure import ROOT, machine, ratio, spread
+from measure import ROOT, machine, ratio, spread, tell
 
 NUMBERS = 11_200_000
 """Of a ResNet-18: 45 MB."""
@@ -46,11 +45,7 @@ def main() -> None:
         found = {"machine": machine(), **{name: PARTS[name](root, arguments.turns) for name in arguments.only}}
     finally:
         shutil.rmtree(root)
-    text = json.dumps(found, indent=1) + "\n"
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
-    print(text)
+    tell(found, arguments.out)
 
 
 def turns(ways: dict[str, Callable[[], object]], count: int) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, measured, own_peak_mb
+from measure import machine, measured, own_peak_mb, tell
 
 IMAGES, SIZE, ROUNDS = 20, 28, 3
 
@@ -37,11 +37,7 @@ def main() -> None:
         return
     rows = [measured([sys.executable, __file__, "--one", str(count)]) for count in arguments.sites]
     found = {"machine": machine(), "rows": [{**row.says, "wall_s": row.wall_s} for row in rows]}
-    text = json.dumps(found, indent=1) + "\n"
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
-    print(text)
+    tell(found, arguments.out)
 
 
 class Made(Mapping[str, Any]):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Run, in_turns, machine, measured, own_peak_mb, ratio, spread
+from measure import Run, in_turns, machine, measured, own_peak_mb, ratio, spread, tell
 
 SITES, IMAGES, SIZE, ROUNDS = 8, 200, 28, 5
 MODELS = ("small", "resnet18")
@@ -48,11 +48,7 @@ def main() -> None:
         found = measure(root, arguments.models, arguments.workers, arguments.repeats)
     finally:
         shutil.rmtree(root)
-    text = json.dumps(found, indent=1) + "\n"
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
-    print(text)
+    tell(found, arguments.out)
 
 
 def measure(root: Path, models: list[str], workers: list[int], repeats: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -30,7 +29,7 @@ from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
 from common.signed import parse_recipe
 from common.storage import full, private_folder, storing, write_whole
-from common.supervise import Child, Supervisor
+from common.supervise import Child, Supervisor, free_port
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
 
 log = logging.getLogger(__name__)
@@ -523,14 +522,6 @@ def alone(home: ServerHome) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _child(run: str) -> str:

@@ -108,7 +108,6 @@ MAY_CONNECT = {
     "client.reach": "preflight: asks the gateway, and whether anything else can be reached",
     "common.supervise": "looks for a free port of loopback",
     "server.cli": "asks the coordinator's own control API on loopback",
-    "server.control": "serves the control API on loopback",
     "server.gateway": "the one open port",
     "server.link": "talks to the SuperLink on loopback",
 }
