@@ -190,6 +190,7 @@ def inference(root: Path, count: int) -> dict[str, Any]:
     from common.config import ModelConfig, Preprocessing, Recipe, Task
     from common.models import build, get_weights
     from server.export import export_onnx
+    from server.quantise import quantised
 
     cases = {
         "2D ResNet-18, 224 px, batch 8": (
@@ -215,11 +216,15 @@ def inference(root: Path, count: int) -> dict[str, Any]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        small = onnxruntime.InferenceSession(
+            quantised(file, (x[:1] for _ in range(8))), options, providers=["CPUExecutionProvider"]
+        )
         feed = {session.get_inputs()[0].name: x}
         given = torch.from_numpy(x)
         model = build(recipe).eval()
         ways: dict[str, Callable[[], object]] = {
             "onnxruntime": partial(session.run, None, feed),
+            "onnxruntime, int8": partial(small.run, None, feed),
             "torch eager": partial(model, given),
         }
         why = ""
@@ -235,6 +240,7 @@ def inference(root: Path, count: int) -> dict[str, Any]:
         rows[name] = {
             "seconds": {way: spread(values) for way, values in seconds.items()},
             "speed_against_eager": ratio(seconds["torch eager"], seconds["onnxruntime"]),
+            "int8_against_float32": ratio(seconds["onnxruntime"], seconds["onnxruntime, int8"]),
             **(
                 {"speed_against_compile": ratio(seconds["torch.compile"], seconds["onnxruntime"])}
                 if "torch.compile" in seconds

@@ -183,6 +183,8 @@ class ServerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_key: str | None = None
     """Key file with which checkpoints are encrypted at rest; null leaves them plain."""
+    int8: bool = False
+    """Also write model.int8.onnx, where that is at least twice as fast and as good on `test_data`."""
     cache: Cache = Cache()
     gateway: Mapping[str, float | int] = field(default_factory=dict)
     """Limits of the gateway that differ from its defaults, by name."""

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ValidationError
 
-RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript")
+RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript", "int8")
 """Settings of a run that stand beside the recipe's."""
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 

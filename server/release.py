@@ -19,10 +19,11 @@ from common.deployment import ServerHome, home_folder
 from common.errors import ConfigError, ExportError
 from common.identity import Signer
 from common.journal import Log, SharedLog
-from common.onnx_model import OnnxModel
+from common.onnx_model import Description, OnnxModel
 from common.privacy_audit import FILE, PrivacyAudit, read_privacy_audit, told, unfit
 from common.signed import read_recipe
 from common.storage import storing, write_whole
+from server.quantise import FILE as INT8
 
 MODEL, CARD, FOLDER = "model.onnx", "model_card.md", "release"
 
@@ -69,17 +70,22 @@ def release(folder: Path, out: Path, *, audit: PrivacyAudit | None, unaudited: b
     says = told(audit, why)
     description = replace(candidate.description, privacy={**candidate.description.privacy, "audit": dict(says)})
     data = _described(folder / MODEL, description.to_metadata())
+    small = _int8(folder, summary, description)
     card = _card(folder / CARD, says)
     sha256 = hashlib.sha256(data).hexdigest()
     log.append("model exported", file=MODEL, sha256=sha256, weights=weights)
     log.append(
         "model released", file=MODEL, sha256=sha256, weights=weights, audit=says["status"], why=says.get("why", "")
     )
+    if small is not None:
+        log.append("model exported", file=INT8, sha256=hashlib.sha256(small).hexdigest(), weights=weights)
     with storing("the release"):
         out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CARD, card.encode())
     if audit is not None:
         audit.write(out / FILE)
+    if small is not None:
+        write_whole(out / INT8, small)
     write_whole(out / MODEL, data)
     if OnnxModel(out / MODEL, gpu=False).sha256 != sha256:
         raise ExportError(f"{out / MODEL} reads back with other bytes than were written; release it again")
@@ -145,6 +151,16 @@ def _run(named: str, home: Path | None) -> tuple[Path, Log]:
     server = ServerHome(home_folder(home, "server.yaml"))
     folder = folder if folder.is_dir() else server.runs / named
     return folder, SharedLog(server.audit_file, Signer.load(server.signing_key))
+
+
+def _int8(folder: Path, summary: Mapping[str, Any], description: Description) -> bytes | None:
+    """The 8-bit file with the same description, where the run has one."""
+    made = summary.get("int8", {})
+    if made.get("file") is None:
+        return None
+    if OnnxModel(folder / INT8, gpu=False).sha256 != made["sha256"]:
+        raise ExportError(f"{INT8} of the run is not the file that the run wrote; restore it, or make the run again")
+    return _described(folder / INT8, description.to_metadata())
 
 
 def _described(path: Path, metadata: Mapping[str, str]) -> bytes:

@@ -165,7 +165,7 @@ def _work(
     status.change(state="concluding", eta_s=None, error=None)
     started = str(status.plain["started"])
     conclusion = conclude(
-        federated, recipe, found.path, test=test, device=device, audit=audit,
+        federated, recipe, found.path, test=test, device=device, audit=audit, int8=config.int8,
         circumstances=Circumstances(
             started=started,
             wall_s=(datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds(),

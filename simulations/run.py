@@ -127,7 +127,8 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         )
         conclusion = conclude(
             federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
-            torchscript=settings.torchscript, prove=lambda weights: _prove(recipe, cohorts, weights, device, show),
+            torchscript=settings.torchscript, int8=settings.int8,
+            prove=lambda weights: _prove(recipe, cohorts, weights, device, show),
         )  # fmt: skip
         show.step("Evaluating and exporting", 1, 1)
     return conclusion

@@ -46,7 +46,7 @@ def _command_lines() -> list[tuple[str, list[str]]]:
 def _inline_settings() -> list[tuple[str, str]]:
     """(page, text) of every `name=value ...` between backticks whose name is a group or starts like a field."""
     tops = {*groups(), "task", "data", "model", "training", "privacy", "federation", "evaluation", "simulation"}
-    tops |= {"rounds", "seed", "resume", "baselines", "overwrite", "torchscript"}
+    tops |= {"rounds", "seed", "resume", "baselines", "overwrite", "torchscript", "int8"}
     found = []
     for page in PAGES:
         prose = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, as_plain
-from common.errors import ConfigError, ExportError
+from common.errors import ConfigError, ExportError, FedicomError
 from common.models import build, get_weights
 from common.onnx_model import OnnxModel
 from common.privacy_audit import Bound, Check, PrivacyAudit, audited_code, read_privacy_audit, told, unfit
@@ -89,6 +89,25 @@ def test_an_audited_model_is_released_and_says_so(run: Path, tmp_path: Path) -> 
     assert [kind for kind, _ in log.events] == ["model exported", "model released"]
     assert {facts["sha256"] for _, facts in log.events} == {file.sha256}
     assert read_privacy_audit(tmp_path / "out" / "privacy_audit.json") == audit_of(run)
+
+
+def test_an_8_bit_file_is_released_beside_it_with_the_same_words(run: Path, tmp_path: Path) -> None:
+    for name in ("summary.json", "run.json", "model_card.md", "model.onnx"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    small = tmp_path / "model.int8.onnx"
+    small.write_bytes((run / "model.onnx").read_bytes())  # any graph will do
+    summary = json.loads((run / "summary.json").read_text())
+    summary["int8"] = {"file": small.name, "sha256": OnnxModel(small, gpu=False).sha256}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    log = Notes()
+    release(tmp_path, tmp_path / "out", audit=audit_of(run), unaudited=False, log=log)
+    files = [OnnxModel(tmp_path / "out" / name, gpu=False) for name in ("model.onnx", "model.int8.onnx")]
+    assert files[0].description == files[1].description
+    assert {facts["sha256"] for _, facts in log.events} == {file.sha256 for file in files}
+    small.write_bytes(files[0].sha256.encode())
+    with pytest.raises(FedicomError):
+        release(tmp_path, tmp_path / "again", audit=audit_of(run), unaudited=False, log=Notes())
+    assert not (tmp_path / "again").exists()
 
 
 def test_the_same_release_has_the_same_bytes(run: Path, tmp_path: Path) -> None:
