@@ -447,6 +447,10 @@ class Simulation:
     hospitals: str | None = None
     """Folder with one folder a hospital (`dicom/` and `labels.csv` in each) and `central/`; null: phantoms are made."""
     phantom: Phantom = Phantom()
+    backend: Literal["process", "ray"] = "process"
+    """ray runs the same apps on a Ray cluster through Flower's engine, for who outgrows one machine."""
+    ray_address: str | None = None
+    """Of a Ray cluster that is running (`auto`, or as Ray writes it); null starts one on this machine for the run."""
     workers: Annotated[int, Ge(1), Le(64)] = 1
     """Sites that train at the same time, each in a process of its own."""
     threads: Annotated[int, Ge(0)] = 0

@@ -99,6 +99,10 @@ class _Handed(RecordDict):
         self.data: bytes | None = None
         """As bytes, once somebody wanted them: a plan goes to many sites."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Into another process it goes as bytes, and comes out as any message from outside."""
+        return from_bytes, (to_bytes(self),)
+
 
 def hand(value: Request | Reply) -> RecordDict:
     """A message between two sides of one process; `decode` gives the very same object, `to_bytes` encodes it.

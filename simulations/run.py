@@ -49,6 +49,7 @@ from server.coordinator import Federated, coordinate
 from server.report import Baselines
 from server.rounds import RoundReport, ServerState, Transport
 from server.secure import Take
+from simulations import on_ray
 from simulations.baselines import baselines
 from simulations.grid import InProcessGrid, Worker
 from simulations.hospitals import CENTRAL
@@ -104,6 +105,8 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
     show = show or Silent()
     recipe, out = settings.recipe, run_folder(settings)
     device = _device(settings)
+    if settings.simulation.backend == "ray":
+        on_ray.check(settings)
     _fits(settings, out)
     with _alone(out), _log_file(out):
         torch.set_num_threads(_threads(settings))
@@ -191,6 +194,9 @@ def _federate(
         shown.transport = transport
         result.append(coordinate(settings.recipe, shown, out, audit=audit, resume=settings.resume, on_round=show.round))
 
+    if settings.simulation.backend == "ray":
+        on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)
+        return result[0]
     with _workers(settings) as workers:
         app = None
         if not workers:
