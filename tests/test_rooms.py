@@ -64,7 +64,8 @@ def test_rooms_import_only_downwards():
 
 
 def test_flower_is_only_in_the_shells():
-    apps = {"client.app", "server.app", "server.aggregate", "simulations.grid", "simulations.run", "common.wire"}
+    apps = {"client.app", "server.app", "server.aggregate", "simulations.grid", "simulations.on_ray", "simulations.run"}
+    apps.add("common.wire")
     allowed = apps | {"client.link", "server.link"}  # the two that may touch its private modules
     assert importers("flwr") == allowed
 

@@ -49,6 +49,7 @@ def test_a_secure_sum_is_refused(tmp_path: Path) -> None:
         "federation.sites=3",
         "federation.quorum=3",
         "privacy.secure_aggregation=true",
+        "federation.max_update_norm=100",
     )
     with pytest.raises(ConfigError, match="use backend=process"):
         simulate(secure)
