@@ -31,6 +31,11 @@ def objections(recipe: Recipe, policy: Policy, patients: int | None = None) -> t
     task, privacy, found = recipe.task, recipe.privacy, []
     if not privacy.active and policy.require_privacy:
         found.append("the recipe trains without differential privacy, the policy requires it (require_privacy)")
+    if not privacy.secure_aggregation and policy.require_secure_aggregation:
+        found.append(
+            "the recipe shows the coordinator this site's own update, the policy requires secure aggregation "
+            "(require_secure_aggregation)"
+        )
     if privacy.unsafe_seeded_noise and not policy.seeded_noise:
         found.append("privacy.unsafe_seeded_noise is for simulations; this site does not train with it (seeded_noise)")
     if privacy.noise_multiplier is not None and privacy.noise_multiplier < policy.min_noise_multiplier:

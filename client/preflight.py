@@ -76,6 +76,7 @@ def preflight(
 def _configuration(home: SiteHome) -> Iterator[Line]:
     config = home.config
     private = "requires privacy" if config.policy.require_privacy else "allows recipes without privacy"
+    private += " and secure aggregation" if config.policy.require_secure_aggregation else ""
     says = f"site {config.site} of {config.federation}; the policy {private}, at most epsilon {config.policy.epsilon:g}"
     yield Line(level="ok", what="configuration", says=says)
     if config.policy.seeded_noise:

@@ -458,7 +458,7 @@ class Simulation:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cache: Cache = Cache()
     metrics: Literal["bounded", "noised", "none"] = "bounded"
-    """The virtual hospitals' policy on scores, see docs/privacy.md."""
+    """The virtual hospitals' policy on scores, see docs/privacy.md; noised: with rounded counts of patients too."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -68,6 +68,8 @@ class Policy:
 
     require_privacy: bool = True
     """Refuse every recipe without differential privacy."""
+    require_secure_aggregation: bool = False
+    """Refuse every recipe without `privacy.secure_aggregation`: this site's update leaves under masks or not at all."""
     epsilon: Annotated[float, Gt(0)] = 8.0
     """Most that all recipes together may spend on this cohort, at `delta`."""
     delta: Annotated[float, Gt(0), Lt(0.01)] = 1e-5

@@ -374,6 +374,7 @@ def _read(path: Path) -> bytes | None:
 
 _POLICY = {
     "require_privacy": "refuse every recipe without differential privacy",
+    "require_secure_aggregation": "refuse every recipe in which the coordinator sees this site's own update",
     "epsilon": "most that all recipes together may spend on this cohort, for ever",
     "delta": "below one over the number of patients",
     "min_noise_multiplier": "least noise of a step, in units of the clipping norm",

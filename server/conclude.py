@@ -254,6 +254,8 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
             "epsilon_prv": checks.prv if checks else None,
             "epsilon_rdp": checks.rdp if checks else None,
             "delta": summary.spent.delta if summary.spent else None,
+            "noised_scores": test is not None and test.noised,
+            "scores_epsilon": summary.spent.scores_epsilon if summary.spent else None,
         }
 
     summary: dict[str, Any] = {

@@ -291,8 +291,13 @@ def _privacy(report: RunReport) -> Iterator[str]:
     yield "- Unit: the patient, with all of their images; neighbouring cohorts differ by one patient."
     yield "- Accountant: privacy loss distributions (PLD) over Poisson-sampled steps, composed over all rounds."
     yield f"- Asked for by the recipe: {_asked(report)}."
-    yield "- Not covered: the metrics and counts that sites gave, which are bounded by a smallest cell of"
-    yield f"  {report.recipe.evaluation.min_cell} patients. For a patient of several sites the epsilons add up."
+    if report.noised_scores is None:
+        yield "- Not covered: the metrics and counts that sites gave, which are bounded by a smallest cell of"
+        yield f"  {report.recipe.evaluation.min_cell} patients. For a patient of several sites the epsilons add up."
+    else:
+        yield f"- Metrics that sites noised cost a site at most epsilon {report.noised_scores:.4g}, beside the figures"
+        yield "  below; its ledger has both."
+        yield "- Not covered: counts, as far as a site tells them. For a patient of several sites the epsilons add up."
     yield ""
     yield from _table(
         ("Site", "Epsilon", "Delta", "Noise multiplier", "Clip norm", "Sampling rate", "Noised steps"),

@@ -137,9 +137,11 @@ def _attack(words: Sequence[str]) -> int:
         prog="fedicom privacy attack",
         description="Attack small federations with and without privacy: membership inference (loss threshold, LiRA) on "
         "the global model and on a site's update, and gradient inversion of one update. Writes attacks.json, a page "
-        "with pictures, and prints the table. With the defaults, ten to twenty minutes on one core.",
+        "with pictures, and prints the table. With the defaults, about five minutes on one core.",
     )
-    parser.add_argument("images", nargs="?", type=Path, metavar="FILE.npz", help="MedMNIST, two classes; else phantoms")
+    parser.add_argument("images", nargs="?", type=Path, metavar="FILE.npz|FOLDER",
+        help="MedMNIST of two classes, or a folder of `fedicom hospitals`; else phantoms. Pictures are rebuilt of both",
+    )  # fmt: skip
     parser.add_argument(
         "--epsilon", type=_epsilon, nargs="+", default=[None, 50.0, 8.0, 3.0, 1.0], metavar="E",
         help="numbers, or none; without it, none 50 8 3 1",
@@ -147,6 +149,7 @@ def _attack(words: Sequence[str]) -> int:
     parser.add_argument("--models", type=int, default=12, help="federations for each epsilon; 0: inversion only")
     parser.add_argument("--patients", type=int, default=800, help="half of them are in each training")
     parser.add_argument("--sites", type=int, default=2)
+    parser.add_argument("--pictures", type=int, default=2, help="of each kind are rebuilt; 0: none")
     parser.add_argument("--iterations", type=int, default=400, help="of the gradient inversion, for each of two starts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/attacks"), metavar="DIR")
@@ -156,33 +159,42 @@ def _attack(words: Sequence[str]) -> int:
     import torch
 
     from common.storage import write_whole
-    from simulations.attacks.study import inversion, medmnist, membership, phantoms, plain, table
+    from simulations.attacks.images import images_of, phantoms
+    from simulations.attacks.study import inversion, membership, plain, table
     from simulations.cli import Terminal
     from simulations.privacy_page import write_attack_page
 
     torch.set_num_threads(1)
-    images = phantoms(seed=arguments.seed) if arguments.images is None else medmnist(arguments.images)
+    drawn = phantoms(seed=arguments.seed)
+    images = drawn if arguments.images is None else images_of(arguments.images)
     if arguments.patients > len(images.train_N):
         raise ConfigError(f"--patients: got {arguments.patients}, {images.name} has {len(images.train_N)}")
     epsilons = arguments.epsilon
     console = Console()
     terminal = Terminal(console)
     with terminal.progress:
-        rebuilt = inversion(images, epsilons, iterations=arguments.iterations, seed=arguments.seed, show=terminal.step)
+        galleries = tuple(
+            inversion(
+                kind, epsilons, pictures=range(arguments.pictures), iterations=arguments.iterations,
+                seed=arguments.seed, show=terminal.step,
+            )
+            for kind in ((drawn,) if images is drawn else (drawn, images))
+            if arguments.pictures
+        )  # fmt: skip
         rows: tuple[Row, ...] = ()
         if arguments.models:
             rows = membership(
                 images, epsilons, patients=arguments.patients, models=arguments.models, sites=arguments.sites,
                 seed=arguments.seed, show=terminal.step,
             )  # fmt: skip
-    found = plain(rows, rebuilt) | {
+    found = plain(rows, galleries) | {
         "images": images.name, "models": arguments.models, "patients": arguments.patients, "sites": arguments.sites,
         "seed": arguments.seed,
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out / "attacks.json", (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
-    write_attack_page(images.name, rows, rebuilt, found, arguments.out / "attacks.html")
-    print(table(rows, rebuilt))  # noqa: T201
+    write_attack_page(images.name, rows, galleries, found, arguments.out / "attacks.html")
+    print(table(rows, galleries))  # noqa: T201
     console.print(f"Written to {arguments.out}/attacks.json and .html", highlight=False, soft_wrap=True)
     return 0
 

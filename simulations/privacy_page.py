@@ -6,7 +6,6 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +17,7 @@ from common.style import CSS
 
 if TYPE_CHECKING:
     from common.privacy_audit import PrivacyAudit
-    from simulations.attacks.inversion import Rebuilt
-    from simulations.attacks.study import Row
+    from simulations.attacks.study import Gallery, Row
 
 
 def document(title: str, eyebrow: str, lead: Child, meta: str, *sections: tuple[str, Html]) -> str:
@@ -113,57 +111,65 @@ def _audit(found: PrivacyAudit) -> str:
 
 
 def write_attack_page(
-    name: str, rows: Sequence[Row], rebuilt: Sequence[Sequence[Rebuilt]], facts: Mapping[str, Any], path: Path
+    name: str, rows: Sequence[Row], galleries: Sequence[Gallery], facts: Mapping[str, Any], path: Path
 ) -> None:
     """Raises StorageError when the file cannot be written."""
-    write_whole(path, _attacks(name, rows, rebuilt, facts).encode())
+    write_whole(path, _attacks(name, rows, galleries, facts).encode())
 
 
 def _attacks(
-    name: str, rows: Sequence[Row], rebuilt: Sequence[Sequence[Rebuilt]], facts: Mapping[str, Any]
+    name: str, rows: Sequence[Row], galleries: Sequence[Gallery], facts: Mapping[str, Any]
 ) -> str:  # fmt: skip
     sections = []
     if rows:
         cells: list[list[Child]] = []
         for row in rows:
-            found = row.attacked
-            utility = f"{fmean(found.utility):.3f} ± {stdev(found.utility):.3f}"
-            line: list[Child] = ["none" if row.epsilon is None else f"{row.epsilon:g}", utility]
-            for one in (found.lira, found.threshold, found.update):
-                low, high = f"{one.tpr_low:.2%}", f"{one.tpr_high:.2%}"
-                line.append(join(f"{one.auroc:.3f}", tag("span", f"± {one.auroc_sd:.3f}", class_="sub")))
-                line.append(join(f"{one.tpr:.2%}", tag("span", f"{low} to {high}", class_="sub")))
-            cells.append(line)
+            for what, attacks in row.attacks:
+                shown = [cell for one in attacks for cell in (one.area, one.rate)]
+                cells.append([*row.named, what, *shown])
         tpr = "found at 0.1 % false"
-        head = ("Epsilon", "Test AUROC", "LiRA, AUC", tpr, "Loss threshold, AUC", tpr, "One update, AUC", tpr)
+        head = ("Epsilon", "Test AUROC", "Attacked", "LiRA, AUC", tpr, "Loss threshold, AUC", tpr)
         text = (
             f"{facts['models']} federations of {facts['sites']} sites, each trained on a random half of "
             f"{facts['patients']} patients; every one is attacked with the others as shadow models. An AUC of 0.5 and "
-            "0.10 % found are guessing. Small type: standard deviation over federations, 95 % interval."
+            "0.10 % found are guessing; ± is the standard deviation over federations, in brackets are 95 % intervals."
         )
         few = min(row.attacked.update.negatives for row in rows)
         text += f" The fewest decisions about non-members behind a cell are {few:,}; 1,000 are needed to see 0.1 %."
         sections.append(("Was a patient in the training?", join(
             tag("p", text), table(head, cells, caption="Success of membership inference, and utility, against epsilon")
         )))  # fmt: skip
-    blocks: list[Child] = [
-        tag("p", "Rebuilt from one update of one picture with a small smooth network at its random start, label known: "
-            "the easiest case. With secure aggregation the server has the sum of five sites' updates alone, and the "
-            "best of five rebuilt pictures is shown; privacy noises the update with the recipe's own engine.")
-    ]  # fmt: skip
-    for tried in rebuilt:
-        shown = [_picture(tried[0].truth, "the patient's picture", "")]
-        shown += [
-            _picture(one.image, f"defence: {one.defence}", f"PSNR {one.psnr_db:.1f} dB, SSIM {one.ssim:.2f}")
-            for one in tried
-        ]
-        blocks.append(tag("div", *shown, style=_GALLERY))
-    sections.append(("What does the picture look like?", join(*blocks)))
+    if galleries:
+        sections.append(("What does the picture look like?", _rebuilt(galleries)))
     lead = "What an attacker gets out of a federation, with and without its defences."
     meta = f"Images: {name} · seed {facts['seed']}"
     return document(f"Attacks: {name}", "Fedicom privacy attacks", lead, meta, *sections)
 
 
+def _rebuilt(galleries: Sequence[Gallery]) -> Html:
+    blocks: list[Child] = [
+        tag("p", "Rebuilt from one update of one picture with a small smooth network at its random start, label known: "
+            "the easiest case. With secure aggregation the coordinator has one site's update under masks, and the sum "
+            "of five sites' updates, of which the best of five rebuilt pictures is shown. Privacy clips and noises the "
+            "update with the recipe's own engine. SSIM 1 is the same picture, 0 nothing of it.")
+    ]  # fmt: skip
+    for gallery in galleries:
+        lines = [[defence, *gallery.likeness(n)] for n, defence in enumerate(gallery.defences)]
+        told = f"{gallery.images}: mean over {len(gallery.rows)} pictures, ± standard deviation"
+        blocks.append(tag("h3", gallery.images))
+        for tried in gallery.rows[:_SHOWN]:
+            shown = [_picture(tried[0].truth, "the patient's picture", "")]
+            shown += [
+                _picture(one.image, f"defence: {one.defence}", f"PSNR {one.psnr_db:.1f} dB, SSIM {one.ssim:.2f}")
+                for one in tried
+            ]
+            blocks.append(tag("div", *shown, style=_GALLERY))
+        blocks.append(table(("Defence", "PSNR, dB", "SSIM"), lines, caption=told))
+    return join(*blocks)
+
+
+_SHOWN = 3
+"""Pictures of each kind; all of them are in the table."""
 _GALLERY = "display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:14px;margin:18px 0"
 
 

@@ -354,6 +354,18 @@ def test_the_estimate_of_the_noises_norm_is_above_what_torch_makes_of_it_and_not
     assert made < estimate < 2 * made
 
 
+def test_a_site_that_requires_secure_sums_greets_and_trains_no_other_recipe(tmp_path: Path) -> None:
+    secure, plain = small(), replace(small(), privacy=Privacy())
+    for recipe, refused in ((secure, False), (plain, True)):
+        site = site_of(tmp_path / recipe.id[:8], recipe)
+        site.policy = replace(site.policy, require_secure_aggregation=True)
+        for reply in (site.hello(Question(recipe_id=recipe.id)), site.visit(plan_of(recipe))):
+            assert isinstance(reply, Refusal) == refused
+            if isinstance(reply, Refusal):
+                assert reply.code == "policy"
+                assert "(require_secure_aggregation)" in reply.why
+
+
 def test_without_keys_of_the_others_nothing_is_trained(tmp_path: Path) -> None:
     recipe = small()
     reply = site_of(tmp_path, recipe, sums=False).visit(plan_of(recipe))

@@ -105,6 +105,13 @@ class RunReport:
     notes: tuple[str, ...] = ()
     """Warnings, shown first: `privacy: none`, `unsafe_seeded_noise was on: the privacy figures do not hold`."""
 
+    @property
+    def noised_scores(self) -> float | None:
+        """The most that a hospital paid, in epsilon, for scores that it noised; None where none were."""
+        noised = [site for site in self.sites if site.test is not None and site.test.noised]
+        paid = [site.spent.scores_epsilon for site in noised if site.spent is not None]
+        return max(paid, default=0.0) if noised else None
+
 
 def write_report(report: RunReport, path: Path) -> None:
     """Writes one self-contained HTML file, atomically; the same report gives the same bytes.

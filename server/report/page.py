@@ -16,7 +16,7 @@ from common.style import CSS
 from server.accounts import cross_checks
 from server.report import RunReport, SiteSummary, words
 from server.report.plots import comparison_figures, course_figures, performance_figures
-from server.report.privacy import audit_part, epsilon_tables
+from server.report.privacy import audit_part, epsilon_course
 
 if TYPE_CHECKING:
     from common.config import Privacy
@@ -181,8 +181,13 @@ def _sites(report: RunReport) -> Html:
     if private:
         head.append("Epsilon spent")
     specificity = words.percent(report.recipe.evaluation.specificity)
+    noised = (
+        "" if report.noised_scores is None else " Where a hospital's policy is to noise its scores, they are noised."
+    )
     return join(
-        tag("p", "Patients of each hospital by split, and the final model on the hospital's own test patients."),
+        tag(
+            "p", f"Patients of each hospital by split, and the final model on the hospital's own test patients.{noised}"
+        ),
         table(head, rows, caption="Patients and results by hospital"),
         tag("p", f"* at {specificity} specificity. Small type: {words.confidence(report)} interval.", class_="meta"),
     )
@@ -349,7 +354,7 @@ def _of_patients(report: RunReport) -> Html:
             "Noised steps")  # fmt: skip
     parts += [
         table(head, rows, caption="What each hospital spent, by its own ledger") if rows else None,
-        *epsilon_tables(report),
+        epsilon_course(report),
         items(
             "The unit is the patient: all images of a person together.",
             "Each hospital counts for itself over all its steps and rounds (accounting by privacy loss distributions, "
@@ -362,13 +367,26 @@ def _of_patients(report: RunReport) -> Html:
         tag("h3", "What this does not protect"),
         items(
             "Facts about the whole population that the model learns, and that then apply to a patient too.",
-            "That a hospital took part, its patient counts, and its validation and test results. They carry no noise; "
-            f"none is given for fewer than {report.recipe.evaluation.min_cell} patients.",
+            _scores_told(report),
             "The patients of the central test set, with whom the coordinator works directly.",
             "A hospital's own computers and staff; the coordinator sees each hospital's noised update.",
         ),
     ]
     return join(*parts)
+
+
+def _scores_told(report: RunReport) -> str:
+    least = report.recipe.evaluation.min_cell
+    if report.noised_scores is None:
+        return (
+            "That a hospital took part, its patient counts, and its validation and test results. They carry no noise; "
+            f"none is given for fewer than {least} patients."
+        )
+    return (
+        "That a hospital took part, and its patient counts, as far as its policy tells them. Scores were noised at the "
+        f"hospitals that want it, and their ledgers paid epsilon {words.epsilon(report.noised_scores)} for them at "
+        "most, beside the figures above, which are of the updates."
+    )
 
 
 def _cross_checks(spent: Spent) -> tuple[str, str]:

@@ -1,57 +1,36 @@
-"""Epsilon by hospital, accountant and round, and what the audit of the mechanism found."""
+"""Epsilon by hospital and round, and what the audit of the mechanism found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from common.accounting import Event, epsilon_prv, epsilon_rdp
 from common.html import Child, Html, join, table, tag
 from server.report import RunReport, words
 
 if TYPE_CHECKING:
-    from common.exchange import Spent
     from common.privacy_audit import Bound
 
 _ROUNDS = 12
 """Columns at most; of a longer run some rounds are shown, the last always."""
 
 
-def epsilon_tables(report: RunReport) -> Iterator[Html]:
-    """The same steps by three accountants, and how epsilon grew."""
-    spent = [(site.name, site.spent) for site in report.sites if site.spent is not None]
-    if not spent or report.recipe.privacy.unsafe_seeded_noise:
-        return
-    rows: list[list[Child]] = [
-        [name, tag("strong", words.epsilon(s.epsilon)), *(words.epsilon(x) for x in _checks(s))] for name, s in spent
-    ]
-    yield table(
-        ("Hospital", "PLD (of record)", "PRV", "RDP"), rows,
-        caption="Epsilon of the same steps by three accountants: PRV is a cross-check with an error of 0.01, RDP is "
-        "known to be looser",
-    )  # fmt: skip
+def epsilon_course(report: RunReport) -> Html | None:
+    """How epsilon grew."""
     rounds = [line for line in report.rounds if line.epsilon and line.round <= report.recipe.rounds]
-    if len(rounds) > 1:
-        step = -(-len(rounds) // _ROUNDS)
-        shown = [line for at, line in enumerate(rounds, start=1) if at % step == 0 or at == len(rounds)]
-        names = sorted({name for line in rounds for name in line.epsilon})
-        cells = [
-            [name, *(words.epsilon(line.epsilon[name]) if name in line.epsilon else "–" for line in shown)]
-            for name in names
-        ]
-        yield table(
-            ("Hospital", *(f"round {line.round}" for line in shown)), cells,
-            caption="Epsilon spent up to each round, all earlier rounds included (PLD)",
-        )  # fmt: skip
-
-
-def _checks(spent: Spent) -> tuple[float, float]:
-    event = Event(
-        noise_multiplier=spent.noise_multiplier, sampling_rate=spent.sampling_rate, steps=spent.steps
+    if len(rounds) < 2 or report.recipe.privacy.unsafe_seeded_noise:
+        return None
+    step = -(-len(rounds) // _ROUNDS)
+    shown = [line for at, line in enumerate(rounds, start=1) if at % step == 0 or at == len(rounds)]
+    names = sorted({name for line in rounds for name in line.epsilon})
+    cells: list[list[Child]] = [
+        [name, *(words.epsilon(line.epsilon[name]) if name in line.epsilon else "–" for line in shown)]
+        for name in names
+    ]
+    return table(
+        ("Hospital", *(f"round {line.round}" for line in shown)), cells,
+        caption="Epsilon spent up to each round, all earlier rounds included (PLD)",
     )  # fmt: skip
-    if not spent.noise_multiplier:
-        return float("inf"), float("inf")
-    return epsilon_prv([event], spent.delta), epsilon_rdp([event], spent.delta)
 
 
 def audit_part(report: RunReport) -> Iterator[Html]:

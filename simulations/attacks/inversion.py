@@ -23,6 +23,13 @@ from torch import nn
 from client import train as work
 from client.dp import Sampling
 from common.config import Recipe
+from common.fixed import FixedPoint, fewest
+from common.identity import Signer
+from common.secagg import Aggregator, Member, Subject
+from common.weights import Weights
+
+_LIMIT = 100.0
+"""Of an update's norm in a secure sum, as docs/secure-aggregation.md proposes."""
 
 Picture = npt.NDArray[np.float32]
 
@@ -85,6 +92,49 @@ def update_of(
         found.append(parameter.grad.clone())
         parameter.grad = None
     return found
+
+
+def secure_sum(updates: Sequence[Sequence[torch.Tensor]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the coordinator gets of several sites' updates under secure aggregation, by the protocol itself.
+
+    Returns:
+        The first site's masked update, read as the numbers that it would be without a mask, and the mean of all.
+    """
+    sites = [f"site{number:02d}" for number in range(len(updates))]
+    signers = {site: Signer.temporary() for site in sites}
+    keys = {site: signer.public for site, signer in signers.items()}
+    subject = Subject(recipe_id="a" * 64, round=1, base="b" * 64)
+    threshold, point = fewest(len(sites)), FixedPoint(sites=len(sites), limit=_LIMIT)
+    members = {
+        site: Member(site, subject, signer=signers[site], keys=keys, sites=len(sites), threshold=threshold)
+        for site in sites
+    }
+    offers = {site: member.offer for site, member in members.items()}
+    deltas = {
+        site: Weights({f"{n:04d}": part.numpy() for n, part in enumerate(update)})
+        for site, update in zip(sites, updates, strict=True)
+    }
+    server = Aggregator(subject, offers, threshold=threshold, numbers=deltas[sites[0]].size + 1)
+    session = server.session
+    for site, member in members.items():
+        server.deal(site, *member.deal(offers))
+    boxes = server.boxes()
+    seen = {site: member.mask(session, boxes[site], point.encode(deltas[site], 1)) for site, member in members.items()}
+    for site, masked in seen.items():
+        server.add(site, session, masked)
+    signatures = {site: member.agree(session, server.masked) for site, member in members.items()}
+    for site, signature in signatures.items():
+        server.sign(site, session, signature)
+    for site, member in members.items():
+        server.open(site, session, *member.open(session, server.masked, signatures))
+    shapes = {name: array.shape for name, array in deltas[sites[0]].items()}
+    mean, _ = point.decode(server.total(), len(sites), shapes)
+    flat = torch.from_numpy(seen[sites[0]].words[:-1].view(np.int32) * np.float32(2.0**-point.bits))
+    masked_parts = flat.split([part.numel() for part in updates[0]])
+    return (
+        [numbers.reshape(part.shape) for numbers, part in zip(masked_parts, updates[0], strict=True)],
+        [torch.from_numpy(np.array(mean[name])) for name in shapes],
+    )
 
 
 def invert(

@@ -50,6 +50,16 @@ class Success:
     negatives: int
     """Decisions about non-members; fewer than 1,000 cannot show 0.1 %."""
 
+    @property
+    def area(self) -> str:
+        """The AUC as it is shown."""
+        return f"{self.auroc:.3f} ± {self.auroc_sd:.3f}"
+
+    @property
+    def rate(self) -> str:
+        """Members found, as it is shown."""
+        return f"{100 * self.tpr:.2f} % ({100 * self.tpr_low:.2f}-{100 * self.tpr_high:.2f})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attacked:
@@ -59,6 +69,8 @@ class Attacked:
     threshold: Success
     update: Success
     """LiRA on the first site's last update, put on the model it started from: its patients against who is nowhere."""
+    update_threshold: Success
+    """The loss threshold on the same."""
     utility: tuple[float, ...]
     """Test AUROC of every federation."""
     noise_multiplier: float | None
@@ -111,6 +123,7 @@ def attack(
         threshold=success(sure, inside),
         # members of the other sites are left out: one site's update is about its own patients
         update=success(lira(sure_first, of_first, ~inside), of_first, of_first | ~inside),
+        update_threshold=success(sure_first, of_first, of_first | ~inside),
         utility=tuple(utility),
         noise_multiplier=planned(recipe, patients).noise_multiplier if recipe.privacy.active else None,
     )

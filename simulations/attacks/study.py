@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
@@ -15,27 +14,12 @@ from torch import nn
 
 from client.mechanism import planned
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Training
-from common.errors import DataError
 from common.samples import Samples
-from simulations.attacks.inversion import Rebuilt, invert, similarity, update_of, victim
-from simulations.attacks.membership import Attacked, attack
+from simulations.attacks.images import MEAN, SIZE, STD, Images, Pictures
+from simulations.attacks.inversion import Rebuilt, invert, secure_sum, similarity, update_of, victim
+from simulations.attacks.membership import Attacked, Success, attack
 
 DELTA = 1e-5
-_SIZE = 28
-_MEAN, _STD = 0.5, 0.25
-
-Pictures = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Labelled pictures in [0, 1], (N, rows, columns), one a patient."""
-
-    name: str
-    train_N: Pictures
-    label_N: npt.NDArray[np.int64]
-    test_N: Pictures
-    test_label_N: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +30,38 @@ class Row:
     """None: no privacy."""
     attacked: Attacked
 
+    @property
+    def named(self) -> tuple[str, str]:
+        """Epsilon and utility, as they are shown."""
+        name = "none" if self.epsilon is None else f"{self.epsilon:g}"
+        return name, f"{fmean(self.attacked.utility):.3f} ± {stdev(self.attacked.utility):.3f}"
 
-def medmnist(path: Path) -> Images:
-    """Raises DataError when the file is not of MedMNIST's layout with two classes."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            parts = {name: file[name] for name in ("train_images", "train_labels", "test_images", "test_labels")}
-    except (OSError, KeyError, ValueError):
-        raise DataError(f"{path.name} is no MedMNIST file; expected .npz with train_images, train_labels ...") from None
-    train, test = (parts[f"{kind}_images"].astype(np.float32) / np.float32(255) for kind in ("train", "test"))
-    if train.ndim != 3 or train.shape[1:] != (_SIZE, _SIZE) or set(np.unique(parts["train_labels"])) != {0, 1}:
-        raise DataError(f"{path.name}: expected grey pictures of {_SIZE} x {_SIZE} with two classes")
-    labels, test_labels = (parts[f"{kind}_labels"][:, 0].astype(np.int64) for kind in ("train", "test"))
-    return Images(name=path.stem, train_N=train, label_N=labels, test_N=test, test_label_N=test_labels)
+    @property
+    def attacks(self) -> tuple[tuple[str, tuple[Success, Success]], ...]:
+        """What is attacked; by LiRA, and by the loss threshold."""
+        found = self.attacked
+        return (
+            ("the global model", (found.lira, found.threshold)),
+            ("one site's update", (found.update, found.update_threshold)),
+        )
 
 
-def phantoms(train: int = 1600, test: int = 400, seed: int = 0) -> Images:
-    """Radiograph-like phantoms, drawn in memory."""
-    from simulations.phantoms import pictures
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """What was rebuilt of one kind of images."""
 
-    picture_N, label_N = pictures(train + test, _SIZE, seed)
-    return Images(
-        name="phantoms", train_N=picture_N[:train], label_N=label_N[:train], test_N=picture_N[train:],
-        test_label_N=label_N[train:],
-    )  # fmt: skip
+    images: str
+    rows: tuple[tuple[Rebuilt, ...], ...]
+    """A row for each picture, with the same defences in each."""
+
+    @property
+    def defences(self) -> tuple[str, ...]:
+        return tuple(one.defence for one in self.rows[0])
+
+    def likeness(self, defence: int) -> tuple[str, str]:
+        """PSNR and SSIM over the pictures, as they are shown."""
+        psnr, ssim = ([getattr(line[defence], name) for line in self.rows] for name in ("psnr_db", "ssim"))
+        return f"{fmean(psnr):.1f}", f"{fmean(ssim):.2f}" + (f" ± {stdev(ssim):.2f}" if len(ssim) > 1 else "")
 
 
 def small_network(seed: int) -> nn.Module:
@@ -78,7 +70,7 @@ def small_network(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Conv2d(1, 16, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(32 * (_SIZE // 4) ** 2, 2),
+            nn.Flatten(), nn.Linear(32 * (SIZE // 4) ** 2, 2),
         )  # fmt: skip
 
 
@@ -88,7 +80,7 @@ def recipe_of(epsilon: float | None, **parts: object) -> Recipe:
     given: dict[str, object] = {
         "name": "attack",
         "rounds": 5,
-        "data": Preprocessing(size=(_SIZE, _SIZE), mean=_MEAN, std=_STD),
+        "data": Preprocessing(size=(SIZE, SIZE), mean=MEAN, std=STD),
         "model": ModelConfig(family="monai", name="resnet10", width=0.0625, norm="group"),
         "training": (
             Training(local_epochs=6.0, batch_size=128, optimizer="sgd", lr=0.5, weight_decay=0.0)
@@ -139,8 +131,8 @@ def inversion(
     iterations: int = 400,
     seed: int = 0,
     show: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> tuple[tuple[Rebuilt, ...], ...]:
-    """Rebuilds pictures from one update: undefended, out of a sum of sites, and noised.
+) -> Gallery:
+    """Rebuilds pictures from one update: undefended, under masks, out of a sum of sites, and noised.
 
     Args:
         patients: Training patients of the site, for its noise.
@@ -148,95 +140,83 @@ def inversion(
         pictures: Which of the training pictures are attacked.
 
     Returns:
-        One row a picture: no defence, secure aggregation, then each epsilon.
+        One row a picture: no defence, what secure aggregation shows of one site and of all, then each epsilon.
     """
-    model = victim(_SIZE, seed)
+    model = victim(SIZE, seed)
+    noises = {
+        f"epsilon {epsilon:g}": (recipe_of(epsilon), planned(recipe_of(epsilon), patients).noise_multiplier)
+        for epsilon in epsilons
+        if epsilon is not None
+    }
     rows: list[tuple[Rebuilt, ...]] = []
-    total = len(pictures) * (2 + sum(epsilon is not None for epsilon in epsilons))
     for n in pictures:
+        chosen = [(n + k) % len(images.train_N) for k in range(together)]
+        x_N = torch.from_numpy(images.train_N[chosen])[:, None]
+        label_N = torch.from_numpy(images.label_N[chosen])
+        plain_N = [update_of(model, x_N[k : k + 1], label_N[k : k + 1], None) for k in range(together)]
+        masked, mean = secure_sum(plain_N)
+        seen = {
+            "none": (plain_N[0], 1),
+            "secure aggregation, the masked bytes of one site": (masked, 1),
+            f"secure aggregation, the sum of {together} sites": (mean, together),
+        }
+        for name, (recipe, noise) in noises.items():
+            seen[name] = (update_of(model, x_N[:1], label_N[:1], recipe, noise), 1)
         found: list[Rebuilt] = []
-        x = torch.from_numpy(images.train_N[n])[None, None]
-        target = torch.from_numpy(images.label_N[n : n + 1])
-
-        def tried(defence: str, update: Sequence[torch.Tensor], n: int = n, found: list[Rebuilt] = found) -> None:
-            labels = torch.from_numpy(images.label_N[n : n + 1])
-            image = invert(model, update, labels, _SIZE, iterations=iterations, seed=seed)[0, 0].numpy()
-            psnr, ssim = similarity(images.train_N[n], image)
+        for defence, (update, sites) in seen.items():
+            image_N = invert(model, update, label_N[:sites], SIZE, iterations=iterations, seed=seed)[:, 0].numpy()
+            # of the pictures in a sum, the one most like the first site's
+            likeness = [similarity(images.train_N[n], image) for image in image_N]
+            best = max(range(sites), key=lambda k, likeness=likeness: likeness[k][1])  # type: ignore[misc]
             found.append(
-                Rebuilt(defence=defence, truth=images.train_N[n], image=image, psnr_db=psnr, ssim=ssim)
+                Rebuilt(
+                    defence=defence, truth=images.train_N[n], image=image_N[best], psnr_db=likeness[best][0],
+                    ssim=likeness[best][1],
+                )
             )  # fmt: skip
-            show("Gradient inversion", len(rows) * (total // len(pictures)) + len(found), total)
-
-        tried("none", update_of(model, x, target, None))
-        others = [(n + 1 + k) % len(images.train_N) for k in range(together - 1)]
-        found.append(_from_sum(model, images, [n, *others], iterations, seed))
-        for epsilon in epsilons:
-            if epsilon is not None:
-                recipe = replace(recipe_of(epsilon), training=replace(recipe_of(epsilon).training, batch_size=128))
-                noise = planned(recipe, patients).noise_multiplier
-                tried(f"epsilon {epsilon:g}", update_of(model, x, target, recipe, noise))
+            show(f"Gradient inversion, {images.name}", len(rows) * len(seen) + len(found), len(pictures) * len(seen))
         rows.append(tuple(found))
-    return tuple(rows)
+    return Gallery(images=images.name, rows=tuple(rows))
 
 
-def plain(rows: Sequence[Row], rebuilt: Sequence[Sequence[Rebuilt]]) -> dict[str, Any]:
+def plain(rows: Sequence[Row], galleries: Sequence[Gallery]) -> dict[str, Any]:
     """Everything but the pictures, as JSON types."""
     return {
         "membership": [{"epsilon": row.epsilon, **asdict(row.attacked)} for row in rows],
-        "inversion": [
-            [{"defence": one.defence, "psnr_db": one.psnr_db, "ssim": one.ssim} for one in line] for line in rebuilt
-        ],
+        "inversion": {
+            gallery.images: [
+                [{"defence": one.defence, "psnr_db": one.psnr_db, "ssim": one.ssim} for one in line]
+                for line in gallery.rows
+            ]
+            for gallery in galleries
+        },
     }
 
 
-def table(rows: Sequence[Row], rebuilt: Sequence[Sequence[Rebuilt]]) -> str:
+def table(rows: Sequence[Row], galleries: Sequence[Gallery]) -> str:
     """Markdown: attack success against epsilon, utility beside it; then what was rebuilt."""
     lines = []
     if rows:
         lines += [
-            "| epsilon | test AUROC | LiRA, AUC | LiRA, TPR at 0.1 % FPR | loss threshold, AUC | TPR at 0.1 % FPR | "
-            "one update (LiRA), AUC | TPR at 0.1 % FPR |",
-            "|---|---|---|---|---|---|---|---|",
+            "| epsilon | test AUROC | attacked | LiRA, AUC | LiRA, TPR at 0.1 % FPR | loss threshold, AUC | "
+            "loss threshold, TPR at 0.1 % FPR |",
+            "|---|---|---|---|---|---|---|",
         ]
     for row in rows:
-        found = row.attacked
-        name = "none" if row.epsilon is None else f"{row.epsilon:g}"
-        cells = [
-            cell for one in (found.lira, found.threshold, found.update)
-            for cell in (
-                f"{one.auroc:.3f} ± {one.auroc_sd:.3f}",
-                f"{100 * one.tpr:.2f} % ({100 * one.tpr_low:.2f}-{100 * one.tpr_high:.2f})",
-            )
-        ]  # fmt: skip
-        utility = f"{fmean(found.utility):.3f} ± {stdev(found.utility):.3f}"
-        lines.append(f"| {name} | {utility} | {' | '.join(cells)} |")
-    if rebuilt:
-        lines += ["", "| gradient inversion | PSNR, dB | SSIM |", "|---|---|---|"]
-        for n, one in enumerate(rebuilt[0]):
-            same = [line[n] for line in rebuilt]
-            psnr, ssim = fmean(each.psnr_db for each in same), fmean(each.ssim for each in same)
-            lines.append(f"| {one.defence} | {psnr:.1f} | {ssim:.2f} |")
+        name, utility = row.named
+        for what, attacks in row.attacks:
+            cells = [cell for one in attacks for cell in (one.area, one.rate)]
+            lines.append(f"| {name} | {utility} | {what} | {' | '.join(cells)} |")
+    if galleries:
+        head = " | ".join(f"{gallery.images}, PSNR, dB | SSIM" for gallery in galleries)
+        lines += ["", f"| gradient inversion | {head} |", "|---" * (1 + 2 * len(galleries)) + "|"]
+        for n, defence in enumerate(galleries[0].defences):
+            cells = [" | ".join(gallery.likeness(n)) for gallery in galleries]
+            lines.append(f"| {defence} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _from_sum(model: torch.nn.Module, images: Images, chosen: Sequence[int], iterations: int, seed: int) -> Rebuilt:
-    """The server knows the sum of the sites' updates alone; of the rebuilt pictures, the one most like the first's."""
-    updates = []
-    for n in chosen:
-        x = torch.from_numpy(images.train_N[n])[None, None]
-        updates.append(update_of(model, x, torch.from_numpy(images.label_N[n : n + 1]), None))
-    total = [torch.stack(parts).mean(0) for parts in zip(*updates, strict=True)]
-    labels = torch.from_numpy(images.label_N[list(chosen)])
-    found = invert(model, total, labels, _SIZE, iterations=iterations, seed=seed)[:, 0].numpy()
-    truth = images.train_N[chosen[0]]
-    best = max(found, key=lambda image: similarity(truth, image)[1])
-    psnr, ssim = similarity(truth, best)
-    return Rebuilt(
-        defence=f"secure aggregation of {len(chosen)} sites", truth=truth, image=best, psnr_db=psnr, ssim=ssim
-    )  # fmt: skip
-
-
 def _samples(picture_N: Pictures, label_N: npt.NDArray[np.int64]) -> Samples:
-    x_N = ((picture_N - _MEAN) / _STD)[:, None].astype(np.float32)
+    x_N = ((picture_N - MEAN) / STD)[:, None].astype(np.float32)
     names = tuple(f"p{n}" for n in range(len(label_N)))
     return Samples(x_N, label_N, np.arange(len(label_N)), names, {}, "")

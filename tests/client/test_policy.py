@@ -32,6 +32,7 @@ def test_a_policy_that_allows_everything_objects_to_nothing() -> None:
     ("rule", "recipe", "forbids", "allows"),
     [
         ("require_privacy", replace(RECIPE, privacy=Privacy()), True, False),
+        ("require_secure_aggregation", RECIPE, True, False),
         ("seeded_noise", replace(RECIPE, privacy=replace(PRIVATE, unsafe_seeded_noise=True)), False, True),
         (
             "min_noise_multiplier",

@@ -169,6 +169,7 @@ def test_a_record_that_was_changed_or_put_back_runs_nothing(house: House, traine
     ("rules", "recipe"),
     [
         ({"require_privacy": True}, recipe_of(privacy=PLAIN)),
+        ({"require_secure_aggregation": True}, RECIPE),
         ({"epsilon": 3.0}, recipe_of(privacy=replace(NOISY, noise_multiplier=None, epsilon=4.0))),
         ({"delta": 1e-6}, RECIPE),
         ({"min_noise_multiplier": 1.5}, RECIPE),

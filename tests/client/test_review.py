@@ -169,6 +169,7 @@ def test_rounds_that_were_paid_are_not_paid_again(tmp_path: Path) -> None:
         ({"min_patients": 41}, "min_patients"),
         ({"delta": 1e-6}, "(delta)"),
         ({"models": ("timm/resnet18",)}, "(models)"),
+        ({"require_secure_aggregation": True}, "(require_secure_aggregation)"),
     ],
 )
 def test_what_the_policy_says_against_it_is_said(rules: dict[str, Any], named: str) -> None:

@@ -58,6 +58,8 @@ def test_the_strict_policy_is_stricter_than_the_standard_and_that_than_the_open_
         assert read["strict"][rule] >= read["standard"][rule] >= read["open"][rule], rule
     assert read["strict"]["require_privacy"]
     assert read["standard"]["require_privacy"]
+    secure = {name for name, rules in read.items() if rules["require_secure_aggregation"]}
+    assert secure <= {"strict"}
     assert {name for name, rules in read.items() if rules["seeded_noise"]} <= {"open"}
 
 

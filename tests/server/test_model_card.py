@@ -44,6 +44,17 @@ def card(tmp_path, *args, **kwargs):
     return (tmp_path / "model_card.md").read_text()
 
 
+def test_the_price_of_noised_scores_is_on_the_card(tmp_path):
+    spent = Spent(
+        epsilon=7.91, delta=1e-5, noise_multiplier=1.25, clip_norm=1.0, sampling_rate=0.1, steps=300, scores_epsilon=0.5
+    )  # fmt: skip
+    test = Scores(patients=16, values={"auroc": 0.9}, noised=True)
+    site = SiteSummary(name="north", patients={"train": 70}, test=test, spent=spent)
+    text = card(tmp_path, report(recipe(privacy=PRIVATE), sites=(site,)))
+    assert "cost a site at most epsilon 0.5, beside the figures" in text
+    assert "Not covered: the metrics" not in text
+
+
 def full(recipe):
     values = {"auroc": 0.913, "auroc_low": 0.871, "auroc_high": 0.944}
     return report(

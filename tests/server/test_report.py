@@ -293,6 +293,18 @@ def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None
     assert "1 south delta norm 14.2 exceeds clip norm 10" in shown
 
 
+def test_noised_scores_are_called_so_and_their_price_is_told(tmp_path: Path) -> None:
+    report = lean(make())
+    assert "They carry no noise" in words(write(report, tmp_path))
+    north, south = report.sites
+    assert north.test is not None
+    assert north.spent is not None
+    paid = replace(north, test=replace(north.test, noised=True), spent=replace(north.spent, scores_epsilon=0.75))
+    shown = words(write(replace(report, sites=(paid, south)), tmp_path))
+    assert "They carry no noise" not in shown
+    assert "their ledgers paid epsilon 0.75 for them at most" in shown
+
+
 def test_what_left_lists_every_message_of_a_site(page: str) -> None:
     shown = words(page)
     for name in ("Scores", "Spent", "Hello", "Update", "Refusal", "Dealing", "MaskedUpdate", "Agreement", "Shares"):
