@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from flwr.app import Context, Error, Message
@@ -27,10 +29,13 @@ from common.config import Federation, Privacy, Recipe, Settings, Training
 from common.deployment import FederationPlan, Policy, ServerHome, SiteHome
 from common.errors import QuorumError
 from common.exchange import Answer, Ask, Box, Hello, Masking, Question, Refusal, RoundPlan, Survivors, Update
+from common.fixed import FixedPoint, Residues, Words
 from common.identity import Signer, read_private
 from common.journal import SharedLog
 from common.models import build, get_weights
+from common.secagg import Member
 from common.signed import sign_recipe
+from common.weights import Weights
 from server.app import FlowerTransport
 from server.coordinator import coordinate
 from server.provision import provision
@@ -128,6 +133,8 @@ class Federated:
         self.residents: dict[str, Resident] = {}
         self.mute: set[tuple[str, str]] = set()
         """Sites that answer no message of this kind."""
+        self.received = bytearray()
+        """Everything that sites sent to the coordinator, one message after the other."""
         for site, home in self.homes.items():
             log = SharedLog(home.audit_file, Signer.load(home.signing_key))
             Approvals(home).approve(sign_recipe(recipe, self.coordinator), by="Dr Roe", log=log)
@@ -151,7 +158,14 @@ class Federated:
             coordinator=lambda: home.registry.coordinator,
             signer=Signer.load(home.signing_key),
         )
-        return app(message, context)
+        answer = app(message, context)
+        for record in answer.content.array_records.values():
+            for array in record.values():
+                self.received += array.data
+        for config in answer.content.config_records.values():
+            for value in config.values():
+                self.received += value if isinstance(value, bytes) else str(value).encode()
+        return answer
 
     def run(self, name: str = "run") -> ServerState:
         out = self.folder / name
@@ -169,16 +183,38 @@ def quick(recipe: Recipe, **federation: object) -> Recipe:
     return replace(recipe, federation=replace(recipe.federation, **given))
 
 
-def test_deployed_sites_sum_over_signed_messages(
+def test_deployed_sites_sum_over_signed_messages_and_no_byte_of_them_is_of_an_update(
     tmp_path: Path,
     hospitals: Path,  # noqa: F811
     provisioned: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    plain: list[bytes] = []
+    sent: list[bytes] = []
+    encode, mask = FixedPoint.encode, Member.mask
+
+    def encoded(self: FixedPoint, delta: Weights, weight: int) -> Words:
+        words = encode(self, delta, weight)
+        plain.extend((words.tobytes(), b"".join(delta[name].tobytes() for name in delta)))
+        return words
+
+    def masked(self: Member, session: str, boxes: Mapping[str, Box], words: Words) -> Residues:
+        found = mask(self, session, boxes, words)
+        sent.append(found.words.tobytes())
+        return found
+
+    monkeypatch.setattr(FixedPoint, "encode", encoded)
+    monkeypatch.setattr(Member, "mask", masked)
     settings = secured(settings_of(tmp_path / "simulated", hospitals, rounds=1))
     recipe = quick(settings.recipe)
     deployed = Federated(tmp_path, provisioned, recipe)
     state = deployed.run()
     assert state.done
+    assert (len(plain), len(sent)) == (2 * len(SITES), len(SITES))
+    heard = windows(bytes(deployed.received))
+    assert [share_in(heard, words) > 0.99 for words in sent] == [True] * 3, "the tap hears what is sent"
+    # Two numbers of an update side by side, anywhere: by chance once in ten million runs.
+    assert [share_in(heard, words) for words in plain] == [0] * 6
     (trained, _) = state.history
     assert sorted(trained.accepted) == sorted(SITES)
     assert trained.session
@@ -187,6 +223,18 @@ def test_deployed_sites_sum_over_signed_messages(
         assert [kinds.count(kind) for kind in ("update kept", "sum joined", "update sent", "sum opened")] == [1] * 4
         assert deployed.residents[site].state.updates == 1
         assert deployed.residents[site].state.bytes_sent == 4 * (state.weights.size + 1)
+
+
+def windows(view: bytes) -> npt.NDArray[np.uint64]:
+    """Every 8 bytes in a row, at any place, sorted."""
+    return np.unique(np.concatenate([np.frombuffer(view[k : k + (len(view) - k) // 8 * 8], "<u8") for k in range(8)]))
+
+
+def share_in(heard: npt.NDArray[np.uint64], words: bytes) -> float:
+    """Share of neighbouring numbers of 4 bytes that stand in it; pairs of like bytes, zeros above all, are left out."""
+    pairs = np.frombuffer(words[: len(words) // 8 * 8], "<u8")
+    rich = pairs[[len(set(pair.tobytes())) > 4 for pair in pairs]]
+    return float((heard[np.minimum(np.searchsorted(heard, rich), len(heard) - 1)] == rich).mean())
 
 
 def test_a_site_that_dies_between_two_steps_costs_the_sum_and_not_the_round(
