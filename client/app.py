@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from common import wire
+from common.blobs import Open
 from common.errors import ExchangeError
 from common.exchange import Answer, Ask, Hello, Masking, Question, Refusal, RoundPlan, Update
 from common.identity import Signer
@@ -31,7 +32,11 @@ class Node(Protocol):
 
 
 def client_app(
-    node_of: Callable[[Context], Node], *, coordinator: Callable[[], str] | None = None, signer: Signer | None = None
+    node_of: Callable[[Context], Node],
+    *,
+    coordinator: Callable[[], str] | None = None,
+    signer: Signer | None = None,
+    blobs: Open | None = None,
 ) -> ClientApp:
     """The app that a hospital runs, deployed or simulated.
 
@@ -40,6 +45,7 @@ def client_app(
         coordinator: Gives the public key that every message must be signed by; None only where both sides are one
             process.
         signer: Signs every answer.
+        blobs: Finds weights that travel beside the messages. None takes only plans that hold them.
     """
     app = ClientApp()
 
@@ -48,7 +54,7 @@ def client_app(
         try:
             if coordinator is not None:
                 wire.check_signature(message.content, coordinator())
-            asked = wire.decode_request(message.content)
+            asked = wire.decode_request(message.content, blobs)
             reply: Hello | Update | Answer | Refusal
             if (expected := _work(asked)) != work:
                 raise ExchangeError(f"what belongs into a message to {expected} came as one to {work}")
@@ -60,7 +66,9 @@ def client_app(
                 reply = node.step(asked)
         except ExchangeError as error:
             reply = node.misunderstood(str(error))
-        return Message(wire.encode(reply, signer) if signer else wire.hand(reply), reply_to=message)
+        ticket = wire.ticket(message.content)
+        beside = blobs(ticket) if blobs is not None and ticket is not None else None
+        return Message(wire.encode(reply, signer, beside) if signer else wire.hand(reply), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

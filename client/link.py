@@ -3,8 +3,9 @@
 Everything of Flower that is not public API is used here and in `server/link.py` alone; `tests/test_flower_contract.py`
 fails when Flower changes it.
 
-The SuperNode holds the connection and the node's key, and runs no app code. The runner takes each message from it over
-loopback. What Flower does when one of them dies, and who mends it:
+The SuperNode holds the connection for messages, and runs no app code. The runner takes each message from it over
+loopback, and fetches and sends large weights itself (`client/blobs.py`). What Flower does when one of them dies, and
+who mends it:
 
 - The runner dies while it works: the SuperNode waits for its reply until the task's token expires, 60 s, and then sends
   an error. Did the runner die while it handed the reply over, the SuperNode waits for the missing pieces for ever. So
@@ -68,6 +69,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
+from client.blobs import Doorbell, Remote
+from common.bell import Bell
 from common.deployment import SiteHome
 from common.errors import ExchangeError
 from common.storage import private_folder, write_whole
@@ -86,7 +89,11 @@ _STALLED_S = 900.0
 _KINDS = (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE)
 _BUNDLE_FILES = {"pyproject.toml", ".info/CONTENT"}
 """All that a bundle without code holds; the second is Flower's list of the first."""
-_NODE_ID_FILE = "node-id"
+_NODE_ID_FILE, _BELL_FILE = "node-id", "message.bell"
+_BELL_S = 2.0
+"""Between two looks for a message when no bell is heard."""
+_HOME = "FEDICOM_SITE_HOME"
+"""Of the SuperNode's environment: the site's folder."""
 
 # The runner
 
@@ -113,18 +120,20 @@ def serve(
         StorageError: The secret that the SuperNode expects cannot be read.
     """
     _spare_loopback()
-    tell = _on_change(on_state)
+    tell, bell = _on_change(on_state), Bell(home.supernode / _BELL_FILE)
     pause_s = _POLL_S[0]
     while not stop.is_set():
         try:
             with _executor(home, port) as executor:
                 idle = time.monotonic()
                 while not stop.is_set():
+                    mark = bell.mark
                     got = executor.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
                     pause_s = _POLL_S[0]
                     if not got.HasField("task"):
                         tell("ready")
-                        stop.wait(_pause_s(time.monotonic() - idle, *_POLL_S))
+                        longest_s = _BELL_S if bell.there else _POLL_S[1]
+                        bell.wait(mark, _pause_s(time.monotonic() - idle, _POLL_S[0], longest_s), stop.wait)
                         continue
                     tell("working")
                     _work(app, port, got.token, refused)
@@ -323,6 +332,7 @@ def supernode_child(home: SiteHome, port: int) -> Child:
         *("--host", _HOST, "--port", str(port)),
     ]
     environment = {"FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    environment[_HOME] = str(home.path)
     if config.proxy is not None:
         # httpx, which the SuperNode calls with, takes its proxy from the environment; lower case goes before upper.
         environment |= {"HTTPS_PROXY": config.proxy, "https_proxy": config.proxy, "NO_PROXY": "", "no_proxy": ""}
@@ -340,13 +350,15 @@ def main() -> None:
     program: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
     retry: Any = importlib.import_module("flwr.supercore.retry.http_retry")
     # It sleeps 3 s between two looks for a message and 0.5 s between two looks for the runner's reply.
-    loop.time = _Clock()
+    stop = threading.Event()
+    doorbell = Doorbell(Remote(SiteHome(Path(os.environ[_HOME])), stop), stop) if _HOME in os.environ else None
+    loop.time = _Clock(doorbell)
     # It sleeps 1, 2, 4 ... s when the coordinator is still uploading a piece of the message it just announced.
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
     failed = _watch_pulls(importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient)
-    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]) / _NODE_ID_FILE, failed)
+    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed)
     loop.http_request_response = contextmanager(connect)
     threading.excepthook = _end_with_thread
     code: object = 1
@@ -364,14 +376,19 @@ def main() -> None:
 class _Clock:
     """Stands for the module `time` in the SuperNode's loop."""
 
-    def __init__(self) -> None:
-        self._busy = time.monotonic()
+    def __init__(self, doorbell: Doorbell | None) -> None:
+        self._doorbell, self._idle, self._busy = doorbell, time.monotonic(), time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        if seconds < 1:  # it waits for the runner
-            self._busy = time.monotonic()
-            seconds = 0.1
-        time.sleep(min(seconds, _pause_s(time.monotonic() - self._busy, 0.1, 3.0)))
+        now = time.monotonic()
+        if seconds < 1:  # it waits for the runner, whose work began when the loop was last idle
+            self._idle = now
+            time.sleep(_pause_s(now - self._busy, 0.02, 0.1))
+            return
+        pause_s = _pause_s(now - self._idle, 0.1, 3.0)
+        if self._doorbell is None or not self._doorbell.wait():
+            time.sleep(min(seconds, pause_s))
+        self._busy = time.monotonic()
 
 
 def _pause_s(idle_s: float, shortest_s: float, longest_s: float) -> float:
@@ -396,7 +413,7 @@ def _watch_pulls(client: Any) -> threading.Event:
 
 def _connected(
     connect: Callable[..., Any],
-    file: Path,
+    folder: Path,
     failed: threading.Event,
     server_address: str,
     insecure: bool,
@@ -410,7 +427,7 @@ def _connected(
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-    given = (server_address, insecure, root_certificates)
+    given, file, bell = (server_address, insecure, root_certificates), folder / _NODE_ID_FILE, Bell(folder / _BELL_FILE)
     keys: list[Any] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         NodeAuthHttpInterceptor(*authentication_keys),
@@ -435,7 +452,7 @@ def _connected(
         yield (
             *(node_id, _receiving(receive, failed, _sure(connect_anew)), _sure(send), get_run, get_fab),
             *(_sure(pull_object, ExchangeError("the run has ended")), _sure(push_object)),
-            _sure(confirm, ExchangeError("the run has ended")),
+            _then(bell.ring, _sure(confirm, ExchangeError("the run has ended"))),
         )
 
 
@@ -450,6 +467,17 @@ def _receiving(receive: Callable[[], T | None], failed: threading.Event, anew: C
         return found
 
     return look
+
+
+def _then(after: Callable[[], None], call: Callable[..., T]) -> Callable[..., T]:
+    """A call that is followed by another one."""
+
+    def both(*words: Any) -> T:
+        result = call(*words)
+        after()
+        return result
+
+    return both
 
 
 def _sure(call: Callable[..., T], ended: Exception | None = None) -> Callable[..., T]:

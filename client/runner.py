@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from client.app import client_app
+from client.blobs import Remote
 from client.link import serve
 from client.resident import Resident, State
 from common.deployment import SiteHome
@@ -126,7 +127,8 @@ def run(home: SiteHome, port: int, stop: threading.Event) -> None:
     done = threading.Event()
     threading.Thread(target=_beat, args=(report, done), name="status", daemon=True).start()
     threading.Thread(target=_leave, args=(resident, report, stop, done), name="stop", daemon=True).start()
-    app = client_app(lambda context: resident, coordinator=Coordinator(home), signer=signer)
+    remote = Remote(home, stop)
+    app = client_app(lambda context: resident, coordinator=Coordinator(home), signer=signer, blobs=remote.round)
     try:
         serve(app, home, port, on_state=report.link, stop=stop, refused=resident.turned_away)
     finally:

@@ -190,6 +190,9 @@ class ServerConfig:
     cache: Cache = Cache()
     gateway: Mapping[str, float | int] = field(default_factory=dict)
     """Limits of the gateway that differ from its defaults, by name."""
+    blobs: bool = True
+    """Weights travel beside Flower's messages, through the same gateway; false where what stands in its place does not
+    pass them on."""
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
@@ -380,6 +383,21 @@ class ServerHome(_Home):
     def superlink(self) -> Path:
         """Flower's database and home."""
         return self.path / "superlink"
+
+    @property
+    def blobs(self) -> Path:
+        """Weights on their way: `server.blobs`."""
+        return self.path / "blobs"
+
+    @property
+    def sent_bell(self) -> Path:
+        """Rung by a run when it has sent messages, for the gateway (`common.bell`)."""
+        return self.run / "sent.bell"
+
+    @property
+    def answered_bell(self) -> Path:
+        """Rung by the gateway when a site has answered, for the runs."""
+        return self.run / "answered.bell"
 
     @property
     def runs(self) -> Path:

@@ -2,6 +2,10 @@
 
 A message holds nothing that is executed or unpickled. Whatever bytes arrive, the answer is
 an exchange type or an `ExchangeError`.
+
+Between two houses a large array does not travel in the message but beside it, in pieces (`common.blobs`): the message
+names each by its SHA-256, and the signature under the message is one over these names. So whoever carries the pieces
+can withhold them, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
+from common.blobs import BESIDE_BYTES, DIGEST, PIECE_BYTES, TICKET, Blobs, Open, pieces
 from common.errors import ExchangeError
 from common.exchange import (
     WIRE_VERSION,
@@ -62,29 +67,40 @@ _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
 _FORMS = {Weights: ("float32", "fedicom.flat.f4"), Residues: ("uint32", "fedicom.flat.u4")}
 """Of a type that travels as one flat array of four bytes each: dtype, and how the bytes lie."""
+_BESIDE = ("ticket", "array", "bytes", "pieces")
+"""Fields of a message whose array travels beside it."""
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
-def encode(value: Request | Reply, signer: Signer | None = None) -> RecordDict:
+def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | None = None) -> RecordDict:
     """One record of JSON and, where the type carries weights, one flat little-endian array of float32 or uint32.
 
     Args:
         signer: Puts its signature to the whole message; None where both ends are one process.
+        blobs: Takes a large array, which the message then only names; None leaves it in the message.
+
+    Raises:
+        ExchangeError: `blobs` did not take it.
     """
     kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
     body: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     record = RecordDict()
     for name in get_type_hints(type(value)):
         part = getattr(value, name)
-        if isinstance(part, Weights):
-            body[name] = {key: list(shape) for key, shape in part.shapes.items()}
-            record["weights"] = ArrayRecord({name: _flat(part)})
-        elif isinstance(part, Residues):
-            body[name] = len(part)
-            record["weights"] = ArrayRecord({name: _array(part.words.tobytes(), Residues)})
-        else:
+        if not isinstance(part, Weights | Residues):
             body[name] = _plain(part)
-    record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body)})
+            continue
+        if isinstance(part, Weights):
+            body[name], data = {key: list(shape) for key, shape in part.shapes.items()}, _joined(part)
+        else:
+            body[name], data = len(part), part.words.tobytes()
+        if blobs is not None and len(data) >= BESIDE_BYTES:
+            beside = _beside(name, data, blobs)
+        else:
+            record["weights"] = ArrayRecord({name: _array(data, type(part))})
+    # Not a record of its own: each costs Flower a call on every leg of the way.
+    record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body), **beside})
     if signer is not None:
         record.config_records["message"]["signature"] = signer.sign(_signed_bytes(record))
     return record
@@ -135,35 +151,46 @@ def check_signature(record: RecordDict, public: str) -> None:
         raise ExchangeError(f"the message is not signed by key {public[:12]}, or was changed on its way")
 
 
-def decode(record: RecordDict, kind: type[T]) -> T:
+def ticket(record: RecordDict) -> str | None:
+    """The round whose blobs a message names; None when its array is in it, or it has none."""
+    found = record.config_records.get("message", ConfigRecord()).get("ticket")
+    return found if isinstance(found, str) and TICKET.fullmatch(found) else None
+
+
+def decode(record: RecordDict, kind: type[T], blobs: Open | None = None) -> T:
     """The message in `record`, when it is a `kind`.
+
+    Args:
+        blobs: Where an array that travels beside the message is taken from; check the signature first. None refuses
+            such a message.
 
     Raises:
         ExchangeError: It is another kind, of a newer version, or breaks a bound; nothing of the content is quoted.
+            Or a piece does not come, or is not the one that was announced.
     """
-    value = _decode(record, (kind,))
+    value = _decode(record, (kind,), blobs)
     assert isinstance(value, kind)
     return value
 
 
-def decode_request(record: RecordDict) -> Request:
+def decode_request(record: RecordDict, blobs: Open | None = None) -> Request:
     """What a coordinator asks.
 
     Raises:
         ExchangeError: As `decode`.
     """
-    value = _decode(record, get_args(Request))
+    value = _decode(record, get_args(Request), blobs)
     assert isinstance(value, Request)
     return value
 
 
-def decode_reply(record: RecordDict) -> Reply:
+def decode_reply(record: RecordDict, blobs: Open | None = None) -> Reply:
     """A site's answer to a question, a plan or a step of a secure sum.
 
     Raises:
         ExchangeError: As `decode`.
     """
-    value = _decode(record, get_args(Reply))
+    value = _decode(record, get_args(Reply), blobs)
     assert isinstance(value, Reply)
     return value
 
@@ -200,7 +227,7 @@ def from_bytes(data: bytes) -> RecordDict:
     return record
 
 
-def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
+def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> object:
     if isinstance(record, _Handed):  # it was checked when it was made, as every exchange type is
         if type(record.value) not in kinds:
             raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
@@ -218,8 +245,12 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
-    expected = {"message", "weights"} if {Weights, Residues} & set(get_type_hints(cls).values()) else {"message"}
-    if set(record) != expected or set(message) - {"signature"} != {"kind", "version", "body"}:
+    expected, fields_ = {"message"}, {"kind", "version", "body"}
+    if {Weights, Residues} & set(get_type_hints(cls).values()):
+        beside = blobs is not None and "ticket" in message
+        fields_ |= set(_BESIDE) if beside else set()
+        expected |= set() if beside else {"weights"}
+    if set(record) != expected or set(message) - {"signature"} != fields_:
         raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
         raise ExchangeError(f"message body is not a text below {_MAX_BODY_BYTES} characters")
@@ -232,9 +263,9 @@ def _decode(record: RecordDict, kinds: tuple[type, ...]) -> object:
     try:
         for name, hint in get_type_hints(cls).items():
             if hint is Weights:
-                body[name] = _weights(record, name, body.get(name))
+                body[name] = _weights(record, name, body.get(name), blobs)
             elif hint is Residues:
-                body[name] = _residues(record, name, body.get(name))
+                body[name] = _residues(record, name, body.get(name), blobs)
             elif name in _PARTS and isinstance(body.get(name), dict):
                 body[name] = _PARTS[name](**body[name])
             elif name in _MAPS and isinstance(body.get(name), dict):
@@ -256,8 +287,13 @@ def _signed_bytes(record: RecordDict) -> bytes:
     for name, array in record.array_records.get("weights", ArrayRecord()).items():
         digest.update(name.encode() + b"\n")
         digest.update(array.data)
-    parts = (message["kind"], message["version"], hashlib.sha256(str(message["body"]).encode()).hexdigest())
-    return "\n".join(("fedicom message", *map(str, parts), digest.hexdigest())).encode()
+    parts = [message["kind"], message["version"], hashlib.sha256(str(message["body"]).encode()).hexdigest()]
+    title = "fedicom message"
+    if any(name in message for name in _BESIDE):
+        title += " with blobs"
+        told = json.dumps({name: message[name] for name in _BESIDE}, sort_keys=True)
+        parts.append(hashlib.sha256(told.encode()).hexdigest())
+    return "\n".join((title, *map(str, parts), digest.hexdigest())).encode()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -267,9 +303,34 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _flat(weights: Weights) -> Array:
-    data = b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values())
-    return _array(data, Weights)
+def _joined(weights: Weights) -> bytes:
+    return b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values())
+
+
+def _beside(name: str, data: bytes, blobs: Blobs) -> dict[str, Any]:
+    names = []
+    for piece in pieces(memoryview(data)):
+        names.append(hashlib.sha256(piece).hexdigest())
+        blobs.put(names[-1], piece)
+    return {"ticket": blobs.ticket, "array": name, "bytes": len(data), "pieces": names}
+
+
+def _gathered(record: RecordDict, name: str, nbytes: int, open_: Open) -> memoryview:
+    """The array that the message names, every piece of it checked."""
+    told = record.config_records["message"]
+    if told["array"] != name or told["bytes"] != nbytes:
+        raise ExchangeError(f"{name}: expected {nbytes} bytes beside the message")
+    names, place = told["pieces"], ticket(record)
+    if place is None or not isinstance(names, list) or len(names) != -(-nbytes // PIECE_BYTES):
+        raise ExchangeError(f"{name}: expected a ticket and the names of {-(-nbytes // PIECE_BYTES)} pieces")
+    if not all(isinstance(each, str) and DIGEST.fullmatch(each) for each in names):
+        raise ExchangeError(f"{name}: the name of a piece is no SHA-256")
+    blobs, data = open_(place), memoryview(bytearray(nbytes))
+    for each, piece in zip(names, pieces(data), strict=True):
+        blobs.get(str(each), piece)
+        if hashlib.sha256(piece).hexdigest() != each:
+            raise ExchangeError(f"{name}: a piece is not the one that the message announced")
+    return data
 
 
 def _array(data: bytes, form: type) -> Array:
@@ -278,7 +339,7 @@ def _array(data: bytes, form: type) -> Array:
     return Array(dtype=dtype, shape=(len(data) // 4,), stype=stype, data=data)
 
 
-def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
+def _weights(record: RecordDict, name: str, shapes: object, blobs: Open | None) -> Weights:
     if not isinstance(shapes, dict) or len(shapes) > _MAX_ARRAYS:
         raise ExchangeError(f"{name}: expected at most {_MAX_ARRAYS} shapes")
     if not all(_ARRAY_NAME.fullmatch(key) for key in shapes):
@@ -295,19 +356,20 @@ def _weights(record: RecordDict, name: str, shapes: object) -> Weights:
     total = sum(sizes)
     if total > _MAX_NUMBERS:
         raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
-    data = _bytes(record, name, total, Weights)
-    flat = np.frombuffer(data, dtype="<f4")
+    flat = np.frombuffer(_bytes(record, name, total, Weights, blobs), dtype="<f4")
     ends = np.cumsum([0, *sizes])
     return Weights({key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())})
 
 
-def _residues(record: RecordDict, name: str, size: object) -> Residues:
+def _residues(record: RecordDict, name: str, size: object, blobs: Open | None) -> Residues:
     if type(size) is not int or not 0 <= size <= _MAX_NUMBERS:
         raise ExchangeError(f"{name}: expected how many numbers there are, at most {_MAX_NUMBERS}")
-    return Residues(np.frombuffer(_bytes(record, name, size, Residues), dtype="<u4"))
+    return Residues(np.frombuffer(_bytes(record, name, size, Residues, blobs), dtype="<u4"))
 
 
-def _bytes(record: RecordDict, name: str, numbers: int, form: type) -> bytes:
+def _bytes(record: RecordDict, name: str, numbers: int, form: type, blobs: Open | None) -> bytes | memoryview:
+    if blobs is not None and ticket(record) is not None:
+        return _gathered(record, name, 4 * numbers, blobs)
     arrays = record.array_records.get("weights", ArrayRecord())
     if set(arrays) != {name}:
         raise ExchangeError(f"{name}: expected one array of this name in the message")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,6 +31,7 @@ from common.exchange import (
 )
 from common.identity import Signer
 from common.weights import Weights
+from server.blobs import Round, Store
 from server.rounds import Transport
 from server.secure import Take
 
@@ -82,7 +84,13 @@ class FlowerTransport:
     """
 
     def __init__(
-        self, grid: Grid, *, signer: Signer | None = None, keys: Keys | None = None, watch: Watch | None = None
+        self,
+        grid: Grid,
+        *,
+        signer: Signer | None = None,
+        keys: Keys | None = None,
+        watch: Watch | None = None,
+        store: Store | None = None,
     ) -> None:
         """Wires the transport.
 
@@ -91,7 +99,9 @@ class FlowerTransport:
             keys: What replies must be signed with. None where both sides are one process: there a node that failed
                 has failed for good, and nobody is asked twice.
             watch: Told what becomes of every site, for a status display.
+            store: Where weights travel beside the messages; None sends them in the messages.
         """
+        self._store = store
         self._net, self._signer, self._keys = _Net(grid), signer, keys
         self._patient = keys is not None
         self._watch: Watch = watch or (lambda site, state, why: None)
@@ -131,7 +141,7 @@ class FlowerTransport:
             if now >= deadline or (now >= end and not self._at_work(before)) or self._complete():
                 break
             if not came:
-                _pause(began, deadline)
+                self._net.pause(began, deadline)
         found = self._told()
         if len(found) < federation.quorum:
             excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
@@ -153,7 +163,7 @@ class FlowerTransport:
             self._net.collect()
             if not any(node.asked for node in asked) or time.monotonic() >= began + _JOIN_S:
                 return self._told()
-            _pause(began, began + _JOIN_S)
+            self._net.pause(began, began + _JOIN_S)
 
     def ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float) -> Iterator[Reply]:
         """Sends the plan to every site and gives one reply for each, as they come; none is kept here.
@@ -161,9 +171,15 @@ class FlowerTransport:
         A site that is connected has the whole `timeout_s`. One that is not, or that answers with errors, is asked
         again until then or, once the quorum has answered, until it has been so for `federation.offline_s`.
         """
+        store = self._store
+        # Open until the caller has the last reply, or has enough of them.
+        with nullcontext() if store is None else store.round(sites, plan.weights.nbytes) as blobs:
+            yield from self._ask(plan, sites, timeout_s, blobs)
+
+    def _ask(self, plan: RoundPlan, sites: Sequence[str], timeout_s: float, blobs: Round | None) -> Iterator[Reply]:
         kind = MessageType.TRAIN if plan.work == "train" else MessageType.EVALUATE
-        record, why = self._written(plan), f"no reply within {timeout_s:g} s"
-        visits = [_Visit(site, plan.round, record, (Update,), why) for site in sites]
+        record, why = self._written(plan, blobs), f"no reply within {timeout_s:g} s"
+        visits = [_Visit(site, plan.round, record, (Update,), why, blobs=blobs) for site in sites]
         for visit in self._converse(visits, kind, timeout_s):
             yield cast(Reply, visit.tell())
 
@@ -221,14 +237,14 @@ class FlowerTransport:
             if not open_ or time.monotonic() >= end:
                 break
             if not came:
-                _pause(began, end)
+                self._net.pause(began, end)
         self._net.forget(name for visit in visits for name in visit.letters)
         for visit in open_:
             self._late(visit)
             yield visit
 
-    def _written(self, value: wire.Request) -> RecordDict:
-        return wire.encode(value, self._signer) if self._signer else wire.hand(value)
+    def _written(self, value: wire.Request, blobs: Round | None = None) -> RecordDict:
+        return wire.encode(value, self._signer, blobs) if self._signer else wire.hand(value)
 
     # Who is there
 
@@ -390,7 +406,7 @@ class FlowerTransport:
         why = f"the reply is no answer to {'a plan' if visit.expected == (Update,) else 'this step of a secure sum'}"
         try:
             self._check(message, visit.site)
-            reply = wire.decode_reply(message.content)
+            reply = wire.decode_reply(message.content, visit.answers)
             if isinstance(reply, (Refusal, *visit.expected)):
                 if reply.site == visit.site:
                     return reply if isinstance(reply, Refusal) else visit.take(reply)
@@ -438,6 +454,8 @@ class _Visit:
     """Why there is no reply yet."""
     take: Callable[[Any], Any] = lambda answer: answer
     """Told the answer; gives what is kept of it."""
+    blobs: Round | None = None
+    """Where weights of this round travel."""
     reply: Reply | Answer | None = None
     asked: str = ""
     """Id of the question that is under way at a connected node."""
@@ -455,6 +473,12 @@ class _Visit:
         if isinstance(reply, Update):
             self.reply = replace(reply, delta=Weights({}))
         return reply
+
+    def answers(self, ticket: str) -> Round:
+        """Where the site's weights lie."""
+        if self.blobs is None or ticket != self.blobs.ticket:
+            raise ExchangeError("its weights are of another round")
+        return self.blobs.answers(self.site)
 
 
 class _Net:
@@ -516,6 +540,14 @@ class _Net:
             came = True
         return came
 
+    def pause(self, began: float, end: float) -> None:
+        """Sleeps a little, and longer the longer it takes, or until the Grid has something, where it tells."""
+        now = time.monotonic()
+        pause_s = max(0.0, min(max(_POLL_S[0], (now - began) / 50), _POLL_S[1], end - now))
+        # The Grid's last look may be long past where nobody's answer is missing: it would tell of what has been taken.
+        wait: Callable[[float], None] = getattr(self._grid, "wait", time.sleep) if self._waiting else time.sleep
+        wait(pause_s)
+
     def forget(self, ids: Iterable[str]) -> None:
         """Waits no more for the answers to these."""
         for name in ids:
@@ -524,12 +556,6 @@ class _Net:
 
 def _usable(visit: _Visit) -> bool:
     return visit.reply is not None and not isinstance(visit.reply, Refusal | Failure)
-
-
-def _pause(began: float, end: float) -> None:
-    """Sleeps a little, and longer the longer it takes."""
-    now = time.monotonic()
-    time.sleep(max(0.0, min(max(_POLL_S[0], (now - began) / 50), _POLL_S[1], end - now)))
 
 
 def _error(message: Message) -> str:

@@ -30,6 +30,7 @@ from common.registry import Registry, parse_registry, read_registry
 from common.signed import parse_recipe
 from common.storage import full, private_folder, storing, write_whole
 from common.supervise import Child, Supervisor, free_port
+from server.blobs import clear
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,9 @@ def gateway_child(home: ServerHome, superlink_port: int) -> Child:
         upstream_ca=home.ca,
         registry=home.registry_file,
         authority=home.authority,
+        blobs=home.blobs if config.blobs else None,
+        sent_bell=home.sent_bell,
+        answered_bell=home.answered_bell,
         limits=limits,
         stats=home.gateway_stats,
     )
@@ -195,6 +199,7 @@ class Control:
         write_whole(self.home.control_file, (json.dumps(ports) + "\n").encode())
         try:
             self._write_status()
+            clear(self.home.blobs)
             self._supervisor.start(self._parts.superlink(self.home, self.superlink_port))
             self._supervisor.start(self._parts.gateway(self.home, self.superlink_port))
             for name in run_names(self.home):

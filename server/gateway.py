@@ -1,9 +1,10 @@
-"""The coordinator's only open port: TLS 1.3, known nodes, Flower's fleet routes, and nothing else.
+"""The coordinator's only open port: TLS 1.3, known nodes, Flower's fleet routes, weights, and nothing else.
 
 Flower's SuperLink serves its Control and Runtime APIs on the same port as the Fleet API, without authentication, and
 reads bodies without a limit. So it listens on loopback alone and this stands in front of it. A request is parsed,
 judged before its body is read, and written anew for the SuperLink: only listed headers pass, on a connection of
-its own, so nothing that a peer sends can be taken for a second request.
+its own, so nothing that a peer sends can be taken for a second request. Weights are answered here, out of the folder
+of `server.blobs`, under the same keys and limits.
 
 What Flower's nodes do with a refusal decides the status (flwr 1.41, `supercore/retry/http_retry.py`): after 502, 503,
 504 or a broken connection they come back; 401 ends the node, 403 its run, and any other status the task at hand. A
@@ -28,7 +29,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import formatdate
 from functools import partial
@@ -37,10 +37,17 @@ from typing import Any
 
 import h11
 
+from common.bell import Bell
+from common.blobs import BELL_PATH, PATH
 from common.config import validate_json
 from common.errors import ConfigError, FedicomError
 from common.storage import storing, write_whole
+from server.blobs import Shelf
+from server.gateway_beside import Beside, Entry, Listeners, Refused
 from server.gateway_rules import (
+    ANSWERS,
+    BELL_ROUTE,
+    BLOB_ROUTE,
     FLEET_ROUTES,
     KEY,
     REQUEST_HEADERS,
@@ -71,30 +78,6 @@ _STATS_EVERY_S = 5.0
 _REPEAT_S = 60.0
 
 
-class _Refused(Exception):  # noqa: N818 - the outcome of a request, not an error of ours
-    """Ends a connection; with `answer=False` it breaks off without a response."""
-
-    def __init__(self, status: int, why: str, *, answer: bool = True) -> None:
-        super().__init__(why)
-        self.status, self.why, self.answer = status, why, answer
-
-
-@dataclass
-class _Entry:
-    """A request as it will stand in the log."""
-
-    address: str
-    method: str = "-"
-    route: str = "-"
-    site: str = "-"
-    status: int = 0
-    """0: no request came."""
-    received: int = 0
-    sent: int = 0
-    refused: str | None = None
-    began: float = 0.0
-
-
 class Gateway:
     """A gateway; it runs in a thread of its own between `start` and `stop`, or in this one with `run`."""
 
@@ -114,6 +97,9 @@ class Gateway:
         """Connections by key."""
         self.node_requests = Buckets(limits.requests_per_s_per_node, limits.request_burst_per_node)
         self.refusals = Buckets(limits.refusals_per_s_per_address, limits.refusal_burst_per_address)
+        self.shelf = Shelf(config.blobs) if config.blobs is not None else None
+        self.listeners = Listeners(Bell(config.sent_bell)) if config.sent_bell is not None else None
+        self.answered = Bell(config.answered_bell) if config.answered_bell is not None else None
         self._allowed = allowed or RegistryKeys(config.registry, config.authority)
         self._said: dict[str, float] = {}
         self._tls_stamp = (stamp(config.certificate), stamp(config.key))
@@ -166,6 +152,8 @@ class Gateway:
                 self._loop.add_signal_handler(number, self._stop.set)
         stop = asyncio.create_task(self._stop.wait())
         helpers = [asyncio.create_task(self._accept(listener)), asyncio.create_task(self._write_stats())]
+        if self.listeners is not None:
+            helpers.append(asyncio.create_task(self.listeners.watch()))
         if ready is not None:
             ready.set_result(None)
         self.say(f"listening on port {self.port}", logging.INFO)
@@ -190,13 +178,13 @@ class Gateway:
         """Who is allowed now.
 
         Raises:
-            _Refused: 503: nobody, for it cannot be known.
+            Refused: 503: nobody, for it cannot be known.
         """
         try:
             return self._allowed()
         except Exception as error:  # whatever is wrong: fail closed, and nodes come back when it is repaired
             self.say(f"nobody is let in: {error}")
-            raise _Refused(503, "registry unreadable") from None
+            raise Refused(503, "registry unreadable") from None
 
     def say(self, message: str, level: int = logging.ERROR) -> None:
         """Logs what is no request; the same message once a minute."""
@@ -209,7 +197,7 @@ class Gateway:
         """A new connection to the SuperLink; none is ever shared by two requests.
 
         Raises:
-            _Refused: 502: it does not answer, or is not the one that the authority certified.
+            Refused: 502: it does not answer, or is not the one that the authority certified.
         """
         config = self.config
         try:
@@ -220,11 +208,11 @@ class Gateway:
                 )  # fmt: skip
         except ssl.SSLError as error:
             self.say(f"the SuperLink's TLS was refused: {error.reason}; check its certificate and `upstream_ca`")
-            raise _Refused(502, "upstream certificate") from None
+            raise Refused(502, "upstream certificate") from None
         except OSError:  # TimeoutError as well
-            raise _Refused(502, "upstream down") from None
+            raise Refused(502, "upstream down") from None
 
-    def note(self, entry: _Entry) -> None:
+    def note(self, entry: Entry) -> None:
         """Counts and logs a request."""
         self.stats.request(entry.site, entry.status, entry.received, entry.sent)
         line = {
@@ -322,7 +310,7 @@ class Gateway:
                 self.say(str(error))
 
 
-class _Conversation:
+class _Conversation(Beside):
     """One connection after its handshake: request after request, until one is refused or the peer is silent."""
 
     def __init__(
@@ -348,7 +336,7 @@ class _Conversation:
 
     async def _turn(self) -> bool:
         """Answers one request; whether another may follow."""
-        entry = _Entry(self._address, began=time.monotonic())
+        entry = Entry(self._address, began=time.monotonic())
         task = asyncio.current_task()
         assert task is not None
         try:
@@ -358,8 +346,16 @@ class _Conversation:
             if request is None:
                 return False
             entry.began = time.monotonic()
-            await self._relay(request, self._admit(request, entry), entry)
-        except _Refused as refused:
+            fields = self._admit(request, entry)
+            if entry.route == PATH:
+                await self._blob(request, fields, entry)
+            elif entry.route == BELL_PATH:
+                await self._listen(request, entry, task)
+            else:
+                await self._relay(request, fields, entry)
+                if self._gateway.answered is not None and entry.route in ANSWERS and entry.status == 200:
+                    self._gateway.answered.ring()
+        except Refused as refused:
             await self._refuse(refused, entry)
         finally:
             if entry.status:
@@ -379,7 +375,7 @@ class _Conversation:
                     self._http.receive_data(data)
         except TimeoutError:
             if begun:
-                raise _Refused(408, "slow headers", answer=False) from None
+                raise Refused(408, "slow headers", answer=False) from None
             return None
         except OSError:
             return None
@@ -389,51 +385,58 @@ class _Conversation:
         try:
             return self._http.next_event()
         except h11.RemoteProtocolError as error:
-            raise _Refused(error.error_status_hint, "malformed") from None
+            raise Refused(error.error_status_hint, "malformed") from None
 
-    def _admit(self, request: h11.Request, entry: _Entry) -> dict[bytes, bytes]:
+    def _admit(self, request: h11.Request, entry: Entry) -> dict[bytes, bytes]:
         """Judges a request by its head alone.
 
         Returns:
             Its headers; those that pass on stood there once.
 
         Raises:
-            _Refused: It goes no further.
+            Refused: It goes no further.
         """
         method, target = request.method.decode("ascii"), request.target.decode("ascii")
         entry.method = method if method in _METHODS else "-"
-        if (method, target) not in FLEET_ROUTES:  # the raw target: no decoding, no query, no dot segments
-            raise _Refused(404, "route")
-        entry.route = target
+        blob = BLOB_ROUTE.fullmatch(target) if self._gateway.shelf is not None else None
+        if blob is not None and (method == "GET" or (method == "PUT" and blob[2])):
+            entry.route = PATH
+        elif method == "GET" and self._gateway.listeners is not None and BELL_ROUTE.fullmatch(target):
+            entry.route = BELL_PATH
+        elif (method, target) in FLEET_ROUTES:  # the raw target: no decoding, no query, no dot segments
+            entry.route = target
+        else:
+            raise Refused(404, "route")
         if sum(len(name) + len(value) + 4 for name, value in request.headers) > self._limits.header_bytes:
-            raise _Refused(431, "header size")
+            raise Refused(431, "header size")
         fields: dict[bytes, bytes] = {}
         for name, value in request.headers:
             if name in fields and name in REQUEST_HEADERS:
-                raise _Refused(400, "header twice")
+                raise Refused(400, "header twice")
             fields[name] = value
         if b"upgrade" in fields or {b"transfer-encoding", b"content-length"} <= fields.keys():
-            raise _Refused(400, "framing")
+            raise Refused(400, "framing")
         key = fields.get(KEY, b"").decode("latin-1")
         site = self._gateway.keys().get(key)
         if site is None:
-            raise _Refused(401, "unknown key" if key else "no key")
-        if not holds_key(key, fields.get(TIMESTAMP, b""), fields.get(SIGNATURE, b"")):
-            raise _Refused(401, "signature")
+            raise Refused(401, "unknown key" if key else "no key")
+        signed = (method, target) if entry.route in (PATH, BELL_PATH) else None
+        if not holds_key(key, fields.get(TIMESTAMP, b""), fields.get(SIGNATURE, b""), signed):
+            raise Refused(401, "signature")
         entry.site = site
         if not self._gateway.node_requests.take(key):
-            raise _Refused(503, "requests of the node")
+            raise Refused(503, "requests of the node")
         if self._node != key:
             self.release()
             if self._gateway.nodes[key] >= self._limits.connections_per_node:
-                raise _Refused(503, "connections of the node")
+                raise Refused(503, "connections of the node")
             self._gateway.nodes[key] += 1
             self._node = key
         if int(fields.get(b"content-length", b"0")) > self._limits.body_bytes:
-            raise _Refused(413, "body size")
+            raise Refused(413, "body size")
         return fields
 
-    async def _relay(self, request: h11.Request, fields: Mapping[bytes, bytes], entry: _Entry) -> None:
+    async def _relay(self, request: h11.Request, fields: Mapping[bytes, bytes], entry: Entry) -> None:
         """Passes the request to the SuperLink and its answer back, piece by piece."""
         names = (*REQUEST_HEADERS, b"content-length", b"transfer-encoding")
         headers = [(name, fields[name]) for name in names if name in fields]
@@ -451,13 +454,13 @@ class _Conversation:
             async with asyncio.timeout(self._limits.response_s):
                 await self._response(upstream, reader, entry)
         except TimeoutError:
-            raise _Refused(504, "slow response", answer=not entry.status) from None
+            raise Refused(504, "slow response", answer=not entry.status) from None
         except (OSError, h11.RemoteProtocolError):
-            raise _Refused(502, "upstream broke", answer=not entry.status) from None
+            raise Refused(502, "upstream broke", answer=not entry.status) from None
         finally:
             writer.transport.abort()
 
-    async def _body(self, entry: _Entry) -> AsyncIterator[bytes]:
+    async def _body(self, entry: Entry) -> AsyncIterator[bytes]:
         """The request's body; its bytes, and the time that the peer takes for them, are limited."""
         limits, waited_s, loop = self._limits, 0.0, asyncio.get_running_loop()
         while True:
@@ -468,18 +471,18 @@ class _Conversation:
                     async with asyncio.timeout(allowed_s - waited_s):
                         data = await self._reader.read(_CHUNK_BYTES)
                 except TimeoutError:
-                    raise _Refused(408, "slow body", answer=False) from None
+                    raise Refused(408, "slow body", answer=False) from None
                 except OSError:
                     data = b""
                 if not data:
-                    raise _Refused(499, "gone", answer=False)
+                    raise Refused(499, "gone", answer=False)
                 waited_s += loop.time() - began
                 self._http.receive_data(data)
             if not isinstance(event, h11.Data):
                 return
             entry.received += len(event.data)
             if entry.received > limits.body_bytes:
-                raise _Refused(413, "body size")
+                raise Refused(413, "body size")
             yield bytes(event.data)
 
     async def _ask(self, upstream: h11.Connection, writer: asyncio.StreamWriter, event: h11.Event) -> None:
@@ -487,7 +490,7 @@ class _Conversation:
         async with asyncio.timeout(self._limits.response_s):
             await writer.drain()
 
-    async def _response(self, upstream: h11.Connection, reader: asyncio.StreamReader, entry: _Entry) -> None:
+    async def _response(self, upstream: h11.Connection, reader: asyncio.StreamReader, entry: Entry) -> None:
         """Never holds more of the answer than a few pieces."""
         while True:
             while (event := upstream.next_event()) is h11.NEED_DATA:
@@ -506,14 +509,11 @@ class _Conversation:
             try:
                 await self._writer.drain()
             except OSError:
-                raise _Refused(499, "gone", answer=False) from None
+                raise Refused(499, "gone", answer=False) from None
             if isinstance(event, h11.EndOfMessage):
                 return
 
-    def _send(self, event: h11.Event) -> None:
-        self._writer.write(self._http.send(event) or b"")
-
-    async def _refuse(self, refused: _Refused, entry: _Entry) -> None:
+    async def _refuse(self, refused: Refused, entry: Entry) -> None:
         stranger = entry.site == "-" and refused.answer and refused.status < 500
         status = 429 if stranger and not self._gateway.refusals.take(self._address) else refused.status
         entry.status, entry.refused = entry.status or status, refused.why

@@ -48,6 +48,9 @@ def nginx_config(config: GatewayConfig, keys: Path = Path("fedicom.keys"), templ
     limits = config.limits
     values: dict[str, object] = {
         "CALLS": "|".join(sorted(path.rpartition("/")[2] for _, path in FLEET_ROUTES)),
+        "BESIDE": "GET|PUT" if config.blobs_port else "-",
+        "BLOBS": f"{_host(config.upstream_host)}:{config.blobs_port or config.upstream_port}",
+        "BLOBS_NAME": config.blobs_name,
         "KEYS": keys,
         "LISTEN": f"{_host(config.listen_host)}:{config.listen_port}",
         "ACCESS_LOG": config.access_log.resolve() if config.access_log else "access.log",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 import threading
 import time
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from common import blobs
 from common.deployment import Host, Port
 from common.errors import ConfigError, FedicomError
 from common.registry import PublicKey, read_registry
@@ -40,6 +42,12 @@ FLEET_ROUTES = frozenset(
     )
 )
 """Method and path of all that passes; a test holds it equal to the routes of the installed Flower."""
+BLOB_ROUTE = re.compile(rf"{blobs.PATH}({blobs.TICKET.pattern})(?:/({blobs.DIGEST.pattern}))?")
+"""Path of what the gateway answers itself: GET and PUT with a name, GET without."""
+BELL_ROUTE = re.compile(rf"{blobs.BELL_PATH}({blobs.MARK.pattern})")
+"""Path of what the gateway answers itself as soon as the coordinator has sent something (GET)."""
+ANSWERS = frozenset(("/v1/fleet/push-messages", "/v1/fleet/push-object"))
+"""Calls that bring an answer, or a piece of it."""
 KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
 """Flower's node authentication: base64 of the PEM public key, ISO 8601, base64 of ECDSA-SHA256 over the timestamp."""
 REQUEST_HEADERS = (
@@ -118,6 +126,16 @@ class GatewayConfig:
     """Signed registry: whose nodes may connect; read again when it changes."""
     authority: PublicKey
     """Whose signature the registry must carry."""
+    blobs: Path | None = None
+    """Folder with the weights on their way (`server.blobs`); null serves none."""
+    sent_bell: Path | None = None
+    """Rung when the coordinator has sent something; null: nodes have to ask from time to time."""
+    answered_bell: Path | None = None
+    """Rung here when a node has answered."""
+    blobs_port: Port | None = None
+    """nginx only: port of the embedded gateway on `upstream_host`, which serves both; null passes none on."""
+    blobs_name: Host = "localhost"
+    """nginx only: name in the embedded gateway's certificate."""
     limits: GatewayLimits = GatewayLimits()
     access_log: Path | None = None
     """JSON Lines, one a request; null writes them to standard error."""
@@ -176,13 +194,18 @@ class RegistryKeys:
         return {flower_header(member.node): name for name, member in registry.members.items()}
 
 
-def holds_key(header: str, timestamp: bytes, signature: bytes) -> bool:
-    """Whether the peer has signed with this key lately: the public key alone is known to every site."""
+def holds_key(header: str, timestamp: bytes, signature: bytes, blob: tuple[str, str] | None = None) -> bool:
+    """Whether the peer has signed with this key lately: the public key alone is known to every site.
+
+    Args:
+        blob: Method and path of a request for weights, which the signature must be over as well.
+    """
     try:
         age_s = (datetime.now(UTC) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
         if abs(age_s) > _CLOCK_S:
             return False
-        _public_key(header).verify(b64decode(signature, validate=True), timestamp, ec.ECDSA(hashes.SHA256()))
+        signed = blobs.signed_request(*blob, timestamp.decode("ascii")) if blob else timestamp
+        _public_key(header).verify(b64decode(signature, validate=True), signed, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError, TypeError, OverflowError):
         return False
     return True

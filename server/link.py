@@ -69,6 +69,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
+from common.bell import Bell
 from common.deployment import ServerHome
 from common.errors import ExchangeError, FedicomError, StorageError
 from common.registry import Registry
@@ -84,6 +85,8 @@ _PATIENCE_S = 90.0
 """How long a call waits for a SuperLink that is being started again; a run's token dies after 60 s without a sign."""
 _BEAT_S = 10.0
 _TASK_S = 30.0
+_LOOK_S = 0.5
+"""Between two looks for replies when no bell is heard."""
 _MAX_OBJECTS = 100_000
 _SPARE_BYTES = 16 << 20
 _PUSHES = 3
@@ -255,11 +258,12 @@ class _RunGrid(HttpGrid):
 
     def __init__(self, home: ServerHome, address: str, certificate: bytes, token: str) -> None:
         super().__init__(address, False, certificate, token=token)
+        self._sent, self._answered, self._mark = Bell(home.sent_bell), Bell(home.answered_bell), ""
         self.patience, self._key = _Patient(_PATIENCE_S, home.superlink), _Key(home)
         self._retry_invoker = self.patience  # type: ignore[assignment]  # Flower calls nothing but `invoke`
         self._arriving: dict[str, _Arriving] = {}
         self._largest = 0
-        """Bytes of the largest message sent: no honest reply has more than twice that, and a little."""
+        """Bytes of the largest message sent and what travels beside it: no honest reply has more than twice that."""
 
     def _connect(self) -> None:
         super()._connect()
@@ -283,16 +287,21 @@ class _RunGrid(HttpGrid):
         arrays = [
             array for message in sent[:1] for part in message.content.array_records.values() for array in part.values()
         ]
-        self._largest = max(self._largest, sum(len(array.data) for array in arrays))
+        records = [message.content.config_records for message in sent[:1]]
+        beside = sum(_number(found["message"].get("bytes")) for found in records if "message" in found)
+        self._largest = max(self._largest, sum(len(array.data) for array in arrays) + beside)
         for _ in range(_PUSHES):
             # A SuperLink that was killed may have kept a piece and not said so, and then refuses it: what is pushed
             # again has the same ids, and only what is missing goes out.
             with suppress(ObjectPushError):
-                return super().push_messages(sent)
+                ids = super().push_messages(sent)
+                self._sent.ring()
+                return ids
         raise _LinkError(f"the SuperLink took a message in none of {_PUSHES} attempts; see its log")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that are here as a whole; call again for those that are still on their way."""
+        self._mark = self._answered.mark
         coming = {reply.asked for reply in self._arriving.values()}
         if wanted := sorted(set(message_ids) - coming):
             found = self.client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
@@ -300,6 +309,17 @@ class _RunGrid(HttpGrid):
                 objects = [part.object_id for part in iterate_object_tree(tree)]
                 self._arriving[head.metadata.message_id] = _Arriving(head.metadata.reply_to_message_id, objects)
         return [message for key in list(self._arriving) if (message := self._taken(key)) is not None]
+
+    def wait(self, pause_s: float) -> None:
+        """Returns when a site may have answered since the last `pull_messages`, or after a while.
+
+        Args:
+            pause_s: The while, where the gateway does not tell.
+        """
+        if self._answered.there:
+            self._answered.wait(self._mark, max(pause_s, _LOOK_S))
+        else:
+            time.sleep(pause_s)
 
     def _taken(self, key: str) -> Message | None:
         reply, run_id = self._arriving[key], self.run.run_id
@@ -327,6 +347,10 @@ class _RunGrid(HttpGrid):
             message = _unavailable(run_id, self.node.node_id, reply.asked, type(error).__name__)
         del self._arriving[key]
         return message
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
 @dataclass

@@ -35,6 +35,7 @@ from common.samples import Samples, prepare_folder
 from common.shard import read_secret
 from common.signed import read_recipe
 from common.vault import Secret
+from server.blobs import Store
 from server.conclude import Circumstances, conclude
 from server.coordinator import Federated, coordinate, ledger_heads_in
 from server.rounds import Transport
@@ -65,8 +66,9 @@ def over_flower(home: ServerHome, run: str, watch: Watch) -> Iterator[Transport]
     from server.link import open_grid
 
     signer = Signer.load(home.signing_key)
+    store = Store(home.blobs, run) if home.config.blobs else None
     with open_grid(home, _superlink_port(home), name=run) as grid:
-        yield FlowerTransport(grid, signer=signer, keys=_Members(home), watch=watch)
+        yield FlowerTransport(grid, signer=signer, keys=_Members(home), watch=watch, store=store)
 
 
 def _superlink_port(home: ServerHome) -> int:

@@ -104,6 +104,7 @@ def test_no_call_can_unpickle_or_run_text():
 
 
 MAY_CONNECT = {
+    "client.blobs": "asks the gateway for weights, and whether there is a message",
     "client.dicomweb": "asks the hospital's own archive, when a person pulls from it",
     "client.link": "SuperNode and runner, on loopback; the SuperNode calls the gateway",
     "client.reach": "preflight: asks the gateway, and whether anything else can be reached",

@@ -463,3 +463,98 @@ def test_what_was_let_go_holds_no_weights():
     wire.let_go(record)
     with pytest.raises(ExchangeError):
         wire.decode(record, Update)
+
+
+# An array that travels beside its message
+
+
+class Heap:
+    """Pieces of one round, in memory."""
+
+    ticket = "1f" * 16
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, bytes] = {}
+        self.asked = 0
+
+    def put(self, name: str, piece: memoryview) -> None:
+        self.pieces[name] = bytes(piece)
+
+    def get(self, name: str, piece: memoryview) -> None:
+        self.asked += 1
+        found = self.pieces[name]
+        piece[: len(found)] = found[: len(piece)]
+
+    def open(self, ticket: str) -> Heap:
+        assert ticket == self.ticket
+        return self
+
+
+# 2,000,000 numbers are 8,000,000 bytes: one whole piece of 4 MiB and one of 3,805,696
+LARGE = Weights({"w": np.arange(2_000_000, dtype=np.float32)})
+
+
+def test_a_large_array_travels_beside_its_signed_message():
+    heap, sent = Heap(), update(delta=LARGE)
+    record = wire.encode(sent, SIGNER, heap)
+    assert sorted(len(piece) for piece in heap.pieces.values()) == [3_805_696, 4_194_304]
+    assert len(wire.to_bytes(record)) < 2_000
+    assert not record.array_records
+    wire.check_signature(record, SIGNER.public)
+    assert wire.ticket(record) == heap.ticket
+    assert wire.decode(record, Update, heap.open) == sent
+
+
+def test_a_small_array_stays_in_its_message():
+    heap = Heap()
+    record = wire.encode(update(), SIGNER, heap)
+    assert heap.pieces == {}
+    assert wire.ticket(record) is None
+    assert wire.decode(record, Update, heap.open) == update()
+
+
+def test_an_array_beside_its_message_is_refused_where_none_is_expected():
+    with pytest.raises(ExchangeError, match="other records"):
+        wire.decode(wire.encode(update(delta=LARGE), SIGNER, Heap()), Update)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_piece_with_one_flipped_bit_is_refused(at):
+    heap = Heap()
+    record = wire.encode(update(delta=LARGE), SIGNER, heap)
+    name = record.config_records["message"]["pieces"][at]
+    heap.pieces[name] = bytes([heap.pieces[name][0] ^ 1]) + heap.pieces[name][1:]
+    with pytest.raises(ExchangeError, match="a piece is not the one that the message announced"):
+        wire.decode(record, Update, heap.open)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ticket": "2e" * 16}, {"array": "weights"}, {"bytes": 8_000_004}, {"pieces": ["a" * 64, "b" * 64]},
+        {"pieces": []}, {"ticket": None}, {"pieces": None},
+    ],
+)  # fmt: skip
+def test_no_word_about_an_array_beside_a_signed_message_can_be_changed(change):
+    record = wire.encode(update(delta=LARGE), SIGNER, Heap())
+    message = {**record.config_records["message"], **change}
+    changed = RecordDict({"message": ConfigRecord({key: value for key, value in message.items() if value is not None})})
+    with pytest.raises(ExchangeError, match=r"changed on its way|not signed"):
+        wire.check_signature(changed, SIGNER.public)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ticket": "../../../../etc/passwd"}, {"ticket": 5}, {"ticket": "1F" * 16}, {"bytes": 4}, {"bytes": "8000000"},
+        {"bytes": 1 << 40}, {"pieces": ["a" * 64]}, {"pieces": ["a" * 64] * 3}, {"pieces": "a" * 64},
+        {"pieces": ["a" * 63, "b" * 64]}, {"pieces": ["../" * 22, "b" * 64]}, {"pieces": [1, 2]}, {"array": "w"},
+        {"more": 1},
+    ],
+)  # fmt: skip
+def test_words_about_an_array_that_do_not_hold_are_refused_before_a_byte_is_fetched(change):
+    heap = Heap()
+    message = {**wire.encode(update(delta=LARGE), None, heap).config_records["message"], **change}
+    with pytest.raises(ExchangeError):
+        wire.decode_reply(RecordDict({"message": ConfigRecord(message)}), heap.open)
+    assert heap.asked == 0

@@ -53,10 +53,12 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from common.bell import Bell
 from common.errors import ConfigError, FedicomError
 from common.identity import Signer
 from common.registry import Member, Registry
 from server import gateway_rules
+from server.blobs import Round, Store
 from server.gateway import Gateway, GatewayConfig, GatewayLimits, RegistryKeys, flower_header
 from server.gateway_nginx import nginx_config, write_nginx
 
@@ -149,6 +151,17 @@ class NodeKey:
             "flwr-timestamp": timestamp,
             "flwr-signature": base64.b64encode(signature).decode(),
             "content-type": "application/x-protobuf",
+        }
+
+    def beside(self, method: str, path: str, signer: NodeKey | None = None, word: str = "request") -> dict[str, str]:
+        """What a node sends with a request for weights."""
+        timestamp = dt.datetime.now(dt.UTC).isoformat()
+        text = f"fedicom {word}\n{method}\n{path}\n{timestamp}"
+        signature = (signer or self).private.sign(text.encode(), ec.ECDSA(hashes.SHA256()))
+        return {
+            "flwr-public-key": self.header,
+            "flwr-timestamp": timestamp,
+            "flwr-signature": base64.b64encode(signature).decode(),
         }
 
 
@@ -317,6 +330,8 @@ class Door:
     folder: Path
     gateway: Gateway | None = None
     process: subprocess.Popen[bytes] | None = None
+    behind: Gateway | None = None
+    """nginx only: the embedded gateway that serves weights and the bell."""
 
     @property
     def port(self) -> int:
@@ -326,6 +341,9 @@ class Door:
         if self.kind == "embedded":
             self.gateway = Gateway(self.config).start()
             return self
+        if self.config.blobs is not None:
+            self.behind = Gateway(replace(self.config, listen_port=0)).start()
+            self.config = replace(self.config, blobs_port=self.behind.port)
         conf = write_nginx(self.config, self.folder / "nginx")
         command = [str(NGINX), "-p", str(conf.parent), "-c", str(conf), "-g", "user root;" if os.geteuid() == 0 else ""]
         with (self.folder / "nginx.err").open("wb") as err:
@@ -359,6 +377,8 @@ class Door:
         if self.process:
             self.process.terminate()
             self.process.wait(10)
+        if self.behind:
+            self.behind.stop()
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.config.access_log.read_text().splitlines()]
@@ -1218,3 +1238,178 @@ class TestInFrontOfARealSuperLink:
         with client, pytest.raises(httpx.HTTPStatusError) as refused:
             client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30))
         assert refused.value.response.status_code == 401
+
+
+# --- weights and the bell ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Weights:
+    """A door with a round behind it, in which north is asked, and a piece of the model."""
+
+    door: Door
+    round_: Round
+    piece: bytes = random.Random(1).randbytes(3_000_000)
+
+    @property
+    def name(self) -> str:
+        return hashlib.sha256(self.piece).hexdigest()
+
+    def path(self, piece: bytes | str = "") -> str:
+        name = hashlib.sha256(piece).hexdigest() if isinstance(piece, bytes) else piece
+        return f"/v1/blobs/{self.round_.ticket}/{name}" if name else f"/v1/blobs/{self.round_.ticket}"
+
+    def ask(self, method: str, path: str, site: str = "north", body: bytes | None = None, **headers) -> httpx.Response:
+        signed = self.door.sites.keys[site].beside(method, path)
+        with self.door.client(None) as client:
+            return client.request(method, path, content=body, headers=signed | headers)
+
+
+@pytest.fixture
+def weights(kind, open_door, upstream, tmp_path) -> Iterator[Weights]:
+    bell = tmp_path / "sent.bell"
+    door = open_door(kind, upstream.port, blobs=tmp_path / "blobs", sent_bell=bell)
+    with Store(tmp_path / "blobs", "run").round(("north",), 3_000_000) as round_:
+        made = Weights(door, round_)
+        round_.put(made.name, memoryview(made.piece))
+        yield made
+
+
+def test_a_site_that_is_asked_reads_the_model_and_another_member_does_not(weights, upstream):
+    assert weights.ask("GET", weights.path(weights.name)).content == weights.piece
+    assert weights.ask("GET", weights.path(weights.name), "south").status_code == 404
+    assert weights.ask("PUT", weights.path(b"mine"), "south", b"mine").status_code == 404
+    assert weights.ask("GET", weights.path(), "south").status_code == 404
+    assert upstream.seen == []  # none of it is Flower's
+
+
+def test_a_site_writes_a_piece_under_its_sha_256_and_sees_what_it_has_written(weights):
+    assert weights.ask("GET", weights.path()).json() == []
+    for _ in range(2):  # asked again after a crash, it does no harm
+        assert weights.ask("PUT", weights.path(weights.piece), body=weights.piece).status_code == 200
+    assert weights.ask("GET", weights.path()).json() == [weights.name]
+    got = memoryview(bytearray(3_000_000))
+    weights.round_.answers("north").get(weights.name, got)
+    assert bytes(got) == weights.piece
+
+
+def test_bytes_of_another_name_and_too_many_bytes_are_refused_and_not_kept(weights):
+    assert weights.ask("PUT", weights.path(b"this"), body=b"that").status_code == 422
+    long = bytes(4 * MIB + 1)
+    assert weights.ask("PUT", weights.path(long), body=long).status_code == 413
+    assert weights.ask("PUT", weights.path(b""), body=b"").status_code == 413
+    for number, wanted in enumerate((200, 413)):  # 2 * 3,000,000 + 1,048,576 bytes in all
+        piece = bytes([number]) * 4_000_000
+        assert weights.ask("PUT", weights.path(piece), body=piece).status_code == wanted
+    assert len(weights.ask("GET", weights.path()).json()) == 1
+
+
+def test_a_piece_that_was_cut_is_not_there_and_can_be_sent_again(weights):
+    path = weights.path(weights.piece)
+    headers = weights.door.sites.keys["north"].beside("PUT", path) | {"content-length": "3000000"}
+    with weights.door.connect() as sock:
+        sock.sendall(head(line=f"PUT {path} HTTP/1.1", headers=headers) + weights.piece[:1_000_000])
+    assert weights.ask("GET", weights.path()).json() == []
+    assert weights.ask("PUT", path, body=weights.piece).status_code == 200
+
+
+def test_a_signature_is_good_for_one_method_and_path_and_flowers_own_for_none(weights):
+    north, path, other = weights.door.sites.keys["north"], weights.path(weights.name), weights.path()
+    wrong = [
+        north.headers(),
+        north.beside("PUT", path),
+        north.beside("GET", other),
+        north.beside("GET", path, word="message"),
+        north.beside("GET", path, signer=weights.door.sites.keys["south"]),
+        {**north.beside("GET", path), "flwr-public-key": NodeKey().header},
+    ]
+    with weights.door.client(None) as client:
+        for headers in wrong:
+            assert client.get(path, headers=headers).status_code == 401
+        assert client.get(path, headers=north.beside("GET", path)).status_code == 200
+
+
+def test_a_signature_for_weights_is_none_for_flower(embedded_weights, upstream):
+    north = embedded_weights.door.sites.keys["north"]
+    with embedded_weights.door.client(None) as client:
+        assert client.post(OTHER, content=b"", headers=north.beside("POST", OTHER)).status_code == 401
+    assert upstream.seen == []
+
+
+def test_only_the_exact_request_lines_for_weights_pass(weights, upstream):
+    ticket, name = weights.round_.ticket, weights.name
+    lines = [
+        *(("POST", weights.path(name)), ("DELETE", weights.path(name)), ("HEAD", weights.path(name))),
+        *(("PUT", weights.path()), ("GET", weights.path() + "/"), ("GET", weights.path(name) + "/")),
+        *(("GET", weights.path(name) + "?a=b"), ("GET", f"/v1/blobs/{ticket}/../{ticket}/{name}")),
+        *(("GET", f"/v1/blobs//{ticket}/{name}"), ("GET", f"/v1/blobs/{ticket}/{name.upper()}")),
+        *(("GET", f"/v1/blobs/{ticket}/round.json"), ("GET", "/v1/bell/"), ("POST", "/v1/bell/" + "0" * 16)),
+    ]
+    for method, path in lines:
+        signed = weights.door.sites.keys["north"].beside(method, path)
+        signed |= {"content-length": "0", "connection": "close"}
+        answer = weights.door.raw(head(line=f"{method} {path} HTTP/1.1", headers=signed))
+        assert status(answer) in (400, 404, 405), (method, path, answer)
+    assert upstream.seen == []
+
+
+def test_a_revoked_site_reads_and_writes_no_weights(weights):
+    assert weights.ask("GET", weights.path(weights.name)).status_code == 200
+    weights.door.revoke("north")
+    assert weights.ask("GET", weights.path(weights.name)).status_code == 401
+    assert weights.ask("PUT", weights.path(b"mine"), body=b"mine").status_code == 401
+    assert list((weights.round_.folder / "from" / "north").iterdir()) == []
+
+
+def test_the_bell_answers_when_the_coordinator_has_sent_something(weights):
+    bell = Bell(weights.door.config.sent_bell)
+    bell.ring()
+    first_mark = weights.ask("GET", "/v1/bell/" + "0" * 16).text
+    assert first_mark == bell.mark
+    answers: list[str] = []
+    listener = threading.Thread(target=lambda: answers.append(weights.ask("GET", "/v1/bell/" + first_mark).text))
+    listener.start()
+    listener.join(0.2)
+    assert answers == []
+    bell.ring()
+    listener.join(20)
+    assert answers == [bell.mark] != [first_mark]
+
+
+def test_without_a_folder_for_weights_there_are_none(door, upstream):
+    key, path = door.sites.keys["north"], f"/v1/blobs/{'0' * 32}/{'0' * 64}"
+    with door.client(None) as client:
+        assert client.get(path, headers=key.beside("GET", path)).status_code == 404
+        bell = "/v1/bell/" + "0" * 16
+        assert client.get(bell, headers=key.beside("GET", bell)).status_code == 404
+    assert upstream.seen == []
+
+
+@pytest.fixture
+def embedded_weights(open_door, upstream, tmp_path) -> Iterator[Weights]:
+    door = open_door("embedded", upstream.port, blobs=tmp_path / "blobs", sent_bell=tmp_path / "sent.bell")
+    with Store(tmp_path / "blobs", "run").round(("north",), 3_000_000) as round_:
+        made = Weights(door, round_)
+        round_.put(made.name, memoryview(made.piece))
+        yield made
+
+
+def test_an_answer_from_a_node_rings_the_runs(open_door, upstream, tmp_path):
+    bell = Bell(tmp_path / "answered.bell")
+    door = open_door("embedded", upstream.port, answered_bell=tmp_path / "answered.bell")
+    door.call(OTHER)
+    assert not bell.there
+    door.call(PUSH)
+    until(lambda: bell.there)
+
+
+def test_a_stop_does_not_wait_for_who_listens_to_the_bell(embedded_weights):
+    path = "/v1/bell/" + Bell(embedded_weights.door.config.sent_bell).mark
+    signed = embedded_weights.door.sites.keys["north"].beside("GET", path)
+    with embedded_weights.door.connect() as sock:
+        sock.sendall(head(line=f"GET {path} HTTP/1.1", headers=signed))
+        gateway = embedded_weights.door.gateway
+        until(lambda: gateway.listeners.count == 1)
+        gateway.limits = replace(gateway.limits, stop_s=1000.0)
+        gateway.stop()
+        assert rest(sock) == b""

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from common.exchange import Failure, Hello, Question, Refusal, RoundPlan, Update
 from common.identity import Signer
 from common.weights import Weights
 from server.app import FlowerTransport
+from server.blobs import Shelf, Store
 from simulations.grid import become_node
 
 RECIPE = Recipe(name="small", federation=Federation(sites=3, quorum=2, timeout_s=600.0, offline_s=60.0))
@@ -364,6 +366,131 @@ def test_a_refusal_is_final(clock, sites):
     assert asked(transport)["west"] == refusal("west")
     assert sites[2].asked["train"] == 1
     assert transport.told[-1][:2] == ("west", "refused") or ("west", "refused", "not approved here") in transport.told
+
+
+# Weights beside the messages
+
+LARGE = replace(PLAN, weights=Weights({"w": np.arange(100_000, dtype=np.float32)}))  # 400,000 bytes
+
+
+@dataclass
+class AtSite:
+    """A site's view of a round, as the gateway gives it."""
+
+    folder: Path
+    site: str
+    ticket: str
+    sends: bool = True
+
+    def put(self, name: str, piece: memoryview) -> None:
+        with Shelf(self.folder).writing(self.ticket, self.site, name, len(piece)) as room:
+            assert not isinstance(room, int), room
+            if self.sends:
+                room.part.write_bytes(piece)
+                room.done()
+
+    def get(self, name: str, piece: memoryview) -> None:
+        found = Shelf(self.folder).readable(self.ticket, self.site, name)
+        assert found is not None
+        piece[:] = found.read_bytes()
+
+
+def beside(folder: Path, site: Site, ticket: str | None = None, *, sends: bool = True) -> None:
+    """Has the site fetch and send its weights beside the messages; with a ticket, it names that one in its answer."""
+
+    def rule(message: Message) -> Message:
+        wire.check_signature(message.content, COORDINATOR.public)
+        plan = wire.decode(message.content, RoundPlan, lambda given: AtSite(folder, site.name, given))
+        at = AtSite(folder, site.name, wire.ticket(message.content) or "", sends)
+        record = wire.encode(answer(plan, site.name), SIGNERS[site.name], at)
+        if ticket is not None:
+            record.config_records["message"]["ticket"] = ticket
+            record.config_records["message"]["signature"] = SIGNERS[site.name].sign(wire._signed_bytes(record))
+        return Message(record, reply_to=message)
+
+    site.rule = rule
+
+
+def test_weights_beside_the_messages_give_the_replies_of_weights_in_them(clock, sites, tmp_path):
+    within = list(ready(clock, sites).ask(LARGE, SITES, 600.0))
+    net = Connected(clock, *sites)
+    transport = FlowerTransport(net, signer=COORDINATOR, keys=keys, store=Store(tmp_path, "run"))
+    transport.hello(RECIPE, HEAD)
+    for site in sites:
+        beside(tmp_path, site)
+    assert list(transport.ask(LARGE, SITES, 600.0)) == within
+    assert all(not message.content.array_records for message in net.sent)
+    assert list(tmp_path.iterdir()) == []  # the round is over
+
+
+def test_weights_beside_the_messages_are_there_until_the_last_reply_is_taken_or_nobody_wants_it(clock, sites, tmp_path):
+    transport = FlowerTransport(
+        Connected(clock, *sites), signer=COORDINATOR, keys=keys, store=Store(tmp_path, "run")
+    )  # fmt: skip
+    transport.hello(RECIPE, HEAD)
+    sites[2].delay_s = 100
+    for site in sites:
+        beside(tmp_path, site)
+    replies = transport.ask(LARGE, SITES, 600.0)
+    assert {next(replies).site, next(replies).site} == {"north", "east"}
+    assert len(list(tmp_path.iterdir())) == 1
+    last = next(replies)
+    assert isinstance(last, Update)
+    assert last.site == "west"
+    assert next(replies, None) is None
+    assert list(tmp_path.iterdir()) == []
+    given_up = transport.ask(LARGE, SITES, 600.0)
+    next(given_up)
+    given_up.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Belled(Connected):
+    """Rings of what has come; a bell that was not looked at since goes on ringing."""
+
+    def __init__(self, clock: Clock, *sites: Site) -> None:
+        super().__init__(clock, *sites)
+        self.looked = self.waits = 0
+
+    def pull_messages(self, message_ids):
+        self.looked += 1
+        return super().pull_messages(message_ids)
+
+    def wait(self, pause_s: float) -> None:
+        self.waits += 1
+        assert self.waits <= self.looked, "it rings for ever: nobody looked"
+        self.clock.sleep(pause_s)
+
+
+def test_nobody_listens_to_a_bell_while_no_answer_is_missing(clock, sites):
+    late = sites.pop()
+    net = Belled(clock, *sites)
+    clock.after(20, lambda: net.sites.update({late.number: late}))
+    transport = Watched(net)
+    assert list(transport.hello(RECIPE, HEAD)) == ["east", "north", "west"]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"ticket": "0" * 32}, "its weights are of another round"),
+        ({"sends": False}, "site west announced weights that it has not sent"),
+    ],
+    ids=["another round", "not sent"],
+)
+def test_a_site_whose_weights_are_not_there_fails_alone(clock, sites, tmp_path, given, why):
+    transport = FlowerTransport(
+        Connected(clock, *sites), signer=COORDINATOR, keys=keys, store=Store(tmp_path, "run")
+    )  # fmt: skip
+    transport.hello(RECIPE, HEAD)
+    for site in sites[:2]:
+        beside(tmp_path, site)
+    beside(tmp_path, sites[2], **given)
+    replies = {reply.site: reply for reply in transport.ask(LARGE, SITES, 600.0)}
+    assert isinstance(replies["north"], Update)
+    assert isinstance(replies["east"], Update)
+    assert isinstance(replies["west"], Failure)
+    assert why in replies["west"].why
 
 
 # Signatures

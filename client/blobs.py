@@ -1,0 +1,198 @@
+"""What a site asks the gateway for beside Flower's messages: weights, and whether there is a message.
+
+Only outgoing calls, to the same address, under the same authority and node key. What a call for weights did not bring
+is asked again, for as long as something moves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import ssl
+import threading
+import time
+from base64 import b64encode
+from datetime import UTC, datetime
+
+import httpx
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+
+from client.reach import proxy_of
+from common.blobs import BELL_PATH, DIGEST, MARK, PATH, TICKET, signed_request
+from common.deployment import SiteHome
+from common.errors import FedicomError, StorageError
+from common.identity import read_private
+
+log = logging.getLogger(__name__)
+
+_STALLED_S = 900.0
+"""Longest that weights may stand still."""
+_PAUSE_S = (0.1, 5.0)
+_CALL_S = 60.0
+"""Longest that a call may stand still."""
+_SILENT_S = 10.0
+"""Before a gateway that does not ring is asked for it again."""
+_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class LostError(FedicomError):
+    """Weights could not be fetched or sent. No refusal: the coordinator may ask again."""
+
+
+class Remote:
+    """The gateway's weights, as this site may read and write them."""
+
+    def __init__(self, home: SiteHome, stop: threading.Event) -> None:
+        """Opens no connection yet.
+
+        Args:
+            stop: Ends a wait.
+
+        Raises:
+            ConfigError: site.yaml does not hold.
+            StorageError: The node's key or the authority's certificate cannot be read.
+        """
+        config = home.config
+        key = load_ssh_private_key(read_private(home.node_key, "the node's key"), password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise StorageError(f"{home.node_key.name} is no elliptic-curve key; unpack the site's kit again")
+        self._key, self._stop = key, stop
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        self._public = b64encode(public).decode()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_verify_locations(home.ca)
+        self._client = httpx.Client(
+            base_url=f"https://{config.gateway}",
+            verify=context,
+            proxy=proxy_of(config, os.environ),
+            trust_env=False,
+            timeout=_CALL_S,
+            follow_redirects=False,
+        )
+
+    def round(self, ticket: str) -> RemoteRound:
+        """One round's weights, as `common.blobs.Blobs`."""
+        return RemoteRound(self, ticket)
+
+    def call(self, method: str, path: str, content: bytes | None = None, into: memoryview | None = None) -> bytes:
+        """One request that is made again until it is answered.
+
+        Args:
+            into: Filled with the answer, which must have this length; else the answer is returned.
+
+        Raises:
+            LostError: It is refused, nothing moved for too long, or the node is to stop.
+        """
+        end, pause_s = time.monotonic() + _STALLED_S, _PAUSE_S[0]
+        while True:
+            try:
+                return self.once(method, path, content, into)
+            except _AgainError as error:
+                why = str(error)
+            except httpx.TransportError as error:
+                why = type(error).__name__
+            if time.monotonic() > end:
+                raise LostError(f"the gateway did not take or give weights for {_STALLED_S:g} s ({why})")
+            log.info("weights: %s; again in %.1f s", why, pause_s)
+            if self._stop.wait(pause_s):
+                raise LostError("the node stops")
+            pause_s = min(2 * pause_s, _PAUSE_S[1])
+
+    def once(self, method: str, path: str, content: bytes | None = None, into: memoryview | None = None) -> bytes:
+        """One request.
+
+        Raises:
+            LostError: It is refused.
+            httpx.TransportError: There was no whole answer.
+        """
+        timestamp = datetime.now(UTC).isoformat()
+        signature = self._key.sign(signed_request(method, path, timestamp), ec.ECDSA(hashes.SHA256()))
+        headers = {
+            "flwr-public-key": self._public,
+            "flwr-timestamp": timestamp,
+            "flwr-signature": b64encode(signature).decode(),
+        }
+        with self._client.stream(method, path, content=content, headers=headers) as answer:
+            if answer.status_code in _AGAIN:
+                raise _AgainError(f"status {answer.status_code}")
+            if answer.status_code != 200:
+                raise LostError(_refusal(answer.status_code))
+            if into is None:
+                return answer.read()
+            at = 0
+            for data in answer.iter_raw():
+                if at + len(data) > len(into):
+                    raise LostError("the gateway gave more bytes than the coordinator announced")
+                into[at : at + len(data)] = data
+                at += len(data)
+            if at != len(into):
+                raise LostError("the gateway gave fewer bytes than the coordinator announced")
+        return b""
+
+
+class _AgainError(LostError):
+    """The gateway asks to come again."""
+
+
+class Doorbell:
+    """Lets a node wait for the coordinator's next message instead of asking every other moment."""
+
+    def __init__(self, remote: Remote, stop: threading.Event) -> None:
+        self._remote, self._stop, self._mark, self._again_at = remote, stop, "0" * 16, 0.0
+
+    def wait(self) -> bool:
+        """Returns when there may be a message, within half a minute; False at once where no gateway rings."""
+        if time.monotonic() < self._again_at:
+            return False
+        try:
+            mark = self._remote.once("GET", BELL_PATH + self._mark).decode("ascii")
+            if not MARK.fullmatch(mark):
+                raise LostError("no mark")
+        except (LostError, httpx.TransportError, UnicodeDecodeError):
+            self._again_at = time.monotonic() + _SILENT_S
+            return False
+        self._mark = mark
+        return True
+
+
+class RemoteRound:
+    """One round's weights at the gateway."""
+
+    def __init__(self, remote: Remote, ticket: str) -> None:
+        """Nothing is asked yet; `ticket` is the coordinator's word."""
+        if not TICKET.fullmatch(ticket):
+            raise LostError("the ticket of a round is no word of 32 hexadecimal digits")
+        self._remote, self.ticket = remote, ticket
+        self._held: frozenset[str] | None = None
+
+    def put(self, name: str, piece: memoryview) -> None:
+        """Sends a piece, unless an earlier attempt has."""
+        if self._held is None:
+            self._held = self._list()
+        if name not in self._held:
+            self._remote.call("PUT", f"{PATH}{self.ticket}/{name}", content=bytes(piece))
+
+    def get(self, name: str, piece: memoryview) -> None:
+        """Fetches a piece of the model."""
+        self._remote.call("GET", f"{PATH}{self.ticket}/{name}", into=piece)
+
+    def _list(self) -> frozenset[str]:
+        try:
+            told = json.loads(self._remote.call("GET", f"{PATH}{self.ticket}"))
+        except ValueError:
+            told = None
+        if not isinstance(told, list):
+            raise LostError("the gateway does not say what it has")
+        return frozenset(each for each in told if isinstance(each, str) and DIGEST.fullmatch(each))
+
+
+def _refusal(status: int) -> str:
+    if status == 404:
+        return "the coordinator asks this site for no weights any more: the round has ended, or begun anew"
+    if status == 401:
+        return "the gateway does not know this node's key, or the clocks differ"
+    return f"the gateway refused weights (status {status})"

@@ -1,0 +1,202 @@
+"""What the gateway answers itself, beside Flower's calls: weights out of the folder of `server.blobs`, and the bell."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h11
+
+from common.bell import LOOK_S, Bell
+from common.blobs import BELL_S
+from server.blobs import Writing
+from server.gateway_rules import BELL_ROUTE, BLOB_ROUTE, GatewayLimits
+
+if TYPE_CHECKING:
+    from server.gateway import Gateway
+
+_BLOCK_BYTES = 1 << 20
+"""Of weights: what is read from, or written to the disk at a time, outside the loop."""
+
+
+class Refused(Exception):  # noqa: N818 - the outcome of a request, not an error of ours
+    """Ends a connection; with `answer=False` it breaks off without a response."""
+
+    def __init__(self, status: int, why: str, *, answer: bool = True) -> None:
+        super().__init__(why)
+        self.status, self.why, self.answer = status, why, answer
+
+
+@dataclass
+class Entry:
+    """A request as it will stand in the log."""
+
+    address: str
+    method: str = "-"
+    route: str = "-"
+    site: str = "-"
+    status: int = 0
+    """0: no request came."""
+    received: int = 0
+    sent: int = 0
+    refused: str | None = None
+    began: float = 0.0
+
+
+class Listeners:
+    """The nodes that wait for the bell; one look at it does for all of them."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell, self.count, self._rung = bell, 0, asyncio.Event()
+
+    async def wait(self, mark: str) -> str:
+        """Waits until the coordinator has sent something after `mark` was taken, or for `BELL_S`; the mark by then."""
+        self.count += 1
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BELL_S):
+                    while (now := self._bell.mark) == mark:
+                        await self._rung.wait()
+                    return now
+        finally:
+            self.count -= 1
+        return mark
+
+    async def watch(self) -> None:
+        """Looks at the bell while somebody waits; never ends."""
+        last = ""
+        while True:
+            await asyncio.sleep(LOOK_S if self.count else 5 * LOOK_S)
+            if self.count and (mark := self._bell.mark) != last:
+                last = mark
+                self._rung.set()
+                self._rung = asyncio.Event()
+
+
+class Beside:
+    """The part of a connection that answers requests for weights and for the bell."""
+
+    _gateway: Gateway
+    _limits: GatewayLimits
+    _http: h11.Connection
+    _writer: asyncio.StreamWriter
+
+    def _send(self, event: h11.Event) -> None:
+        self._writer.write(self._http.send(event) or b"")
+
+    def _body(self, entry: Entry) -> AsyncIterator[bytes]:
+        raise NotImplementedError
+
+    async def _blob(self, request: h11.Request, fields: Mapping[bytes, bytes], entry: Entry) -> None:
+        """Answers a request for weights."""
+        shelf, found = self._gateway.shelf, BLOB_ROUTE.fullmatch(request.target.decode("ascii"))
+        assert shelf is not None
+        assert found is not None
+        ticket, name = found.groups()
+        if request.method == b"PUT":
+            if b"content-length" not in fields:
+                raise Refused(411, "no length")
+            with shelf.writing(ticket, entry.site, name, int(fields[b"content-length"])) as room:
+                await self._receive(room, name, entry)
+            await self._say(200, entry)
+            return
+        async for _ in self._body(entry):
+            raise Refused(400, "body")
+        if name is None:
+            if (held := shelf.held(ticket, entry.site)) is None:
+                raise Refused(404, "no such round")
+            await self._say(200, entry, json.dumps(held).encode())
+        elif (path := shelf.readable(ticket, entry.site, name)) is None:
+            raise Refused(404, "no such weights")
+        else:
+            await self._give(path, entry)
+
+    async def _listen(self, request: h11.Request, entry: Entry, task: asyncio.Task[Any]) -> None:
+        """Answers when the coordinator has sent something; a stop of the gateway does not wait for that."""
+        listeners, found = self._gateway.listeners, BELL_ROUTE.fullmatch(request.target.decode("ascii"))
+        assert listeners is not None
+        assert found is not None
+        async for _ in self._body(entry):
+            raise Refused(400, "body")
+        self._gateway.idle.add(task)
+        mark = await listeners.wait(found[1])
+        self._gateway.idle.discard(task)
+        await self._say(200, entry, mark.encode())
+
+    async def _receive(self, room: Writing | int, name: str, entry: Entry) -> None:
+        """Takes a piece; it gets its name only when it is the one that the name says."""
+        if self._http.they_are_waiting_for_100_continue:
+            self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+        if isinstance(room, int):
+            async for _ in self._body(
+                entry
+            ):  # a node, or nginx for it, that is cut off while it sends would come again
+                pass
+            if room != 200:  # it is here already
+                raise Refused(room, "no such round" if room == 404 else "weights size")
+            return
+        digest, block = hashlib.sha256(), bytearray()
+        try:
+            with room.part.open("xb", buffering=0) as file:
+                async for data in self._body(entry):
+                    block += data
+                    if len(block) >= _BLOCK_BYTES:
+                        await asyncio.to_thread(_keep, file, digest, block)
+                        block = bytearray()
+                await asyncio.to_thread(_keep, file, digest, block)
+            if digest.hexdigest() != name:
+                raise Refused(422, "not the bytes of this name")
+            room.done()
+        except OSError as error:  # a full disk, mostly, or the round has ended
+            self._gateway.say(f"weights cannot be written: {error.strerror}")
+            raise Refused(503, "disk") from None
+
+    async def _give(self, path: Path, entry: Entry) -> None:
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = path.stat().st_size
+                self._begin(200, entry, size)
+                async with asyncio.timeout(self._limits.response_s):
+                    while entry.sent < size:
+                        data = await asyncio.to_thread(file.read, _BLOCK_BYTES)
+                        if not data:
+                            raise Refused(502, "weights cut short", answer=False)
+                        self._send(h11.Data(data=data))
+                        entry.sent += len(data)
+                        await self._writer.drain()
+                self._send(h11.EndOfMessage())
+                await self._writer.drain()
+        except TimeoutError:
+            raise Refused(504, "slow response", answer=False) from None
+        except OSError:
+            gone = not entry.status
+            raise Refused(404 if gone else 499, "no such weights" if gone else "gone", answer=gone) from None
+
+    async def _say(self, status: int, entry: Entry, text: bytes = b"") -> None:
+        self._begin(status, entry, len(text))
+        if text:
+            self._send(h11.Data(data=text))
+            entry.sent = len(text)
+        self._send(h11.EndOfMessage())
+        with suppress(OSError):
+            await self._writer.drain()
+
+    def _begin(self, status: int, entry: Entry, size: int) -> None:
+        headers = [(b"content-type", b"application/octet-stream"), (b"content-length", str(size).encode())]
+        if self._gateway.stopping:
+            headers.append((b"connection", b"close"))
+        self._send(h11.Response(status_code=status, headers=headers, reason=b""))
+        entry.status = status
+
+
+def _keep(file: Any, digest: Any, block: bytearray) -> None:
+    digest.update(block)
+    data = memoryview(block)
+    while data:
+        data = data[file.write(data) :]
