@@ -162,6 +162,9 @@ class Doorbell:
 class RemoteRound:
     """One round's weights at the gateway."""
 
+    most_bytes = 1 << 33
+    """As many as a message may name; the coordinator signs for it."""
+
     def __init__(self, remote: Remote, ticket: str) -> None:
         """Nothing is asked yet; `ticket` is the coordinator's word."""
         if not TICKET.fullmatch(ticket):

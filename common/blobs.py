@@ -29,6 +29,10 @@ class Blobs(Protocol):
     def ticket(self) -> str:
         """Names the round: 32 random hexadecimal digits."""
 
+    @property
+    def most_bytes(self) -> int:
+        """Longest array that is taken from the other side."""
+
     def put(self, name: str, piece: memoryview) -> None:
         """Keeps these bytes for the other side under their SHA-256."""
 

@@ -80,7 +80,7 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
         blobs: Takes a large array, which the message then only names; None leaves it in the message.
 
     Raises:
-        ExchangeError: `blobs` did not take it.
+        FedicomError: `blobs` did not take it.
     """
     kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
     body: dict[str, Any] = {}
@@ -325,7 +325,10 @@ def _gathered(record: RecordDict, name: str, nbytes: int, open_: Open) -> memory
         raise ExchangeError(f"{name}: expected a ticket and the names of {-(-nbytes // PIECE_BYTES)} pieces")
     if not all(isinstance(each, str) and DIGEST.fullmatch(each) for each in names):
         raise ExchangeError(f"{name}: the name of a piece is no SHA-256")
-    blobs, data = open_(place), memoryview(bytearray(nbytes))
+    blobs = open_(place)
+    if nbytes > blobs.most_bytes:  # before there is room for them: a piece may be named any number of times
+        raise ExchangeError(f"{name}: {nbytes} bytes beside the message, at most {blobs.most_bytes} are taken")
+    data = memoryview(bytearray(nbytes))
     for each, piece in zip(names, pieces(data), strict=True):
         blobs.get(str(each), piece)
         if hashlib.sha256(piece).hexdigest() != each:

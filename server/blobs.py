@@ -3,7 +3,8 @@
 A run opens a round for the sites that it asks and lays the global model into it; the gateway lets just these sites
 read that, and each write its own answer, up to a number of bytes; the run takes the answers out, and the round is
 removed. Nothing here has to survive anything: a run that goes on after a crash opens a new round, and what an older
-one left goes. So nothing is flushed to disk.
+one left goes. So nothing is flushed to disk. A round is there under its ticket when it is whole, and leaves that name
+before it is removed.
 
     blobs/<ticket>/round.json        who may come, and how much each may write
     blobs/<ticket>/model/<sha256>    for all of them
@@ -19,7 +20,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.blobs import DIGEST, PIECE_BYTES, TICKET
@@ -28,7 +29,7 @@ from common.exchange import NAME_PATTERN
 from common.storage import private_folder, storing
 
 _ROUND = "round.json"
-_SPARE_BYTES = 1 << 20
+_SPARE_BYTES, _SPARE_PIECES = 1 << 20, 16
 
 
 class Store:
@@ -49,17 +50,21 @@ class Store:
         Raises:
             StorageError: The disk is full or not writable.
         """
-        ticket = secrets.token_hex(16)
-        folder = private_folder(private_folder(self._folder) / ticket)
+        ticket, most_bytes = secrets.token_hex(16), 2 * nbytes + _SPARE_BYTES
+        aside = private_folder(private_folder(self._folder) / f"{self._run}.{ticket}")
+        folder = aside.with_name(ticket)
         try:
-            for name in ("model", *(f"from/{site}" for site in sites)):
-                with storing("a folder for weights"):
-                    (folder / name).mkdir(parents=True, mode=0o700)
-            told = {"run": self._run, "sites": list(sites), "bytes": 2 * nbytes + _SPARE_BYTES}
-            _write(folder / _ROUND, memoryview(json.dumps(told).encode()))
-            yield Round(folder)
+            with storing("a folder for weights"):
+                for name in ("model", *(f"from/{site}" for site in sites)):
+                    (aside / name).mkdir(parents=True, mode=0o700)
+                told = {"run": self._run, "sites": list(sites), "bytes": most_bytes}
+                (aside / _ROUND).write_text(json.dumps(told))
+                aside.rename(folder)
+            yield Round(folder, most_bytes)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Round:
     """The coordinator's view of a round, as `common.blobs.Blobs`: it writes the model, and reads one site's answer."""
 
     folder: Path
+    most_bytes: int
     site: str = ""
 
     @property
@@ -75,7 +81,7 @@ class Round:
 
     def answers(self, site: str) -> Round:
         """The round as `get` reads it for this site."""
-        return Round(self.folder, site)
+        return replace(self, site=site)
 
     def put(self, name: str, piece: memoryview) -> None:
         """Lays a piece of the model out.
@@ -103,9 +109,18 @@ class Round:
 def clear(folder: Path, run: str | None = None) -> None:
     """Removes the rounds of a run, or of all."""
     for path in folder.glob("*"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if run is None or json.loads((path / _ROUND).read_bytes())["run"] == run:
-                shutil.rmtree(path, ignore_errors=True)
+        if run is None or _run_of(path) == run:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _run_of(path: Path) -> str | None:
+    name, _, _ = path.name.rpartition(".")
+    if name:  # it was being made, or removed
+        return name
+    try:
+        return str(json.loads((path / _ROUND).read_bytes())["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Shelf:
@@ -131,8 +146,8 @@ class Shelf:
 
     @contextmanager
     def writing(self, ticket: str, site: str, name: str, size: int) -> Iterator[Writing | int]:
-        """Room for a piece, or the status that refuses it: 404 no such round for this site, 413 too large, 200 it
-        is here already."""
+        """Room for a piece, or the status that refuses it: 404 no such round for this site, 413 too large or too many,
+        200 it is here already."""
         limit, key = self._limit(ticket, site), (ticket, site)
         if limit is None or not DIGEST.fullmatch(name):
             yield 404
@@ -142,7 +157,8 @@ class Shelf:
             yield 200
             return
         used = sum(entry.stat().st_size for entry in entries if DIGEST.fullmatch(entry.name))
-        if not 0 < size <= PIECE_BYTES or used + self._coming.get(key, 0) + size > limit:
+        many = len(entries) >= limit // PIECE_BYTES + _SPARE_PIECES
+        if many or not 0 < size <= PIECE_BYTES or used + self._coming.get(key, 0) + size > limit:
             yield 413
             return
         self._coming[key] = self._coming.get(key, 0) + size

@@ -134,10 +134,8 @@ class Beside:
         if self._http.they_are_waiting_for_100_continue:
             self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
         if isinstance(room, int):
-            async for _ in self._body(
-                entry
-            ):  # a node, or nginx for it, that is cut off while it sends would come again
-                pass
+            async for _ in self._body(entry):
+                pass  # a node, or nginx for it, that is cut off while it sends would come again
             if room != 200:  # it is here already
                 raise Refused(room, "no such round" if room == 404 else "weights size")
             return

@@ -98,6 +98,13 @@ def test_pieces_that_are_written_at_the_same_time_share_the_room(tmp_path):
         assert two == 413
 
 
+def test_many_tiny_pieces_are_too_many(tmp_path):
+    shelf = Shelf(tmp_path)
+    with Store(tmp_path, "run").round(SITES, 10_000_000) as round_:  # 21,048,576 bytes: 5 whole pieces, and 16
+        wanted = [None] * 21 + [413] * 2
+        assert [write(shelf, round_.ticket, "north", bytes([number])) for number in range(23)] == wanted
+
+
 def test_a_piece_is_no_longer_than_agreed(tmp_path):
     with Store(tmp_path, "run").round(SITES, 4 * PIECE_BYTES) as round_:
         with Shelf(tmp_path).writing(round_.ticket, "north", NAME, PIECE_BYTES + 1) as room:
@@ -124,6 +131,10 @@ def test_a_run_that_comes_back_removes_what_it_left_and_nothing_of_others(tmp_pa
     Store(tmp_path, "mine")
     (left,) = tmp_path.iterdir()
     assert '"theirs"' in (left / "round.json").read_text()
+    for half in (f"mine.{'0' * 32}", f"mine.theirs.{'0' * 32}"):  # killed while one was made, or removed
+        (tmp_path / half / "model").mkdir(parents=True)
+    Store(tmp_path, "mine")
+    assert {path.name for path in tmp_path.iterdir()} == {left.name, f"mine.theirs.{'0' * 32}"}
     clear(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -137,6 +148,18 @@ def test_an_answer_that_was_not_sent_or_has_another_length_is_said_to_be_missing
         for site, size in (("south", len(PIECE)), ("north", len(PIECE) - 1), ("north", len(PIECE) + 1)):
             with pytest.raises(ExchangeError, match=f"site {site} announced weights that it has not sent"):
                 round_.answers(site).get(NAME, memoryview(bytearray(size)))
+
+
+def test_what_is_being_written_when_a_round_ends_goes_with_it(tmp_path):
+    shelf, round_ = Shelf(tmp_path), Store(tmp_path, "run").round(SITES, 100)
+    with shelf.writing(round_.__enter__().ticket, "north", NAME, len(PIECE)) as room:
+        assert not isinstance(room, int)
+        with room.part.open("xb") as file:
+            round_.__exit__(None, None, None)
+            file.write(PIECE)
+        with pytest.raises(FileNotFoundError):
+            room.done()
+    assert list(tmp_path.iterdir()) == []
 
 
 # Over the gateway

@@ -471,7 +471,7 @@ def test_what_was_let_go_holds_no_weights():
 class Heap:
     """Pieces of one round, in memory."""
 
-    ticket = "1f" * 16
+    ticket, most_bytes = "1f" * 16, 8_000_000
 
     def __init__(self) -> None:
         self.pieces: dict[str, bytes] = {}
@@ -526,6 +526,14 @@ def test_a_piece_with_one_flipped_bit_is_refused(at):
     heap.pieces[name] = bytes([heap.pieces[name][0] ^ 1]) + heap.pieces[name][1:]
     with pytest.raises(ExchangeError, match="a piece is not the one that the message announced"):
         wire.decode(record, Update, heap.open)
+
+
+def test_more_bytes_than_the_round_allows_are_refused_before_there_is_room_for_them():
+    heap, record = Heap(), wire.encode(update(delta=LARGE), SIGNER, Heap())
+    heap.most_bytes = 7_999_999
+    with pytest.raises(ExchangeError, match="8000000 bytes beside the message, at most 7999999 are taken"):
+        wire.decode_reply(record, heap.open)
+    assert heap.asked == 0
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,7 @@ class AtSite:
     site: str
     ticket: str
     sends: bool = True
+    most_bytes: int = 1 << 33
 
     def put(self, name: str, piece: memoryview) -> None:
         with Shelf(self.folder).writing(self.ticket, self.site, name, len(piece)) as room:
