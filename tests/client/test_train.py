@@ -16,7 +16,9 @@ from client import train as module
 from client.cohort import Cohort
 from client.dp import Sampling, os_noise, seeded_noise
 from client.train import Private, TrainingError, record_loss, train
+from common import wire
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Task, Training
+from common.exchange import RoundPlan, Update
 from common.models import build, get_weights, parameter_groups, set_weights
 from common.samples import Samples
 from common.weights import Weights
@@ -234,6 +236,12 @@ def test_a_frozen_backbone_stays_and_only_the_head_travels(tmp_path: Path) -> No
     assert trained.delta.norm > 0
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"fc.weight", "fc.bias"}  # no running mean either
+    # Out and back, as bytes: the head and a few words.
+    plan = RoundPlan(recipe_id=recipe.id, round=1, work="train", weights=get_weights(model), audit_head="")
+    update = Update(site="north", recipe_id=recipe.id, round=1, base="0" * 64, delta=trained.delta, weight=1.0, steps=1)
+    for message in (plan, update):
+        assert 0 < len(wire.to_bytes(wire.encode(message))) - 4 * model.fc.weight.numel() < 1_000
+    assert sum(value.nbytes for value in before.values()) > 300_000
 
 
 @pytest.mark.parametrize("trainable", ["head", "norm_bias", "lora"])
