@@ -16,9 +16,9 @@ _FULL_BYTES = 64 << 20
 """With less than this a model, and what a database needs beside it, finds no room."""
 
 
-def full(folder: Path) -> bool:
-    """Whether the disk of this folder has no room for a model."""
-    return shutil.disk_usage(folder).free < _FULL_BYTES
+def full(folder: Path, nbytes: int = _FULL_BYTES) -> bool:
+    """Whether the disk of this folder has no room for so many bytes; without a number, for a model."""
+    return shutil.disk_usage(folder).free < nbytes
 
 
 def private_folder(path: Path) -> Path:

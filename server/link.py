@@ -70,6 +70,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from common.bell import Bell
+from common.blobs import PIECE_BYTES
 from common.deployment import ServerHome
 from common.errors import ExchangeError, FedicomError, StorageError
 from common.registry import Registry
@@ -259,7 +260,7 @@ class _RunGrid(HttpGrid):
     def __init__(self, home: ServerHome, address: str, certificate: bytes, token: str) -> None:
         super().__init__(address, False, certificate, token=token)
         self._sent, self._answered, self._mark = Bell(home.sent_bell), Bell(home.answered_bell), ""
-        self.patience, self._key = _Patient(_PATIENCE_S, home.superlink), _Key(home)
+        self.patience, self._key, self._disk = _Patient(_PATIENCE_S, home.superlink), _Key(home), home.superlink
         self._retry_invoker = self.patience  # type: ignore[assignment]  # Flower calls nothing but `invoke`
         self._arriving: dict[str, _Arriving] = {}
         self._largest = 0
@@ -315,7 +316,12 @@ class _RunGrid(HttpGrid):
 
         Args:
             pause_s: The while, where the gateway does not tell.
+
+        Raises:
+            StorageError: Nothing that a site sends finds room: each would send it again and again, and none would tell.
         """
+        if full(self._disk, PIECE_BYTES):
+            raise StorageError("answers find no room: the disk is full; free space on it and run again")
         if self._answered.there:
             self._answered.wait(self._mark, max(pause_s, _LOOK_S))
         else:
