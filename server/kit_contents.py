@@ -42,7 +42,7 @@ int8: false                 # also write model.int8.onnx, where it is twice as f
 checkpoint_key: null        # key file (`fedicom provision key FILE`) that encrypts checkpoints; null leaves them plain
 cache: {{}}                   # prepared test images: `key: FILE` encrypts them, `storage: float16` halves them
 gateway: {{}}                 # limits of the gateway that differ from its defaults
-blobs: true                 # weights travel beside Flower's messages; false where what stands for the gateway does not pass them
+blobs: true                 # weights travel beside the messages; false where what stands for the gateway cannot
 """
 
 SITE = """\
