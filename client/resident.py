@@ -21,6 +21,7 @@ import torch
 from client.approvals import Approval, Approvals
 from client.cohort import Cohort, site_cohort
 from client.ledger import Ledger
+from client.parallel import dismiss
 from client.policy import ledger_policy
 from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
@@ -284,7 +285,8 @@ class Resident:
         # Approving a recipe anew reads its data anew.
         report = self._report_mark() if config.quality is not None else None
         wanted = (
-            recipe.id, approval.time, config.data, config.device, config.threads, config.cache, config.quality, report
+            recipe.id, approval.time, config.data, config.device, config.devices, config.threads, config.cache,
+            config.quality, report,
         )  # fmt: skip
         if self._site is None or self._loaded != wanted:
             self._unload()
@@ -303,7 +305,7 @@ class Resident:
                 f"the log of this site does not say that recipe {recipe.id[:12]} is approved, or says that this was "
                 "withdrawn; approve it anew"
             )
-        device = _device(config)
+        devices = _devices(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         model = functools.cache(lambda: build(recipe))
@@ -316,7 +318,8 @@ class Resident:
             folder=private_folder(self._home.state),
             audit=self._log,
             ledger=self._account_of(recipe, config.policy),
-            device=device,
+            device=devices[0],
+            devices=devices,
             policy=config.policy,
             keep=True,
             sums=self._sums,
@@ -352,6 +355,7 @@ class Resident:
         if self._site is None:
             return
         self._site, self._loaded = None, ()
+        dismiss()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -439,10 +443,17 @@ class Resident:
         self._on_change(self.state)
 
 
-def _device(config: SiteConfig) -> torch.device:
+def _devices(config: SiteConfig) -> tuple[torch.device, ...]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise FedicomError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return (torch.device("cpu"),) * max(1, len(config.devices))
+    if config.devices and max(config.devices) >= torch.cuda.device_count():
+        raise FedicomError(
+            f"devices in site.yaml names GPU {max(config.devices)}, but torch sees {torch.cuda.device_count()}, "
+            "counted from 0; name those that are there"
+        )
+    return tuple(torch.device("cuda", number) for number in config.devices) or (torch.device("cuda"),)
 
 
 def _counted(events: tuple[Event, ...]) -> dict[str, int]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,9 @@ from common.models import set_weights
 from common.scattering import ScatteringClassifier
 from common.weights import Weights
 
+if TYPE_CHECKING:
+    from client.parallel import Team
+
 log = logging.getLogger(__name__)
 
 _ROUND_BOOTSTRAPS = 100
@@ -78,6 +81,7 @@ class Site:
         audit: Log,
         ledger: Ledger | None,
         device: torch.device,
+        devices: Sequence[torch.device] = (),
         policy: Policy,
         keep: bool = False,
         sums: Sums | None = None,
@@ -91,6 +95,7 @@ class Site:
             model: Gives the recipe's network; its weights are overwritten at every visit.
             folder: The site's own state; replies wait here until the coordinator has them.
             ledger: The cohort's privacy ledger; None only for a recipe without privacy.
+            devices: Several that train together, `device` first; empty: that one alone.
             policy: What this site allows, whatever the recipe says.
             keep: Keep every reply until the next one, so that a question asked again after a crash costs no second
                 training. Under privacy and secure aggregation this is always so.
@@ -99,7 +104,7 @@ class Site:
             turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
-        self.audit, self.ledger, self.device = audit, ledger, device
+        self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
         self._model, self._now, self._turn = model, now, turn
         self._keep = keep or recipe.privacy.active or self._secure
@@ -208,6 +213,14 @@ class Site:
         if not self.policy.open_at(self._now().time()):
             raise _ClosedError(f"this site works at {', '.join(self.policy.hours)} only (hours); ask again then")
 
+    def _team(self) -> Team | None:
+        """The processes that share the training, kept from visit to visit."""
+        if len(self._devices) < 2:
+            return None
+        from client.parallel import team_of
+
+        return team_of(self.recipe, self._devices, self.policy.gpu_memory_fraction)
+
     def _train(self, plan: RoundPlan) -> Update:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
         with self._turn:
@@ -221,6 +234,7 @@ class Site:
                 site=self.name,
                 device=self.device,
                 private=private,
+                team=self._team(),
             )
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,15 @@ from torch import nn
 from client.cohort import Cohort
 from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
 from common.config import Recipe, Training
-from common.errors import FedicomError
+from common.errors import ConfigError, FedicomError
 from common.imaging import augmentation
 from common.models import change_of, parameter_groups, set_weights
 from common.scattering import ScatteringClassifier
 from common.shard import Batches
 from common.weights import Weights
+
+if TYPE_CHECKING:
+    from client.parallel import Team
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -64,6 +68,7 @@ def train(
     site: str,
     device: torch.device,
     private: Private | None = None,
+    team: Team | None = None,
 ) -> Trained:
     """Trains `model` from `weights` for one round on the cohort's training patients.
 
@@ -77,15 +82,22 @@ def train(
         model: Of `common.models.build`; overwritten.
         round_: 1 for the first; places the round in the schedule of the whole federation.
         site: Part of the seed, so that sites shuffle differently.
+        team: Other processes that share each batch; None: this one alone.
 
     Raises:
         TrainingError: The weights became NaN or infinite.
     """
     rng = np.random.default_rng(seed_of("train", recipe, round_, site))
     augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
-    loss_B = record_loss(recipe, cohort)
+    weighted = _weighted(recipe, cohort)
+    loss_B = record_loss(weighted)
     set_weights(model, weights)
     model.to(device).train()
+    if team is not None and private is None and _mixes(model):
+        raise ConfigError(
+            "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
+            "of the batch; train on one device, or ask for a recipe with model.norm=group"
+        )
     anchor = [value.detach().clone() for value in _trainable(model)] if recipe.training.proximal_mu else []
     optimiser = _optimiser(model, recipe.training)
     if private is None:
@@ -100,6 +112,8 @@ def train(
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int(rng.integers(2**63)))  # dropout
+        if team is not None:
+            team.begin(model, weighted, seed_of("dropout of the others", recipe, round_, site))
         samples = Batches(x_N)
         for step, index_B in enumerate(batches):
             x_B, target_B = _batch(cohort, samples, index_B, device)
@@ -111,9 +125,11 @@ def train(
                 group["lr"] = lr * group["lr_scale"]
             optimiser.zero_grad()
             if engine is not None:
-                engine.step(x_B, target_B)
+                team.private_step(engine, x_B, target_B) if team else engine.step(x_B, target_B)
+            elif team is not None:
+                losses.append(team.plain_step(model, loss_B, x_B, target_B, recipe))
             else:
-                losses.append(_plain_gradient(model, loss_B, x_B, target_B, recipe.training, device))
+                losses.append(mean_gradient(model, loss_B, x_B, target_B, recipe.training, of=len(x_B)))
             _finish_gradient(model, anchor, recipe.training)
             optimiser.step()
     delta = change_of(model, weights)
@@ -198,6 +214,15 @@ def rate(training: Training, progress: float, rounds: int) -> float:
     return low + (1 - low) * (1 + math.cos(math.pi * phase)) / 2
 
 
+def _weighted(recipe: Recipe, cohort: Cohort) -> Recipe:
+    """The recipe with class weights in numbers."""
+    if recipe.training.class_weights != "balanced":
+        return recipe
+    counts = _counts(cohort, recipe.task.outputs)
+    weights = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+    return replace(recipe, training=replace(recipe.training, class_weights=weights))
+
+
 def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
     """(logits (B, classes), targets) -> one loss a record (B,); no record looks at another.
 
@@ -207,12 +232,11 @@ def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
     Args:
         cohort: Counted when `class_weights` is `balanced`: samples / (classes x samples of the class), as scikit-learn.
     """
+    if cohort is not None:
+        recipe = _weighted(recipe, cohort)
     training, multilabel = recipe.training, recipe.task.kind == "multilabel"
     weights = training.class_weights
-    if weights == "balanced":
-        assert cohort is not None
-        counts = _counts(cohort, recipe.task.outputs)
-        weights = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
+    assert weights != "balanced"
     weight_C = torch.tensor(weights) if weights is not None else None
     gamma = training.focal_gamma if training.loss == "focal" else 0.0
 
@@ -269,18 +293,19 @@ def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
 
 
-def _plain_gradient(
-    model: nn.Module,
-    loss_B: Loss,
-    x_B: torch.Tensor,
-    target_B: torch.Tensor,
-    training: Training,
-    device: torch.device,
+def mean_gradient(
+    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, training: Training, *, of: int
 ) -> torch.Tensor:
-    mixed = training.precision == "auto" and device.type == "cuda"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+    """Adds to `.grad` what these records give to the gradient of the mean loss over `of` records; gives their share
+    of that loss."""
+    if not len(x_B):
+        return x_B.new_zeros(())
+    mixed = training.precision == "auto" and x_B.device.type == "cuda"
+    with torch.autocast(x_B.device.type, dtype=torch.bfloat16, enabled=mixed):
         logits = model(x_B)
     loss = loss_B(logits.float(), target_B).mean()
+    if len(x_B) != of:
+        loss = loss * (len(x_B) / of)
     loss.backward()
     return loss.detach()  # a float here would make a GPU wait at every step
 

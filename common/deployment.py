@@ -156,6 +156,8 @@ class SiteConfig:
     proxy: str | None = None
     """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: tuple[Annotated[int, Ge(0)], ...] = ()
+    """Numbers of the GPUs that share each batch, for example [0, 1]; on CPUs, as many processes. Empty: one."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads; 0 leaves the choice to torch."""
     metrics_port: Port | None = None

@@ -143,6 +143,12 @@ class PrivateGradient:
             raise PrivacyError(f"got {len(x_B)} records and {len(target_B)} targets; expected one target a record")
         if len(x_B) % self.views:
             raise PrivacyError(f"got {len(x_B)} records, expected {self.views} of every patient (views)")
+        sums, norms = self.sums(x_B, target_B)
+        self.release(sums, norms)
+        return norms
+
+    def sums(self, x_B: torch.Tensor, target_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The clipped sums and the norms before the clip, as `step` has them before the noise; private."""
         if not self._tested and len(x_B):
             self.self_test(x_B, target_B)
         settle_norms(self.model)
@@ -161,10 +167,12 @@ class PrivateGradient:
         if not norms:  # nobody was drawn: noise alone
             sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
             norms = [sums[0].new_zeros(0)]
+        return sums, torch.cat(norms)
+
+    def release(self, sums: list[torch.Tensor], norms_P: torch.Tensor) -> None:
+        """Sets `.grad` to these sums (taken over) with noise, over the public denominator."""
         self._release(sums)
-        all_norms = torch.cat(norms)
-        self._adapt(all_norms)
-        return all_norms
+        self._adapt(norms_P)
 
     def self_test(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
         """Compares three patients with a loop over them, and the noise with its variance.
