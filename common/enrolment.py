@@ -407,6 +407,7 @@ gateway: {gateway}
 data: null              # folder with labels.csv and the DICOM files, for example "/data/chest"
 proxy: null             # HTTPS proxy, for example "http://proxy.example.org:3128"; null takes HTTPS_PROXY
 device: auto            # auto, cpu or cuda
+devices: []             # numbers of the GPUs that share each batch, for example [0, 1]; empty: one
 threads: 0              # CPU threads; 0 leaves the choice to torch
 metrics_port: null      # port of the Prometheus endpoint on 127.0.0.1; null: none
 node_port: null         # port on 127.0.0.1 between Flower's SuperNode and our runner; null takes a free one
