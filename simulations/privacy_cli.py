@@ -167,7 +167,7 @@ def _attack(words: Sequence[str]) -> int:
     torch.set_num_threads(1)
     drawn = phantoms(seed=arguments.seed)
     images = drawn if arguments.images is None else images_of(arguments.images)
-    if arguments.patients > len(images.train_N):
+    if arguments.models and arguments.patients > len(images.train_N):
         raise ConfigError(f"--patients: got {arguments.patients}, {images.name} has {len(images.train_N)}")
     epsilons = arguments.epsilon
     console = Console()

@@ -155,12 +155,13 @@ def _rebuilt(galleries: Sequence[Gallery]) -> Html:
     ]  # fmt: skip
     for gallery in galleries:
         lines = [[defence, *gallery.likeness(n)] for n, defence in enumerate(gallery.defences)]
-        told = f"{gallery.images}: mean over {len(gallery.rows)} pictures, ± standard deviation"
+        count = len(gallery.rows)
+        told = f"{gallery.images}: mean over {count} pictures, ± standard deviation" if count > 1 else gallery.images
         blocks.append(tag("h3", gallery.images))
         for tried in gallery.rows[:_SHOWN]:
             shown = [_picture(tried[0].truth, "the patient's picture", "")]
             shown += [
-                _picture(one.image, f"defence: {one.defence}", f"PSNR {one.psnr_db:.1f} dB, SSIM {one.ssim:.2f}")
+                _picture(one.image, one.defence, f"PSNR {one.psnr_db:.1f} dB, SSIM {round(one.ssim, 2) + 0.0:.2f}")
                 for one in tried
             ]
             blocks.append(tag("div", *shown, style=_GALLERY))
@@ -170,7 +171,7 @@ def _rebuilt(galleries: Sequence[Gallery]) -> Html:
 
 _SHOWN = 3
 """Pictures of each kind; all of them are in the table."""
-_GALLERY = "display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:14px;margin:18px 0"
+_GALLERY = "display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:10px;margin:18px 0"
 
 
 def _picture(image: npt.NDArray[np.float32], name: str, says: str) -> Html:

@@ -61,7 +61,9 @@ class Gallery:
     def likeness(self, defence: int) -> tuple[str, str]:
         """PSNR and SSIM over the pictures, as they are shown."""
         psnr, ssim = ([getattr(line[defence], name) for line in self.rows] for name in ("psnr_db", "ssim"))
-        return f"{fmean(psnr):.1f}", f"{fmean(ssim):.2f}" + (f" ± {stdev(ssim):.2f}" if len(ssim) > 1 else "")
+        return f"{fmean(psnr):.1f}", f"{round(fmean(ssim), 2) + 0.0:.2f}" + (
+            f" ± {stdev(ssim):.2f}" if len(ssim) > 1 else ""
+        )
 
 
 def small_network(seed: int) -> nn.Module:
