@@ -142,7 +142,8 @@ def draw(home: SiteHome, found: Budget, path: Path) -> None:
     for at in waiting:
         label = "reserved, not ended" if at == waiting[0] else None
         axes.axvspan(at, at + 1, fill=False, hatch="///", edgecolor=MUTED, lw=0, label=label)
-    axes.step(ends, spent, where="post", color=INK, lw=1.8, label="spent")
+    # reserved before the visit begins, so its whole span stands at what it leaves spent
+    axes.step(ends, spent, where="pre", color=INK, lw=1.8, label="spent")
     axes.axhline(found.cap, color=PALETTE[1], lw=1.2, ls="--", label=f"cap {found.cap:g}")
     axes.set_xlabel("visits", color=MUTED)
     axes.set_ylabel(f"epsilon at delta {found.delta:g}", color=MUTED)
