@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 from common.accounting import Event, epsilon_pld
 from common.errors import PrivacyError, StorageError
+from common.storage import Flush, flush_folder, to_disk
 
 Kind = Literal["updates", "scores"]
 """What is paid for: noised steps of training, or noised histograms of scores."""
@@ -136,7 +137,7 @@ class Ledger:
     Every call reads and checks the whole file again under a lock.
     """
 
-    def __init__(self, path: Path, cohort: str, policy: SitePolicy) -> None:
+    def __init__(self, path: Path, cohort: str, policy: SitePolicy, flush: Flush = to_disk) -> None:
         """Opens the account; the file appears with the first reservation.
 
         Args:
@@ -144,8 +145,9 @@ class Ledger:
             cohort: What names the set of patients, for example the hash of its manifest; an account of
                 another cohort is refused.
             policy: The site's limits.
+            flush: Has every entry last before the caller hears of it; see `common.storage`.
         """
-        self._path, self._cohort, self._policy = path, cohort, policy
+        self._path, self._cohort, self._policy, self._flush = path, cohort, policy, flush
 
     def reserve(
         self, recipe_id: str, *, round: int, base: str, event: Event, kind: Kind = "updates", known: Iterable[str] = ()
@@ -310,7 +312,7 @@ class Ledger:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
             if not os.fstat(fd).st_size:  # also when a crash came right after the file was made
-                _sync_folder(self._path.parent)
+                flush_folder(self._path.parent, self._flush)
             yield fd, self._checked(_read(fd), incomplete_ok)
         except OSError as error:
             raise StorageError(
@@ -365,7 +367,7 @@ class Ledger:
         try:
             if os.write(fd, text) != len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(fd)
+            self._flush(fd)
         except OSError:
             os.ftruncate(fd, size)  # nothing half-written
             raise
@@ -405,11 +407,3 @@ def _read(fd: int) -> bytes:
     if len(text) != size:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return text
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

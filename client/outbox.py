@@ -10,7 +10,7 @@ from pathlib import Path
 from common import wire
 from common.errors import ExchangeError
 from common.exchange import RoundPlan, Update
-from common.storage import private_folder, write_whole
+from common.storage import Flush, private_folder, to_disk, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Kept:
 class Outbox:
     """One kept reply for each recipe; the folder is patient data as long as updates are not noised."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = private_folder(folder)
+    def __init__(self, folder: Path, flush: Flush = to_disk) -> None:
+        self._folder, self._flush = private_folder(folder), flush
 
     def find(self, recipe_id: str, round_: int, base: str, work: str = "train") -> Kept | None:
         """The reply that was kept for a question; None when there is none, or one of another version."""
@@ -52,7 +52,7 @@ class Outbox:
         """
         stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
         path = self._folder / f"{stem}.{reservation}.bin"
-        write_whole(path, wire.to_bytes(wire.encode(update)))
+        write_whole(path, wire.to_bytes(wire.encode(update)), self._flush)
         for old in self._folder.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
             if old != path:
                 old.unlink()

@@ -49,6 +49,7 @@ from common.journal import Log
 from common.metrics import probabilities, score
 from common.models import set_weights
 from common.scattering import ScatteringClassifier
+from common.storage import Flush, to_disk
 from common.weights import Weights
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Site:
         sums: Sums | None = None,
         now: Callable[[], datetime] = datetime.now,
         turn: AbstractContextManager[object] = nullcontext(),
+        flush: Flush = to_disk,
     ) -> None:
         """Wires a site.
 
@@ -102,13 +104,14 @@ class Site:
             sums: This site's secure sums; None where no recipe asks for one.
             now: The local time, for the opening hours.
             turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
+            flush: Has a kept reply last before it is paid for; see `common.storage`.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
         self._model, self._now, self._turn = model, now, turn
         self._keep = keep or recipe.privacy.active or self._secure
-        self._outbox = Outbox(folder / "outbox")
+        self._outbox = Outbox(folder / "outbox", flush)
         audit.append(
             "site started",
             recipe_id=recipe.id,

@@ -111,7 +111,7 @@ def train(
     x_N = cohort.scattered if fixed else cohort.samples.x_N
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(rng.integers(2**63)))  # dropout
+        _seed(int(rng.integers(2**63)), device)  # dropout
         if team is not None:
             team.begin(model, weighted, seed_of("dropout of the others", recipe, round_, site))
         samples = Batches(x_N)
@@ -311,6 +311,8 @@ def mean_gradient(
 
 
 def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Training) -> None:
+    if not anchor and training.gradient_clip is None:
+        return
     parameters = _trainable(model)
     with torch.no_grad():
         for parameter, start in zip(parameters, anchor, strict=bool(anchor)):
@@ -318,6 +320,13 @@ def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Tra
                 parameter.grad.add_(parameter - start, alpha=training.proximal_mu)
     if training.gradient_clip is not None:
         nn.utils.clip_grad_norm_(parameters, training.gradient_clip)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    # Not torch.manual_seed: it seeds every kind of device that there may be, and notes the stack for each that waits.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -27,6 +27,7 @@ from common.chain import (
     Chain,
     Event,
     digest_of,
+    first_parts,
     handover,
     line_of,
     part,
@@ -36,7 +37,7 @@ from common.chain import (
     verify_against,
 )
 from common.identity import Signer
-from common.storage import commit, private_folder, storing
+from common.storage import Flush, commit, flush_folder, private_folder, storing, to_disk
 
 __all__ = ["GENESIS", "AuditError", "AuditLog", "Event", "verify", "verify_against"]
 
@@ -62,6 +63,7 @@ class AuditLog:
         *,
         rotate_bytes: int = ROTATE_BYTES,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        flush: Flush = to_disk,
     ) -> None:
         """Opens or starts a log.
 
@@ -74,15 +76,18 @@ class AuditLog:
         Args:
             rotate_bytes: A file of at least so many bytes is closed before the next event.
             clock: Gives the time, with its zone.
+            flush: Has every event last before it is acknowledged; see `common.storage`.
 
         Raises:
             AuditError: What lies there is broken or signed by another key.
             StorageError: It cannot be read or written.
         """
         self._path, self._signer, self._rotate_bytes, self._clock = path, signer, rotate_bytes, clock
+        self._flush, self._lock = flush, path.with_name(f".{path.name}.lock")
         private_folder(path.parent)
+        new = not self._lock.exists()  # nobody ever wrote without it
         with self._alone():
-            self._chain, self._seen, _ = self._open()
+            self._chain, self._seen, _ = self._open(new)
             if not self._chain.number:
                 self._write(STARTED, {"public_key": signer.public}, self._now())
 
@@ -92,7 +97,7 @@ class AuditLog:
         return self._chain.head
 
     def append(self, kind: str, **facts: Any) -> str:
-        """Writes one event and returns the new head; it is on disk when this returns.
+        """Writes one event and returns the new head; it is flushed when this returns.
 
         If the clock shows less than at the last event, an event "clock moved back" goes ahead of it.
 
@@ -155,9 +160,9 @@ class AuditLog:
             try:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
+                self._flush(file.fileno())
                 if not size:
-                    _sync(self._path.parent)
+                    flush_folder(self._path.parent, self._flush)
             except OSError:
                 file.truncate(size)  # half a line would break the chain for the events to come
                 raise
@@ -167,7 +172,7 @@ class AuditLog:
     def _rotate(self) -> None:
         # A crash before or after this one step loses nothing: without a current file the newest part is continued.
         with storing("the audit log"):
-            commit(self._path, part(self._path, len(parts(self._path)) + 1))
+            commit(self._path, part(self._path, len(parts(self._path)) + 1), self._flush)
         self._seen = None
 
     def _catch_up(self) -> None:
@@ -181,9 +186,10 @@ class AuditLog:
             )  # fmt: skip
         self._chain, self._seen = chain, seen
 
-    def _open(self) -> tuple[Chain, _Stamp | None, set[str]]:
+    def _open(self, new: bool = False) -> tuple[Chain, _Stamp | None, set[str]]:
         """Where the log stands, from its current file, and the hashes that were read there."""
-        path, before = self._path, parts(self._path)
+        path = self._path
+        before = first_parts(path) if new or path.exists() else parts(path)
         with storing("the audit log"):
             _drop_torn_line(path)
             data = path.read_bytes() if path.exists() else b""
@@ -217,7 +223,7 @@ class AuditLog:
     def _alone(self) -> Iterator[None]:
         # A lock of its own: the folder's may be held for as long as a run takes.
         with storing("the audit log"):
-            handle = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             with storing("the audit log"):
                 fcntl.flock(handle, fcntl.LOCK_EX)
@@ -228,14 +234,6 @@ class AuditLog:
 
 def _private(name: str, flags: int) -> int:
     return os.open(name, flags, 0o600)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -377,11 +377,7 @@ def parts(path: Path) -> tuple[Path, ...]:
     Raises:
         AuditError: One is missing, or the file is itself a part by its name.
     """
-    if re.search(r"\.\d{4,}$", path.stem):
-        raise AuditError(
-            f"by its name it is a part of {path.stem.rpartition('.')[0]}{path.suffix}; give that file",
-            "part missing", log=path.name,
-        )  # fmt: skip
+    _no_part(path)
     pattern = re.compile(re.escape(path.stem) + r"\.(\d{4,})" + re.escape(path.suffix))
     with storing("the audit log"):
         files = list(path.parent.iterdir()) if path.parent.is_dir() else []
@@ -392,6 +388,29 @@ def parts(path: Path) -> tuple[Path, ...]:
                 f"part {place} is missing; put {part(path, place).name} back beside it", "part missing", log=path.name
             )
     return tuple(part(path, number) for number in numbers)
+
+
+def first_parts(path: Path) -> tuple[Path, ...]:
+    """The earlier parts of a log up to the first that is missing, without a look at the rest of a folder of thousands.
+
+    The current file says itself how many belong before it.
+
+    Raises:
+        AuditError: The file is itself a part by its name.
+    """
+    _no_part(path)
+    found: list[Path] = []
+    while (following := part(path, len(found) + 1)).exists():
+        found.append(following)
+    return tuple(found)
+
+
+def _no_part(path: Path) -> None:
+    if re.search(r"\.\d{4,}$", path.stem):
+        raise AuditError(
+            f"by its name it is a part of {path.stem.rpartition('.')[0]}{path.suffix}; give that file",
+            "part missing", log=path.name,
+        )  # fmt: skip
 
 
 def _files(path: Path) -> tuple[Path, ...]:

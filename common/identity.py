@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from common.errors import ConfigError, StorageError
-from common.storage import private_folder, storing, write_whole
+from common.storage import Flush, private_folder, storing, to_disk, write_whole
 
 _NODE_CURVES = (ec.SECP256R1, ec.SECP384R1)
 _MAX_BYTES = 1 << 20
@@ -36,7 +36,7 @@ class Signer:
         self._key = key
 
     @classmethod
-    def load_or_create(cls, path: Path) -> Signer:
+    def load_or_create(cls, path: Path, flush: Flush = to_disk) -> Signer:
         """Reads the key of this file, or makes one there with mode 0600.
 
         Raises:
@@ -44,7 +44,7 @@ class Signer:
         """
         if not path.exists():
             private_folder(path.parent)
-            write_whole(path, new_signing_key())
+            write_whole(path, new_signing_key(), flush)
             path.chmod(0o600)
         return cls.load(path)
 

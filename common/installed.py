@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ PACKAGES = ("flwr", "torch", "monai", "timm", "pydicom", "opacus", "cryptography
 _TOLD = ("fedicom", "flwr", "torch", "monai", "timm", "numpy", "pydicom")
 
 
+@functools.cache  # of what this process runs, and each is a file of headers to be read
 def package_versions() -> Mapping[str, str]:
     """Versions of Python and of the packages that change numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in _TOLD}}

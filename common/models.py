@@ -91,21 +91,22 @@ def exchanged(model: nn.Module) -> tuple[str, ...]:
     Integer counters never cross. In a partly frozen network a buffer crosses only where its
     own module is trained and its statistics are not frozen.
     """
-    trained = {name for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad}
-    frozen = any(not value.requires_grad for value in model.parameters())
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return tuple(_exchanged(model))
 
-    def crosses(name: str, value: torch.Tensor) -> bool:
-        if name in parameters:
-            return name in trained
-        owner = model.get_submodule(name.rpartition(".")[0])
-        return (
-            value.is_floating_point()
-            and not adaptation.keeps_statistics(owner)
-            and (not frozen or any(parameter.requires_grad for parameter in owner.parameters(recurse=False)))
-        )
 
-    return tuple(name for name, value in model.state_dict().items() if crosses(name, value))
+def _exchanged(model: nn.Module) -> dict[str, torch.Tensor]:
+    modules = list(model.named_modules(remove_duplicate=False))  # a site asks at every visit, so the walk is made once
+    parameters = [value for _, module in modules for value in module._parameters.values() if value is not None]
+    frozen = not all(value.requires_grad for value in parameters)
+    crossing: set[str] = set()
+    for prefix, module in modules:
+        trained = [name for name, value in module._parameters.items() if value is not None and value.requires_grad]
+        if not adaptation.keeps_statistics(module) and (trained or not frozen):
+            trained += [
+                name for name, value in module._buffers.items() if value is not None and value.is_floating_point()
+            ]
+        crossing.update(f"{prefix}.{name}" if prefix else name for name in trained)
+    return {name: value for name, value in model.state_dict().items() if name in crossing}
 
 
 def buffers(model: nn.Module) -> frozenset[str]:
@@ -116,16 +117,14 @@ def buffers(model: nn.Module) -> frozenset[str]:
 
 def get_weights(model: nn.Module) -> Weights:
     """A float32 copy on the CPU of what is exchanged; later training does not change it."""
-    state = model.state_dict()
     # .to() gives the same memory back when nothing has to change
-    return Weights({name: state[name].detach().to("cpu", torch.float32).clone().numpy() for name in exchanged(model)})
+    return Weights({name: value.to("cpu", torch.float32).clone().numpy() for name, value in _exchanged(model).items()})
 
 
 def change_of(model: nn.Module, weights: Weights) -> Weights:
     """What is exchanged now minus `weights`, float32 on the CPU, without a copy of the whole in between."""
-    state = model.state_dict()
     return Weights(
-        {name: state[name].detach().to("cpu", torch.float32).numpy() - weights[name] for name in exchanged(model)}
+        {name: value.to("cpu", torch.float32).numpy() - weights[name] for name, value in _exchanged(model).items()}
     )
 
 
@@ -135,24 +134,22 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
     Raises:
         ExchangeError: A name is missing, unknown or of another shape; the model is then unchanged.
     """
-    state = model.state_dict()
-    names = exchanged(model)
-    missing = sorted(set(names) - set(weights))
-    unknown = sorted(set(weights) - set(names))
+    state = _exchanged(model)
+    missing = sorted(state.keys() - weights.keys())
+    unknown = sorted(weights.keys() - state.keys())
     if missing or unknown:
         raise ExchangeError(
             f"weights do not fit the model: {len(missing)} names missing {missing[:3]}, "
             f"{len(unknown)} unknown {unknown[:3]}; both sides must run the same recipe and version"
         )
-    for name in names:
-        if weights[name].shape != tuple(state[name].shape):
+    for name, target in state.items():
+        if weights[name].shape != tuple(target.shape):
             raise ExchangeError(
                 f"weights do not fit the model: {name} has shape {weights[name].shape}, expected "
-                f"{tuple(state[name].shape)}; both sides must run the same recipe and version"
+                f"{tuple(target.shape)}; both sides must run the same recipe and version"
             )
     with torch.no_grad():
-        for name in names:
-            target = state[name]
+        for name, target in state.items():
             if target.device.type == "cpu" and target.dtype == torch.float32:
                 np.copyto(target.numpy(), weights[name])  # torch takes no read-only array without copying it first
             else:
@@ -168,13 +165,13 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
 
     Source: layer-wise decay as in BEiT (Bao et al. 2022).
     """
-    levels = _levels(model)
-    top = max(levels.values())
+    levels = _levels(model) if training.layer_lr_decay < 1 else {}
+    top = max(levels.values(), default=0)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, value in model.named_parameters():
         if value.requires_grad:
             decays = value.ndim > 1 and name.rpartition(".")[2] not in _UNDECAYED
-            level = levels[name] if training.layer_lr_decay < 1 else top
+            level = levels.get(name, top)
             groups.setdefault((level, decays), []).append(value)
     return [
         {

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import StorageError
 
+Flush = Callable[[int], None]
+"""Called with an open file, or a folder, whose bytes or entries must last before anybody is told of them."""
+
 _FULL_BYTES = 64 << 20
 """With less than this a model, and what a database needs beside it, finds no room."""
+
+
+def to_disk(handle: int) -> None:
+    """They are on the disk when this returns: a power cut takes nothing."""
+    os.fsync(handle)
+
+
+def to_system(handle: int) -> None:
+    """They are with the operating system, as they were before: the end of the process takes nothing, a power cut may.
+
+    For many small files whose writer calls `all_to_disk` before it counts on them.
+    """
+
+
+def all_to_disk(folder: Path) -> None:
+    """Everything that anybody wrote on this folder's file system: one call in place of one for each file.
+
+    Raises:
+        StorageError: The disk is full or not writable.
+    """
+    with storing("the folder of the run"):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+            if syncfs is None:  # not Linux
+                os.sync()
+            elif syncfs(handle):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        finally:
+            os.close(handle)
 
 
 def full(folder: Path, nbytes: int = _FULL_BYTES) -> bool:
@@ -33,8 +67,11 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, flush: Flush = to_disk) -> None:
     """Replaces the file by these bytes in one step: after a crash it holds the old bytes or the new ones.
+
+    Args:
+        flush: What a crash is: with `to_disk` a power cut too, with `to_system` the end of the process.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written.
@@ -46,20 +83,25 @@ def write_whole(path: Path, data: bytes) -> None:
             with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
                 out.write(data)
                 out.flush()
-                os.fsync(out.fileno())
-            commit(part, path)
+                flush(out.fileno())
+            commit(part, path, flush)
         finally:
             part.unlink(missing_ok=True)
 
 
-def commit(part: Path, path: Path) -> None:
-    """Gives a finished, fsynced file its name, durably: the folder's entry is flushed as well."""
+def commit(part: Path, path: Path, flush: Flush = to_disk) -> None:
+    """Gives a finished, flushed file its name, durably: the folder's entry is flushed as well."""
     part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    flush_folder(path.parent, flush)
+
+
+def flush_folder(folder: Path, flush: Flush = to_disk) -> None:
+    """Flushes the entries of a folder: which files are in it, under which names."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        flush(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 @contextmanager

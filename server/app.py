@@ -383,8 +383,7 @@ class FlowerTransport:
 
     def _give_up(self, visits: Iterable[_Visit]) -> None:
         """Once the quorum has answered, nobody waits longer than `offline_s` for who is away or only fails."""
-        usable = sum(_usable(visit) for visit in visits)
-        if not self._patient or usable < self._federation.quorum:
+        if not self._patient or sum(_usable(visit) for visit in visits) < self._federation.quorum:
             return
         latest = time.monotonic() - self._federation.offline_s
         for visit in visits:

@@ -118,7 +118,7 @@ class InProcessGrid(Grid):
         wanted = set(message_ids)
         found = [self._replies.pop(key) for key in wanted & self._replies.keys()]
         try:
-            while (not found and wanted & self._under_way) or not self._answers.empty():
+            while (not found and not wanted.isdisjoint(self._under_way)) or not self._answers.empty():
                 key, reply = self._answers.get()
                 self._under_way.discard(key)
                 if isinstance(reply, BaseException):

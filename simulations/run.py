@@ -42,7 +42,7 @@ from common.privacy_audit import FILE as AUDIT_FILE
 from common.privacy_audit import PrivacyAudit
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
-from common.storage import private_folder, storing, write_whole
+from common.storage import Flush, all_to_disk, private_folder, storing, to_disk, to_system, write_whole
 from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
@@ -188,7 +188,7 @@ def _federate(
     show: Show,
 ) -> Federated:
     result: list[Federated] = []
-    shown = _Shown(show, settings.recipe.rounds)
+    shown = _Shown(show, settings.recipe.rounds, out)
 
     def main(transport: Transport) -> None:
         shown.transport = transport
@@ -210,18 +210,22 @@ def _federate(
 
 
 class _Shown:
-    """A transport that shows how far the federation is, also when it was resumed or stops early."""
+    """A transport that shows how far the federation is, also when it was resumed or stops early.
+
+    What the sites wrote for a round is on the disk when the round's answers are all given."""
 
     transport: Transport
 
-    def __init__(self, show: Show, rounds: int) -> None:
-        self._show, self._rounds = show, rounds
+    def __init__(self, show: Show, rounds: int, out: Path) -> None:
+        self._show, self._rounds, self._out = show, rounds, out
         self._what, self._done, self._total, self._quiet = "Calling the sites", 0, 0, False
 
     def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
         self._total = recipe.federation.sites
         self._show.step(self._what, 0, self._total)
-        return self.transport.hello(recipe, audit_head, before)
+        found = self.transport.hello(recipe, audit_head, before)
+        all_to_disk(self._out)
+        return found
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self.transport.joined(recipe, audit_head)
@@ -232,14 +236,19 @@ class _Shown:
         # one visit each a round, and one for the closing evaluation, which early stopping brings forward
         self._total = (self._rounds + 1) * len(sites) if plan.work == "train" else self._done + len(sites)
         self._show.step(self._what, self._done, self._total)
-        return self.transport.ask(plan, sites, timeout_s)
+        yield from self.transport.ask(plan, sites, timeout_s)
+        # The sites flush nothing themselves: a kill takes nothing from them, and the coordinator's checkpoint, which
+        # counts on their logs and ledgers, is not written before these are as safe from a power cut as it will be.
+        all_to_disk(self._out)
 
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
         self._quiet = True  # of a round, training is what takes time
         try:
-            return self.transport.step(asks, timeout_s, take)
+            found = self.transport.step(asks, timeout_s, take)
         finally:
             self._quiet = False
+        all_to_disk(self._out)
+        return found
 
     def answered(self, site: str) -> None:
         if self._quiet:
@@ -306,12 +315,13 @@ def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device:
             cohorts.get(name) or _cohort(settings, out, name, Silent()),
             model,
             folder=folder,
-            audit=_audit(out, name),
+            audit=_audit(out, name, to_system),
             ledger=_ledger(settings, folder, name),
             device=device,
             policy=_policy(recipe, settings.simulation.metrics),
             sums=_sums(out, name, folder),
             turn=turn,
+            flush=to_system,  # until the round is over, see `_Shown.ask`
         )
 
     def site(name: str) -> Site:
@@ -334,7 +344,7 @@ def _ledger(settings: Settings, folder: Path, name: str) -> Ledger | None:
     recipe, metrics = settings.recipe, settings.simulation.metrics
     if not (recipe.privacy.active or metrics == "noised"):
         return None
-    ledger = Ledger(folder / "ledger.jsonl", name, ledger_policy(_policy(recipe, metrics)))
+    ledger = Ledger(folder / "ledger.jsonl", name, ledger_policy(_policy(recipe, metrics)), to_system)
     ledger.repair()
     return ledger
 
@@ -355,8 +365,9 @@ def _policy(recipe: Recipe, metrics: Literal["bounded", "noised", "none"]) -> Po
     )
 
 
-def _audit(out: Path, side: str) -> AuditLog:
-    return AuditLog(out / "audit" / f"{side}.jsonl", Signer.load_or_create(out / "keys" / f"{side}.key"))
+def _audit(out: Path, side: str, flush: Flush = to_disk) -> AuditLog:
+    signer = Signer.load_or_create(out / "keys" / f"{side}.key", flush)
+    return AuditLog(out / "audit" / f"{side}.jsonl", signer, flush=flush)
 
 
 def _fits(settings: Settings, out: Path) -> None:

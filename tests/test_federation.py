@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import subprocess
@@ -268,10 +269,32 @@ def test_progress_grows_to_its_total_and_starts_where_a_resumed_run_stands(
     assert {total for _, total in shown} == {9}
 
 
+def test_what_the_sites_wrote_is_on_the_disk_before_a_checkpoint_counts_on_it(
+    tmp_path: Path, hospitals: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def told(name: str, real: Any) -> Any:
+        def call(*words: Any) -> Any:
+            happened.append(name)
+            return real(*words)
+
+        return call
+
+    monkeypatch.setattr(run, "to_system", told("a site wrote", run.to_system))
+    monkeypatch.setattr(run, "all_to_disk", told("on disk", run.all_to_disk))
+    monkeypatch.setattr(checkpoint, "write", told("checkpoint", checkpoint.write))
+    simulate(settings_of(tmp_path / "run", hospitals))
+    assert happened.count("checkpoint") == 3
+    lasting = [what for what, _ in itertools.groupby(happened)]
+    assert lasting == ["a site wrote", "on disk", *["a site wrote", "on disk", "checkpoint"] * 3]
+
+
 # Killed and resumed
 
 # Forks before torch has computed anything, so each life costs no import. A life ends by SIGKILL at its n-th write
-# that is to survive a power cut (fsync), before or after it: between any two of those nothing lasting happens.
+# that is to last (the coordinator's fsync, a site's word to the system), before or after it: between any two of those
+# nothing lasting happens.
 NURSERY = """
 import itertools, json, os, signal, sys, time, traceback
 import client.dp.engine, client.dp.bookkeeping, dp_accounting.pld.privacy_loss_distribution, monai.networks.nets
@@ -280,15 +303,17 @@ from simulations import run
 run.conclude = lambda federated, *_, **__: federated
 
 def live(order):
-    real, calls = os.fsync, itertools.count(1)
-    def fsync(handle):
-        last = next(calls) == order["writes"]  # of its own, for several threads write
-        if last and order["before"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        real(handle)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-    os.fsync = fsync
+    calls = itertools.count(1)
+    def deadly(real):
+        def flush(handle):
+            last = next(calls) == order["writes"]  # of its own, for several threads write
+            if last and order["before"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(handle)
+            if last:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return flush
+    os.fsync, run.to_system = deadly(os.fsync), deadly(run.to_system)
 
     class Show(run.Silent):
         def step(self, what, done, total):

@@ -58,6 +58,26 @@ def fault(path: Path, key: object = OWN.public, **options) -> tuple[str, str, in
 # Parts
 
 
+def test_opening_a_log_reads_no_folder_for_it_may_lie_beside_thousands(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed(*words: object) -> None:
+        raise AssertionError("the folder was listed")
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    monkeypatch.setattr(os, "listdir", listed)
+    again, new = AuditLog(log, OWN, rotate_bytes=SMALL), AuditLog(log.with_name("south.jsonl"), OWN)
+    assert again.head != new.head
+
+
+def test_a_log_whose_current_file_is_gone_is_opened_only_with_all_its_parts(log: Path) -> None:
+    first, *_ = files(log)
+    log.unlink()
+    first.unlink()
+    with pytest.raises(AuditError, match="part 1 is missing"):
+        AuditLog(log, OWN)
+
+
 def test_a_log_over_its_limit_goes_on_in_a_new_file_and_stays_one_chain(log):
     there = files(log)
     assert [path.name for path in there] == [

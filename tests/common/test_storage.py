@@ -1,0 +1,69 @@
+"""What lasts, and through what: the end of a process, or a power cut."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from client.ledger import Ledger, SitePolicy
+from common.accounting import Event
+from common.audit import AuditLog, verify
+from common.errors import StorageError
+from common.identity import Signer
+from common.storage import all_to_disk, to_system, write_whole
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every fsync that happens."""
+    calls: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(handle), real(handle)))
+    return calls
+
+
+def test_a_whole_file_is_flushed_with_its_folder(tmp_path: Path, synced: list[int]) -> None:
+    write_whole(tmp_path / "key", b"1")
+    assert len(synced) == 2
+
+
+def test_what_is_left_to_the_system_is_written_and_not_waited_for(tmp_path: Path, synced: list[int]) -> None:
+    signer = Signer.load_or_create(tmp_path / "key", to_system)
+    log = AuditLog(tmp_path / "log.jsonl", signer, rotate_bytes=600, flush=to_system)
+    for number in range(4):
+        log.append("event", number=number)
+    ledger = Ledger(tmp_path / "ledger.jsonl", "cohort", SitePolicy(epsilon=8.0, delta=1e-3), to_system)
+    event = Event(noise_multiplier=2.0, sampling_rate=0.1, steps=3)
+    ledger.settle(ledger.reserve("a" * 64, round=1, base="b" * 64, event=event), 3)
+    assert synced == []
+    assert [event.kind for event in verify(tmp_path / "log.jsonl", signer.public)].count("event") == 4
+    assert Ledger(tmp_path / "ledger.jsonl", "cohort", SitePolicy(epsilon=8.0, delta=1e-3)).spent() > 0
+
+
+def test_all_goes_to_the_disk_at_once_or_it_is_said_that_it_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_to_disk(tmp_path)
+
+    def full(handle: int) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syncfs=full))
+    with pytest.raises(StorageError, match="free space"):
+        all_to_disk(tmp_path)
+
+
+def test_where_the_system_cannot_write_out_one_disk_it_writes_out_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(os, "sync", lambda: called.append("sync"))
+    all_to_disk(tmp_path)
+    assert called == ["sync"]
