@@ -171,7 +171,7 @@ def _rebuilt(galleries: Sequence[Gallery]) -> Html:
 
 _SHOWN = 3
 """Pictures of each kind; all of them are in the table."""
-_GALLERY = "display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:10px;margin:18px 0"
+_GALLERY = "display:grid;grid-template-columns:repeat(auto-fit,minmax(104px,1fr));gap:10px;margin:18px 0"
 
 
 def _picture(image: npt.NDArray[np.float32], name: str, says: str) -> Html:
