@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +22,12 @@ from common.config import Evaluation, Recipe, Task, as_plain
 from common.deployment import SiteHome
 from common.errors import DataError, StorageError
 from common.identity import read_private
-from common.imaging import Progress
 from common.samples import Samples, prepare_folder, pseudonym
 from common.shard import Storage, read_secret
 from common.storage import locked, private_folder, storing, write_whole
+
+if TYPE_CHECKING:
+    from common.imaging import Progress
 
 log = logging.getLogger(__name__)
 

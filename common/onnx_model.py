@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from pydantic import TypeAdapter, ValidationError
 
 from common.config import Preprocessing, Task, as_plain
@@ -159,6 +158,8 @@ class OnnxModel:
                 f"the model file cannot be read: {error.strerror}; give the path of a model.onnx"
             ) from None
         self.sha256 = hashlib.sha256(data).hexdigest()
+        import onnxruntime  # here, for the start of a run does not need it
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         offered = onnxruntime.get_available_providers()

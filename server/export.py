@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torch import nn
 
@@ -29,6 +28,9 @@ from common.models import set_weights
 from common.onnx_model import INPUT, LOGITS, PROBABILITIES, Description, OnnxModel
 from common.storage import commit, storing
 from common.weights import Weights
+
+if TYPE_CHECKING:
+    import onnx
 
 PARITY = 1e-4
 """Largest allowed difference of a probability between torch and the written file."""
@@ -101,6 +103,8 @@ def export_onnx(
         ExportError: torch and onnxruntime differ by more than 1e-4, or a check before that failed.
         StorageError: The disk is full or the folder cannot be written.
     """
+    import onnx  # here, as in all of the end of a run: its start shall not wait for it
+
     _check_reference(reference_x, recipe)
     if not (np.isfinite(temperature) and temperature > 0):
         raise ExportError(f"temperature is {temperature}; expected a positive number, 1 for uncalibrated")

@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime
 
 from common.config import Recipe
 from common.errors import ExportError
@@ -118,6 +116,7 @@ def export_int8(model: Path, recipe: Recipe, test: Samples | None, path: Path) -
 
 def quantised(model: Path, images: Iterator[npt.NDArray[np.float32]]) -> bytes:
     """The file with 8-bit convolutions and the same description; `images` (1, 1, *size) give the ranges."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -150,6 +149,8 @@ def _judged(model: OnnxModel, test: Samples, index_N: npt.NDArray[np.int64], rec
 
 
 def _speed(plain: Path, small: Path, x_B: npt.NDArray[np.float32]) -> float:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3

@@ -31,13 +31,13 @@ import numpy.typing as npt
 
 from common.errors import ConfigError, DataError
 from simulations.dicom_writer import Machine, Modality, Subject, axial, quantise, write_image, write_series
+from simulations.partition import CENTRAL as CENTRAL
 from simulations.partition import Partition
 
 Progress = Callable[[int, int], None]
 Key = Literal["patient", "accession"]
 
 _NAMES = ("north", "south", "east", "west")
-CENTRAL = "central"
 
 
 def site_names(sites: int) -> tuple[str, ...]:

@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 from common.errors import ConfigError, DataError
 
+CENTRAL = "central"
+"""The folder of the patients who are dealt out to nobody: the coordinator's test set."""
+
 SiteIndex = npt.NDArray[np.int64]
 
 

@@ -27,7 +27,6 @@ from client.app import client_app
 from client.cohort import Cohort, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
-from client.privacy_audit import QUICK_CANARIES, QUICK_STEPS, privacy_audit
 from client.secure import Sums
 from client.site import Site
 from common.audit import AuditLog
@@ -52,8 +51,7 @@ from server.secure import Take
 from simulations import on_ray
 from simulations.baselines import baselines
 from simulations.grid import InProcessGrid, Worker
-from simulations.hospitals import CENTRAL
-from simulations.phantoms import CLASSES, make_phantoms
+from simulations.partition import CENTRAL
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
 _OWN_FILES = (
@@ -277,6 +275,9 @@ def _prove(
     recipe: Recipe, cohorts: Mapping[str, Cohort], weights: str, device: torch.device, show: Show
 ) -> PrivacyAudit:
     """A short audit of what has just trained, for the largest and the smallest site."""
+    # Only now: its statistics take half a second to import, and most of a run needs none.
+    from client.privacy_audit import QUICK_CANARIES, QUICK_STEPS, privacy_audit
+
     show.step("Auditing the privacy mechanism", 0, 1)
     counts = {name: cohort.patients("train") for name, cohort in cohorts.items()}
     chosen = {min(counts, key=lambda name: counts[name]), max(counts, key=lambda name: counts[name])}
@@ -495,6 +496,8 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
                 f"baselines=true compares on a central test set, but {simulation.hospitals} holds no folder {CENTRAL}/"
             )
         return Path(simulation.hospitals)
+    from simulations.phantoms import CLASSES, make_phantoms  # DICOM is written for these alone
+
     recipe = settings.recipe
     if recipe.task.classes != CLASSES:
         raise ConfigError(

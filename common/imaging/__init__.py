@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from common.imaging.preprocess import Augmenter, augmentation, prepare
+    from common.imaging.augment import Augmenter, augmentation
+    from common.imaging.preprocess import prepare
     from common.imaging.refusal import RefusalCode, Refused
     from common.imaging.volume import FolderReading, Image, Progress, Source, Volume, iterate_folder, read_folder
 
@@ -30,7 +31,11 @@ __all__ = [
     "read_folder",
 ]  # fmt: skip
 
-_PLACES = {"preprocess": ("Augmenter", "augmentation", "prepare"), "refusal": ("RefusalCode", "Refused")}
+_PLACES = {
+    "augment": ("Augmenter", "augmentation"),
+    "preprocess": ("prepare",),
+    "refusal": ("RefusalCode", "Refused"),
+}
 
 
 def __getattr__(name: str) -> object:

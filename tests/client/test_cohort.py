@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.cohort import SPLITS, Cohort, open_cohort, split_patients
-from common import samples as samples_room
+from common import filling
 from common.config import Evaluation, Preprocessing, Recipe, Task
 from common.errors import DataError, StorageError
 from common.samples import Samples, pseudonym
@@ -81,8 +81,8 @@ def test_opening_again_reads_no_image_and_gives_the_same_cohort(
     def fail(*_: object) -> None:
         raise AssertionError("DICOM was read")
 
-    monkeypatch.setattr(samples_room, "prepared_units", fail)
-    monkeypatch.setattr(samples_room, "Index", fail)
+    monkeypatch.setattr(filling, "prepared_units", fail)
+    monkeypatch.setattr(filling, "Index", fail)
     again = reopen(folder)
     assert again.manifest == cohort.manifest
     assert sides(again) == sides(cohort)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import samples as room
+from common import filling, samples
 from common.config import Augmentation, Preprocessing, Task
 from common.errors import ConfigError, DataError, StorageError
 from common.labels import read_labels
@@ -63,14 +63,14 @@ def site(tmp_path: Path) -> Path:
 def prepared_series(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many series each call prepared anew; a call that opens the cache as it is adds nothing."""
     counts: list[int] = []
-    real = room.prepared_units
+    real = filling.prepared_units
 
     def counting(units: Sequence[Any], *rest: Any) -> Any:
         counts.append(len(units))
         return real(units, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "prepared_units", counting)
+        patch.setattr(filling, "prepared_units", counting)
         yield counts
 
 
@@ -144,7 +144,8 @@ def test_only_the_series_that_changed_is_prepared_again(
     elif change == "preprocessing":
         data = replace(DATA, high=100)
     else:
-        monkeypatch.setattr(room, "maker", lambda: "other code")
+        for room in (samples, filling):
+            monkeypatch.setattr(room, "maker", lambda: "other code")
     again = prepare_folder(site, TASK, data, cache=site.parent / "cache", key=key).samples
     assert prepared_series == [6, series]
     assert len(again.x_N) == (7 if change == "new image" else 6)
@@ -236,7 +237,7 @@ def test_a_crash_between_samples_and_index_is_no_cache(site: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(room, "write_whole", crash)
+        patch.setattr(filling, "write_whole", crash)
         with pytest.raises(KeyboardInterrupt):
             read(site)
     assert not list((site.parent / "cache").rglob("index.json"))

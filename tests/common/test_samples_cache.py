@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import filling as room
 from common import preparing
-from common import samples as room
 from common.cache import make_room, parse_size, purge, set_limit, shown, usage
 from common.config import Preprocessing, Task
 from common.errors import ConfigError, DataError, StorageError
