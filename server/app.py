@@ -118,8 +118,8 @@ class FlowerTransport:
     def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
         """Waits for `federation.sites` sites, and asks each who it is.
 
-        Once the quorum is there, the others get `federation.offline_s` more. A node whose answer is no hello counts
-        as absent: one site alone cannot stop a run.
+        Once the quorum is there, the others get `federation.offline_s` more (in one process all of the time). A node
+        whose answer is no hello counts as absent: one site alone cannot stop a run.
 
         Args:
             before: Sites that took part before this process began. While one is connected it may still be at work for
@@ -136,7 +136,7 @@ class FlowerTransport:
             self._greet(deadline - time.monotonic())
             came = self._net.collect()
             now = time.monotonic()
-            if len(self._sites) >= federation.quorum:
+            if self._patient and len(self._sites) >= federation.quorum:  # in one process all are there, and in a queue
                 end = min(end, now + federation.offline_s)
             if now >= deadline or (now >= end and not self._at_work(before)) or self._complete():
                 break

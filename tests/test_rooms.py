@@ -63,6 +63,13 @@ def test_rooms_import_only_downwards():
     assert " kept, 0 broken" in done.stdout
 
 
+def test_a_simulation_starts_without_what_reads_dicom_exports_and_audits():
+    heavy = ("pydicom", "highdicom", "nibabel", "onnx", "onnxruntime", "scipy.stats", "scipy.ndimage", "monai", "timm")
+    check = f"import sys, simulations.run; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_flower_is_only_in_the_shells():
     apps = {"client.app", "server.app", "server.aggregate", "simulations.grid", "simulations.on_ray", "simulations.run"}
     apps.add("common.wire")

@@ -671,6 +671,11 @@ def test_in_one_process_an_error_is_final_at_once(clock, sites):
     assert clock.now == began
 
 
+def test_in_one_process_a_site_that_waits_for_its_turn_is_not_left_out_after_offline_s(clock, sites):
+    sites[2].delay_s = RECIPE.federation.offline_s + 100
+    assert list(alone(clock, sites).hello(RECIPE, HEAD)) == list(SITES)
+
+
 def test_in_one_process_two_nodes_of_one_name_are_refused(clock, sites):
     transport = alone(clock, sites)
     sites[2].meets = lambda message: sites[2].says(message, hello("east"))
