@@ -1,7 +1,8 @@
-"""Large arrays beside the messages: pieces that are named by their SHA-256, and what both sides agree on about them."""
+"""Large arrays beside the messages, in pieces, and what both sides agree on about them."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -11,9 +12,10 @@ PIECE_BYTES = 4 << 20
 BESIDE_BYTES = 1 << 18
 """Smaller arrays stay in the message: the calls for a piece would cost more than they bring."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
+"""Also the name of a piece: `names`."""
 TICKET = re.compile(r"[0-9a-f]{32}")
 PATH = "/v1/blobs/"
-"""Of the gateway: with `ticket`, what this site has sent (GET); with `ticket/sha256`, one piece (GET, PUT)."""
+"""Of the gateway: with `ticket`, what this site has sent (GET); with `ticket/name`, one piece (GET, PUT)."""
 
 BELL_PATH = "/v1/bell/"
 """Of the gateway: with a mark of 16 hexadecimal digits (GET), answered with another one as soon as the coordinator has
@@ -34,7 +36,7 @@ class Blobs(Protocol):
         """Longest array that is taken from the other side."""
 
     def put(self, name: str, piece: memoryview) -> None:
-        """Keeps these bytes for the other side under their SHA-256."""
+        """Keeps these bytes for the other side under this name."""
 
     def get(self, name: str, piece: memoryview) -> None:
         """Fills `piece` with the other side's bytes of this name; what came is checked by the caller."""
@@ -50,6 +52,12 @@ def signed_request(method: str, path: str, timestamp: str) -> bytes:
     A signature of Flower's own, which is one over a time alone, is none of these, and none of these is one of Flower's.
     """
     return f"fedicom request\n{method}\n{path}\n{timestamp}".encode()
+
+
+def names(digest: str, nbytes: int) -> list[str]:
+    """The names of the pieces of an array: they follow from its digest, so what has this name is always the same."""
+    count = -(-nbytes // PIECE_BYTES)
+    return [hashlib.sha256(f"{digest} {number}".encode()).hexdigest() for number in range(count)]
 
 
 def pieces(data: memoryview) -> list[memoryview]:

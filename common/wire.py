@@ -3,9 +3,9 @@
 A message holds nothing that is executed or unpickled. Whatever bytes arrive, the answer is
 an exchange type or an `ExchangeError`.
 
-Between two houses a large array does not travel in the message but beside it, in pieces (`common.blobs`): the message
-names each by its SHA-256, and the signature under the message is one over these names. So whoever carries the pieces
-can withhold them, and nothing else.
+Between two houses large weights do not travel in the message but beside it, in pieces (`common.blobs`): the message has
+their digest, which the receiver computes anew, and the signature under the message is one over it. So whoever carries
+the pieces can withhold them, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
-from common.blobs import BESIDE_BYTES, DIGEST, PIECE_BYTES, TICKET, Blobs, Open, pieces
+from common.blobs import BESIDE_BYTES, DIGEST, TICKET, Blobs, Open, names, pieces
 from common.errors import ExchangeError
 from common.exchange import (
     WIRE_VERSION,
@@ -67,8 +67,8 @@ _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
 _FORMS = {Weights: ("float32", "fedicom.flat.f4"), Residues: ("uint32", "fedicom.flat.u4")}
 """Of a type that travels as one flat array of four bytes each: dtype, and how the bytes lie."""
-_BESIDE = ("ticket", "array", "bytes", "pieces")
-"""Fields of a message whose array travels beside it."""
+_BESIDE = ("ticket", "bytes", "digest")
+"""Fields of a message whose weights travel beside it."""
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
@@ -95,8 +95,10 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
             body[name], data = {key: list(shape) for key, shape in part.shapes.items()}, _joined(part)
         else:
             body[name], data = len(part), part.words.tobytes()
-        if blobs is not None and len(data) >= BESIDE_BYTES:
-            beside = _beside(name, data, blobs)
+        if blobs is not None and isinstance(part, Weights) and len(data) >= BESIDE_BYTES:
+            for piece_name, piece in zip(names(part.digest, len(data)), pieces(memoryview(data)), strict=True):
+                blobs.put(piece_name, piece)
+            beside = {"ticket": blobs.ticket, "bytes": len(data), "digest": part.digest}
         else:
             record["weights"] = ArrayRecord({name: _array(data, type(part))})
     # Not a record of its own: each costs Flower a call on every leg of the way.
@@ -245,11 +247,10 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
-    expected, fields_ = {"message"}, {"kind", "version", "body"}
-    if {Weights, Residues} & set(get_type_hints(cls).values()):
-        beside = blobs is not None and "ticket" in message
-        fields_ |= set(_BESIDE) if beside else set()
-        expected |= set() if beside else {"weights"}
+    hints = set(get_type_hints(cls).values())
+    beside = blobs is not None and Weights in hints and "ticket" in message
+    expected = {"message", "weights"} if {Weights, Residues} & hints and not beside else {"message"}
+    fields_ = {"kind", "version", "body", *(_BESIDE if beside else ())}
     if set(record) != expected or set(message) - {"signature"} != fields_:
         raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
@@ -265,7 +266,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
             if hint is Weights:
                 body[name] = _weights(record, name, body.get(name), blobs)
             elif hint is Residues:
-                body[name] = _residues(record, name, body.get(name), blobs)
+                body[name] = _residues(record, name, body.get(name))
             elif name in _PARTS and isinstance(body.get(name), dict):
                 body[name] = _PARTS[name](**body[name])
             elif name in _MAPS and isinstance(body.get(name), dict):
@@ -307,32 +308,18 @@ def _joined(weights: Weights) -> bytes:
     return b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values())
 
 
-def _beside(name: str, data: bytes, blobs: Blobs) -> dict[str, Any]:
-    names = []
-    for piece in pieces(memoryview(data)):
-        names.append(hashlib.sha256(piece).hexdigest())
-        blobs.put(names[-1], piece)
-    return {"ticket": blobs.ticket, "array": name, "bytes": len(data), "pieces": names}
-
-
 def _gathered(record: RecordDict, name: str, nbytes: int, open_: Open) -> memoryview:
-    """The array that the message names, every piece of it checked."""
-    told = record.config_records["message"]
-    if told["array"] != name or told["bytes"] != nbytes:
-        raise ExchangeError(f"{name}: expected {nbytes} bytes beside the message")
-    names, place = told["pieces"], ticket(record)
-    if place is None or not isinstance(names, list) or len(names) != -(-nbytes // PIECE_BYTES):
-        raise ExchangeError(f"{name}: expected a ticket and the names of {-(-nbytes // PIECE_BYTES)} pieces")
-    if not all(isinstance(each, str) and DIGEST.fullmatch(each) for each in names):
-        raise ExchangeError(f"{name}: the name of a piece is no SHA-256")
+    """The bytes that the message announces; whether they are the right ones is not checked here."""
+    told, place = record.config_records["message"], ticket(record)
+    digest = told["digest"]
+    if place is None or told["bytes"] != nbytes or not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise ExchangeError(f"{name}: expected a ticket, and a digest of {nbytes} bytes beside the message")
     blobs = open_(place)
-    if nbytes > blobs.most_bytes:  # before there is room for them: a piece may be named any number of times
+    if nbytes > blobs.most_bytes:  # before there is room for them
         raise ExchangeError(f"{name}: {nbytes} bytes beside the message, at most {blobs.most_bytes} are taken")
-    data = memoryview(bytearray(nbytes))
-    for each, piece in zip(names, pieces(data), strict=True):
-        blobs.get(str(each), piece)
-        if hashlib.sha256(piece).hexdigest() != each:
-            raise ExchangeError(f"{name}: a piece is not the one that the message announced")
+    data = np.empty(nbytes, np.uint8).data
+    for piece_name, piece in zip(names(digest, nbytes), pieces(data), strict=True):
+        blobs.get(piece_name, piece)
     return data
 
 
@@ -359,20 +346,28 @@ def _weights(record: RecordDict, name: str, shapes: object, blobs: Open | None) 
     total = sum(sizes)
     if total > _MAX_NUMBERS:
         raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
-    flat = np.frombuffer(_bytes(record, name, total, Weights, blobs), dtype="<f4")
-    ends = np.cumsum([0, *sizes])
-    return Weights({key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())})
+    message, ends = record.config_records["message"], np.cumsum([0, *sizes])
+
+    def shaped(data: bytes | memoryview) -> Weights:
+        flat = np.frombuffer(data, dtype="<f4")
+        parts = {key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())}
+        return Weights(parts)
+
+    if blobs is None or "ticket" not in message:
+        return shaped(_bytes(record, name, total, Weights))
+    weights = shaped(_gathered(record, name, 4 * total, blobs))
+    if weights.digest != message["digest"]:
+        raise ExchangeError(f"{name}: what came beside the message is not what it announced")
+    return weights
 
 
-def _residues(record: RecordDict, name: str, size: object, blobs: Open | None) -> Residues:
+def _residues(record: RecordDict, name: str, size: object) -> Residues:
     if type(size) is not int or not 0 <= size <= _MAX_NUMBERS:
         raise ExchangeError(f"{name}: expected how many numbers there are, at most {_MAX_NUMBERS}")
-    return Residues(np.frombuffer(_bytes(record, name, size, Residues, blobs), dtype="<u4"))
+    return Residues(np.frombuffer(_bytes(record, name, size, Residues), dtype="<u4"))
 
 
-def _bytes(record: RecordDict, name: str, numbers: int, form: type, blobs: Open | None) -> bytes | memoryview:
-    if blobs is not None and ticket(record) is not None:
-        return _gathered(record, name, 4 * numbers, blobs)
+def _bytes(record: RecordDict, name: str, numbers: int, form: type) -> bytes:
     arrays = record.array_records.get("weights", ArrayRecord())
     if set(arrays) != {name}:
         raise ExchangeError(f"{name}: expected one array of this name in the message")

@@ -1,4 +1,4 @@
-"""Weights on their way between a run and its sites: pieces named by their SHA-256, in a folder a round.
+"""Weights on their way between a run and its sites: pieces, in a folder a round.
 
 A run opens a round for the sites that it asks and lays the global model into it; the gateway lets just these sites
 read that, and each write its own answer, up to a number of bytes; the run takes the answers out, and the round is
@@ -7,8 +7,8 @@ one left goes. So nothing is flushed to disk. A round is there under its ticket 
 before it is removed.
 
     blobs/<ticket>/round.json        who may come, and how much each may write
-    blobs/<ticket>/model/<sha256>    for all of them
-    blobs/<ticket>/from/<site>/<sha256>
+    blobs/<ticket>/model/<piece>     for all of them
+    blobs/<ticket>/from/<site>/<piece>
 """
 
 from __future__ import annotations

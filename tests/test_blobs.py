@@ -69,7 +69,7 @@ def test_no_ticket_leads_out_of_the_folder(tmp_path, ticket):
 
 
 @pytest.mark.parametrize("name", ["..", "round.json", NAME[:-1], NAME + "0", NAME.upper(), "../round.json"])
-def test_a_piece_has_the_name_of_a_sha_256(tmp_path, name):
+def test_a_piece_has_a_name_of_64_hexadecimal_digits(tmp_path, name):
     with Store(tmp_path, "run").round(SITES, 100) as round_:
         assert Shelf(tmp_path).readable(round_.ticket, "north", name) is None
         with Shelf(tmp_path).writing(round_.ticket, "north", name, 5) as room:
