@@ -4,19 +4,21 @@
     python benchmarks/dp.py --out runs/dp --only resnet18 vit_tiny --batches 32   # a piece
     python benchmarks/dp.py --out runs/dp --table                                 # Markdown of what is there
 
-Every cell runs in a process of its own, on one thread: build, one step to warm up, then `--steps` steps of forward,
-backward, clip, noise and SGD. The ratio is of CPU time (the fastest step), which other work on the machine moves least;
-wall time is kept beside it. Memory is the peak of the process above what it held before the network was built. A cell
-that is in dp.jsonl already is not run again, so pieces of one table can be run apart.
+Every cell runs in a process of its own (a fork), on one thread: build, one step to warm up, then `--steps` steps
+(fewer where the time of the cell ends) of forward, backward, clip, noise and SGD. The ratio is of CPU time (the fastest
+step), which other work on the machine moves least; wall time is kept beside it. Memory is the peak of the process above
+what it held before the network was built. A cell that is in dp.jsonl already is not run again, so pieces of one table
+can be run apart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -53,23 +55,23 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of a cell; longer is told as such")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="CPU time of a cell; longer is told as such")
+    parser.add_argument("--memory-gb", type=float, default=16.0, help="of a cell; more is told as such")
     parser.add_argument("--last", action="store_true", help="channels last in memory; a table of its own")
     parser.add_argument("--table", action="store_true", help="only print what is there")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(_measured(**json.loads(arguments.one))))
-        return
     file = arguments.out / "dp.jsonl"
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+        sys.path.insert(0, str(ROOT))
+        _settings("resnet18")  # imports
         for batch in arguments.batches:
             for model in arguments.only:
                 for method in arguments.methods:
                     cell = {"model": model, "method": method, "batch": batch, "last": arguments.last}
                     if _key(cell) not in _cells(file):
-                        done = cell | _run({**cell, "steps": arguments.steps}, arguments.timeout_s)
+                        done = cell | _run(cell, arguments.steps, arguments.timeout_s, arguments.memory_gb)
                         with file.open("a") as out:
                             out.write(json.dumps(done) + "\n")
                         print(json.dumps(done), flush=True)
@@ -111,24 +113,37 @@ def _cells(file: Path) -> dict[tuple[str, str, int, bool], dict[str, Any]]:
     return {_key(cell): cell for cell in map(json.loads, lines)}
 
 
-def _run(cell: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--one", json.dumps(cell)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done in {timeout_s:.0f} s"}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"error": last[:200]}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def _run(cell: dict[str, Any], steps: int, timeout_s: float, memory_gb: float) -> dict[str, Any]:
+    """One cell in a fork of this process, which has imported everything and started no thread."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        try:
+            done = _measured(**cell, steps=steps, timeout_s=timeout_s, memory_gb=memory_gb)
+        except BaseException as error:
+            memory = isinstance(error, MemoryError) or "alloc" in str(error)
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            done = {"error": f"needs more than {memory_gb:g} GB" if memory else said[-1][:200]}
+        os.write(writer, json.dumps(done).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        text = answer.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGXCPU:
+        return {"error": f"not done in {timeout_s:.0f} s of CPU"}
+    return dict(json.loads(text)) if text else {"error": f"ended with {status}"}
 
 
-def _measured(model: str, method: str, batch: int, last: bool, steps: int) -> dict[str, Any]:
+def _measured(
+    model: str, method: str, batch: int, last: bool, steps: int, timeout_s: float, memory_gb: float
+) -> dict[str, Any]:
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(timeout_s), math.ceil(timeout_s) + 5))  # SIGXCPU, then SIGKILL
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory_gb * 2**30), int(memory_gb * 2**30)))
     import torch
 
     torch.set_num_threads(1)
-    _settings(model)  # imports
     before = _peak_mb()
     step = _stepper(model, method, batch, last)
     step()
@@ -138,7 +153,12 @@ def _measured(model: str, method: str, batch: int, last: bool, steps: int) -> di
         step()
         cpu.append(time.process_time() - began[0])
         wall.append(time.perf_counter() - began[1])
-    return {"cpu_s": min(cpu), "wall_s": min(wall), "memory_mb": _peak_mb() - before, "torch": torch.__version__}
+        if time.process_time() + 1.5 * cpu[-1] > timeout_s:
+            break  # fewer steps of a slow cell
+    return {
+        "cpu_s": min(cpu), "wall_s": min(wall), "steps": len(cpu), "memory_mb": _peak_mb() - before,
+        "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def _peak_mb() -> float:

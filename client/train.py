@@ -92,7 +92,7 @@ def train(
     weighted = _weighted(recipe, cohort)
     loss_B = record_loss(weighted)
     set_weights(model, weights)
-    model.to(device).train()
+    model.to(device, memory_format=memory_format(recipe)).train()  # type: ignore[call-overload]
     if team is not None and private is None and _mixes(model):
         raise ConfigError(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
@@ -117,6 +117,8 @@ def train(
         samples = Batches(x_N)
         for step, index_B in enumerate(batches):
             x_B, target_B = _batch(cohort, samples, index_B, device)
+            if x_B.dim() == 2 + recipe.task.dimensions:  # not the fixed features
+                x_B = x_B.to(memory_format=memory_format(recipe))
             if augment is not None and len(index_B):
                 x_B = augment(x_B)
             progress = (round_ - 1 + step / steps) / recipe.rounds
@@ -168,6 +170,7 @@ def private_gradient(model: nn.Module, loss_B: Loss, recipe: Recipe, private: Pr
         noise=private.noise,
         views=recipe.privacy.views,
         clip_quantile=recipe.privacy.clip_quantile,
+        low=lowered(recipe.training, next(model.parameters()).device),
     )
 
 
@@ -221,6 +224,19 @@ def _weighted(recipe: Recipe, cohort: Cohort) -> Recipe:
     counts = _counts(cohort, recipe.task.outputs)
     weights = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
     return replace(recipe, training=replace(recipe.training, class_weights=weights))
+
+
+def lowered(training: Training, device: torch.device) -> torch.dtype | None:
+    """What layers compute in under autocast; None: float32 throughout."""
+    low = training.precision == "bfloat16" or (training.precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if low else None
+
+
+def memory_format(recipe: Recipe) -> torch.memory_format:
+    """How images and weights lie in memory."""
+    if recipe.training.memory_format == "contiguous":
+        return torch.preserve_format
+    return torch.channels_last if recipe.task.dimensions == 2 else torch.channels_last_3d
 
 
 def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
@@ -300,8 +316,8 @@ def mean_gradient(
     of that loss."""
     if not len(x_B):
         return x_B.new_zeros(())
-    mixed = training.precision == "auto" and x_B.device.type == "cuda"
-    with torch.autocast(x_B.device.type, dtype=torch.bfloat16, enabled=mixed):
+    low = lowered(training, x_B.device)
+    with torch.autocast(x_B.device.type, dtype=low, enabled=low is not None):
         logits = model(x_B)
     loss = loss_B(logits.float(), target_B).mean()
     if len(x_B) != of:

@@ -141,8 +141,9 @@ class ModelConfig:
     dimensions: Literal[2, 3] = 2
     channels: Literal[1] = 1
     """Grey values; the weights of a colour network are folded into one channel."""
-    norm: Literal["auto", "batch", "group"] = "auto"
-    """auto: group norm under differential privacy, the network's own otherwise."""
+    norm: Literal["auto", "batch", "group", "group_ws"] = "auto"
+    """auto: group norm under differential privacy, the network's own otherwise; group_ws: group norm, and convolutions
+    with standardised weights (Qiao et al. 2019)."""
     stem: Literal["default", "small"] = "default"
     """small: 3-wide stride-1 first convolution without pooling, for images below 64 pixels (ResNets only)."""
     width: Positive = 1.0
@@ -171,6 +172,11 @@ class ModelConfig:
         if (self.weights_file is None) != (self.weights_sha256 is None):
             raise ValueError(
                 "weights_file and weights_sha256 go together: the file's hash is part of what a site approves"
+            )
+        if self.norm == "group_ws" and (self.trainable != "all" or self.family == "scattering"):
+            raise ValueError(
+                f"norm=group_ws standardises convolutions that are trained, got trainable={self.trainable} of "
+                f"{self.family}; use trainable=all with timm or monai, or norm=auto"
             )
         if self.trainable != "all" and self.weights_file is None:
             raise ValueError(
@@ -208,8 +214,10 @@ class Training:
     proximal_mu: Annotated[float, Ge(0)] = 0.0
     """FedProx (Li et al. 2020): mu / 2 * ||w - w_global||^2 added to the loss."""
     gradient_clip: Positive | None = None
-    precision: Literal["float32", "auto"] = "float32"
-    """auto: bfloat16 autocast on a GPU, float32 on CPU."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """bfloat16: layers under autocast, weights, clip and sums stay float32; auto: that on a GPU, float32 on CPU."""
+    memory_format: Literal["contiguous", "channels_last"] = "contiguous"
+    """How images lie in memory while training; changes time and roundings, not what is computed."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

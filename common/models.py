@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import adaptation
+from common import adaptation, standardisation
 from common.config import ModelConfig, Recipe, Training
 from common.errors import ConfigError, ExchangeError
 from common.scattering import ScatteringClassifier
@@ -36,7 +36,7 @@ MONAI_NETWORKS = (
 _MONAI_HEADS = ("fc", "class_layers.out", "_fc", "classification_head")
 _MAX_TOKENS = 4096
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_UNDECAYED = ("cls_token", "dist_token", "reg_token", "pos_embed", "position_embeddings")
+_UNDECAYED = ("gain", "cls_token", "dist_token", "reg_token", "pos_embed", "position_embeddings")
 # What the networks' authors call their stages, in timm and MONAI alike.
 _BLOCK = re.compile(r"layer\d+|(?:_?blocks|stages|layers)\.\d+|features\.denseblock\d+")
 
@@ -51,7 +51,8 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
 
     Batch norm becomes group norm when `model.norm` is `group`, and for `auto` under privacy. The
     exception is a frozen backbone (`model.trainable` other than all): its batch norms keep the statistics of the
-    weights file in evaluation mode, look at no patient, and stay as they are.
+    weights file in evaluation mode, look at no patient, and stay as they are. `group_ws` also standardises the
+    weights of convolutions.
 
     Args:
         recipe: Decides everything but the seed.
@@ -70,8 +71,11 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
                 f"model.name: cannot build {config.family} network {config.name!r} for images of "
                 f"{_times(recipe.data.size)}: {_first_line(error)}"
             ) from error
-    if config.norm == "group" or (config.norm == "auto" and recipe.privacy.active and config.trainable == "all"):
+    auto = config.norm == "auto" and recipe.privacy.active and config.trainable == "all"
+    if config.norm in ("group", "group_ws") or auto:
         model = _with_group_norm(model)
+    if config.norm == "group_ws":
+        standardisation.standardise(model)
     if recipe.privacy.active:
         for module in model.modules():
             if getattr(module, "inplace", False) is True:  # an overwritten input breaks per-patient gradients

@@ -26,6 +26,7 @@ from common.inference import logits
 from common.metrics import probabilities
 from common.models import set_weights
 from common.onnx_model import INPUT, LOGITS, PROBABILITIES, Description, OnnxModel
+from common.standardisation import fold
 from common.storage import commit, storing
 from common.weights import Weights
 
@@ -202,6 +203,7 @@ def _with_weights(model: nn.Module, weights: Weights) -> nn.Module:
     network = copy.deepcopy(model).cpu().float().eval()
     set_weights(network, weights)
     merge(network)
+    fold(network)
     network.requires_grad_(False)  # after set_weights, which goes by it; halves the tracing time
     if 4 * sum(p.numel() for p in network.parameters()) > _LIMIT_BYTES:
         raise ExportError("the model is over 2 GB, more than one ONNX file can hold; choose a smaller network")

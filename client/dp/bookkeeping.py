@@ -4,7 +4,8 @@ While the model runs, every torch function that takes a trainable parameter is r
 backward pass books what the parameter's gradient is made of (its input and the gradient of its output)
 instead of forming it. From that come the per-sample norms, then the clipped sum. Nothing in the model is
 touched, there are no hooks, and in-place operations are harmless. A use without a rule, or a second use
-of a parameter, raises `NoRuleError`; the caller then takes `torch.func`.
+of a parameter, raises `NoRuleError`; the caller then takes `torch.func`. What is made of parameters alone (a
+standardised weight) may stand where a parameter may (`client.dp.uses.Use`).
 
 Source: Bu et al. 2023 (ICML), book-keeping; Bu et al. 2022 (NeurIPS), mixed ghost clipping.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from client.dp.uses import RULES, SAME_ORDER, Contraction, Factors, NoRuleError
+from client.dp.layers import squared_norms
+from client.dp.uses import RULES, SAME_ORDER, Contraction, Factors, NoRuleError, Use
 from common.errors import PrivacyError
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -27,7 +29,13 @@ Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 def clipped_sum(
-    model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, clip_norm: float, views: int = 1
+    model: nn.Module,
+    loss_B: Loss,
+    x_B: torch.Tensor,
+    target_B: torch.Tensor,
+    clip_norm: float,
+    views: int = 1,
+    low: torch.dtype | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Sum over the patients of their gradients, each scaled down to `clip_norm`.
 
@@ -40,6 +48,8 @@ def clipped_sum(
         target_B: (B, ...).
         clip_norm: Above 0.
         views: Records of each patient.
+        low: What layers may compute in (bfloat16); norms of gradients and sums have the parameters' type. None: no
+            autocast.
 
     Returns:
         Sums in the order of `trainable(model)`, and the norms before the clip (P,). A patient with a norm that is not
@@ -49,9 +59,13 @@ def clipped_sum(
         NoRuleError: Take another way; nothing was changed.
         PrivacyError: The loss is not one number a record.
     """
-    book = _Book(trainable(model), len(x_B), views)
+    book = _Book(trainable(model), len(x_B), views, low)
     with book:
-        losses = per_record(loss_B(model(x_B), target_B), len(x_B))
+        with torch.autocast(x_B.device.type, dtype=low, enabled=low is not None):
+            output = model(x_B)
+        if low is not None and isinstance(output, torch.Tensor):
+            output = output.to(x_B.dtype)
+        losses = per_record(loss_B(output, target_B), len(x_B))
     with _full_precision(x_B.device):
         torch.autograd.backward(losses.sum() / views)
         with torch.no_grad():  # what was booked belongs to a graph, the sums must not
@@ -93,45 +107,64 @@ def clip_factors(squares_P: torch.Tensor, clip_norm: float, views: int = 1) -> F
 class _Book(TorchFunctionMode):
     """What one forward and backward pass says about the gradients of each patient."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], records: int, views: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], records: int, views: int, low: torch.dtype | None
+    ) -> None:
         super().__init__()
         self._names, self._parameters = list(parameters), list(parameters.values())
-        self.records, self.views = records, views
-        # The tensor is held too: its id is its key and must not be used again.
-        self._tracked: dict[int, tuple[torch.Tensor, int]] = {id(p): (p, i) for i, p in enumerate(self._parameters)}
+        self.records, self.views, self.low = records, views, low
+        self._tracked = {id(p): _Tracked(p, (i,), made=False) for i, p in enumerate(self._parameters)}
         self._claimed: set[int] = set()
         self._squares_P = self._parameters[0].new_zeros(records // views)
-        self._contractions: dict[int, Contraction] = {}
+        self._contractions: list[tuple[Use | int, Contraction]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        used = [index for value in (*args, *kwargs.values()) for index in self._parameters_in(value)]
-        if not used:
+        found = [index for value in (*args, *kwargs.values()) for index in self._parameters_in(value)]
+        if not found:
             return func(*args, **kwargs)
+        used = tuple(dict.fromkeys(found))
         if func in RULES:
             rule, known = RULES[func]
             try:
                 bound = known.bind(self, *args, **kwargs)
-            except TypeError:
-                raise NoRuleError(f"{func.__name__} of {self._names[used[0]]!r} with these arguments") from None
-            return rule(*bound.args, **bound.kwargs)
-        result = func(*args, **kwargs)  # shapes, types and devices may be asked for freely
+                return rule(*bound.args, **bound.kwargs)
+            except (NoRuleError, TypeError) as missing:
+                if not self._alone(args, kwargs):
+                    if isinstance(missing, NoRuleError):
+                        raise
+                    what = f"{func.__name__} of {self._names[used[0]]!r} with these arguments"
+                    raise NoRuleError(what) from missing
+        made = func not in SAME_ORDER or len(used) > 1 or any(self._is_made(value) for value in args)
+        if made:  # its Jacobian is applied to single gradients and to their sum: both in full precision
+            with torch.autocast(self._parameters[0].device.type, enabled=False):
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, torch.Tensor) and value.requires_grad and id(value) not in self._tracked:
-                if func not in SAME_ORDER:
+                if not self._alone(args, kwargs) or value.dtype != self._parameters[used[0]].dtype:
                     raise NoRuleError(f"{getattr(func, '__name__', func)} of {self._names[used[0]]!r}")
-                self._tracked[id(value)] = (value, used[0])
+                self._tracked[id(value)] = _Tracked(value, used, made)
         return result
 
-    def _parameters_in(self, value: Any) -> list[int]:
+    def _parameters_in(self, value: Any) -> tuple[int, ...]:
+        """Of which parameters a value is made."""
         if isinstance(value, torch.Tensor):
             found = self._tracked.get(id(value))
-            return [] if found is None else [found[1]]
+            return () if found is None else found.parameters
         if isinstance(value, (tuple, list)):
-            return [index for part in value for index in self._parameters_in(part)]
-        return []
+            return tuple(index for part in value for index in self._parameters_in(part))
+        return ()
+
+    def _is_made(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and id(value) in self._tracked and self._tracked[id(value)].made
+
+    def _alone(self, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether all tensors among the arguments are made of parameters: no record can be in the result."""
+        return all(id(tensor) in self._tracked for tensor in _tensors((*args, *kwargs.values())))
 
     def names(self, value: Any) -> list[str]:
         return [self._names[index] for index in self._parameters_in(value)]
@@ -141,18 +174,18 @@ class _Book(TorchFunctionMode):
         for index in (index for value in values for index in self._parameters_in(value)):
             raise NoRuleError(f"{self._names[index]!r} stands where an input is expected")
 
-    def claim(self, tensor: torch.Tensor | None) -> int | None:
-        """Index of a trainable parameter (None for anything else), which may be used only once.
+    def claim(self, tensor: torch.Tensor | None) -> Use | None:
+        """What a trainable parameter, or a weight made of some, is used as (None for anything else); only once each.
 
         The squared norm of a sum of two uses is not the sum of their squares.
         """
-        found = self._parameters_in(tensor)
-        if not found:
+        if tensor is None or not (parameters := self._parameters_in(tensor)):
             return None
-        if found[0] in self._claimed:
-            raise NoRuleError(f"{self._names[found[0]]!r} is used more than once")
-        self._claimed.add(found[0])
-        return found[0]
+        for index in parameters:
+            if index in self._claimed:
+                raise NoRuleError(f"{self._names[index]!r} is used more than once")
+        self._claimed.update(parameters)
+        return Use(tensor, {i: self._parameters[i] for i in parameters}, made=self._is_made(tensor))
 
     def batched(self, *tensors: torch.Tensor) -> None:
         """Raises NoRuleError unless the first axis is the record."""
@@ -160,34 +193,59 @@ class _Book(TorchFunctionMode):
             if not tensor.dim() or tensor.shape[0] != self.records:
                 raise NoRuleError(f"a layer sees shape {tuple(tensor.shape)} for {self.records} records")
 
-    def keep(self, index: int | None, gradients: torch.Tensor) -> None:
-        """Books the gradients of the records, or of the patients, in the order of the parameter's elements."""
-        if index is None:
+    def keep(self, use: Use | None, gradients: torch.Tensor) -> None:
+        """Books the gradients of the records, or of the patients, in the order of the weight's elements."""
+        if use is None:
             return
         patients = self.records // self.views
-        flat = gradients.reshape(patients, len(gradients) // patients, -1)
-        flat_P = flat.sum(1) if flat.shape[1] > 1 else flat.squeeze(1)
-        self.defer(
-            index,
-            flat_P.square().sum(1),
-            lambda factors: torch.mv(factors.of_patients(flat_P).T, factors.patients),
-        )
+        if len(gradients) > patients:
+            gradients = gradients.unflatten(0, (patients, -1)).sum(1)
+        for index, gradients_P in use.parts(gradients):
+            self._book(index, squared_norms(gradients_P), _weighted_sum(gradients_P))
 
-    def defer(self, index: int, squares_P: torch.Tensor, contract: Contraction) -> None:
+    def defer(self, use: Use, squares_P: torch.Tensor, contract: Contraction) -> None:
         """Books the squared norms and how to form the sum once the factors are known."""
+        self._book(use, squares_P, contract)
+
+    def _book(self, use: Use | int, squares_P: torch.Tensor, contract: Contraction) -> None:
         self._squares_P = self._squares_P + squares_P
-        self._contractions[index] = contract
+        self._contractions.append((use, contract))
 
     def close(self, clip_norm: float) -> tuple[list[torch.Tensor], torch.Tensor]:
         factors = clip_factors(self._squares_P, clip_norm, self.views)
-        sums = []
-        for index, parameter in enumerate(self._parameters):
-            contract = self._contractions.pop(index, None)  # popped: frees its tensors
-            if contract is None or not len(factors.patients):
-                sums.append(torch.zeros_like(parameter))
-            else:
-                sums.append(contract(factors).view(parameter.shape))
-        return sums, self._squares_P.sqrt()
+        sums: dict[int, torch.Tensor] = {}
+        while self._contractions:
+            use, contract = self._contractions.pop()  # popped: frees its tensors
+            if len(factors.patients):
+                total = contract(factors)
+                sums.update([(use, total)] if isinstance(use, int) else use.sums(total))
+        filled = (
+            sums[index].view(parameter.shape) if index in sums else torch.zeros_like(parameter)
+            for index, parameter in enumerate(self._parameters)
+        )  # fmt: skip
+        return list(filled), self._squares_P.sqrt()
+
+
+class _Tracked(NamedTuple):
+    """A parameter, or what is made of some."""
+
+    tensor: torch.Tensor  # held: its id is its key and must not be used again
+    parameters: tuple[int, ...]
+    made: bool
+    """False for a parameter, and for its elements in the same order."""
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _weighted_sum(gradients_P: torch.Tensor) -> Contraction:
+    flat_P = gradients_P.reshape(len(gradients_P), -1)
+    return lambda factors: torch.mv(factors.of_patients(flat_P).T, factors.patients)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ class PrivateGradient:
         (sum of clipped gradients + normal(0, noise_multiplier * clip_norm)) / expected_batch
 
     A patient whose gradient is not finite (a NaN voxel, an overflow) contributes exactly zero: the
-    bound holds, and no error tells anybody that such a patient was drawn. Always float32 (or the
-    parameters' type); autocast is switched off inside.
+    bound holds, and no error tells anybody that such a patient was drawn. Gradients, their norms and sums are float32
+    (or of the parameters' type) whatever surrounds the call; with `low` the network itself runs under autocast.
 
     With `clip_quantile` the clip norm follows that quantile of the patients' norms: after every step the number of
     patients within the bound is released too, less half the batch (so that a patient moves it by one half) and with
@@ -69,6 +69,7 @@ class PrivateGradient:
         noise: Noise,
         views: int = 1,
         clip_quantile: float | None = None,
+        low: torch.dtype | None = None,
         fast: bool = True,
     ) -> None:
         """Checks the settings and the layers; the first step runs `self_test`.
@@ -84,6 +85,8 @@ class PrivateGradient:
             views: Records of each drawn patient in a step.
             clip_quantile: Share of the patients that shall stay below the clip norm, of which only the start is then
                 given; None fixes it.
+            low: What the network's layers compute in, `torch.bfloat16`; None is the parameters' type, which the
+                `torch.func` way always takes.
             fast: False forces the `torch.func` way.
 
         Raises:
@@ -107,7 +110,7 @@ class PrivateGradient:
         self.model, self.loss_B = model, loss_B
         self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
         self.expected_batch, self.physical_batch = float(expected_batch), int(physical_batch)
-        self.views, self.clip_quantile = int(views), clip_quantile
+        self.views, self.clip_quantile, self.low = int(views), clip_quantile, low
         self._noise = noise
         self._fast, self._no_rule = fast, ""
         self._tested = False
@@ -158,7 +161,7 @@ class PrivateGradient:
             at_once = max(1, self.physical_batch // self.views) * self.views
             for start in range(0, len(x_B), at_once):
                 part = slice(start, start + at_once)
-                chunk, chunk_norms = self._clipped_sum(self.model, self.loss_B, x_B[part], target_B[part])
+                chunk, chunk_norms = self._clipped_sum(self.model, self.loss_B, x_B[part], target_B[part], self.low)
                 if sums:
                     torch._foreach_add_(sums, chunk)
                 else:
@@ -222,7 +225,7 @@ class PrivateGradient:
         values = torch.randn((records, *x_B.shape[1:]), generator=torch.Generator().manual_seed(0))
         x = values.to(x_B.device, torch.float64).to(memory_format=memory_format(x_B))
         with _buffers_unchanged(model):
-            sums, norms = self._clipped_sum(model, loss, x, target_B[rows])
+            sums, norms = self._clipped_sum(model, loss, x, target_B[rows], None)
             expected_sums, expected_norms = loop(model, loss, x, target_B[rows], self.clip_norm, self.views)
         for what, error in (
             ("norms", _distance([norms], [expected_norms])),
@@ -236,17 +239,18 @@ class PrivateGradient:
                 )
 
     def _clipped_sum(
-        self, model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor
+        self, model: nn.Module, loss_B: Loss, x_B: torch.Tensor, target_B: torch.Tensor, low: torch.dtype | None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        given = model, loss_B, x_B, target_B, self.clip_norm, self.views
         with torch.autocast(x_B.device.type, enabled=False):
             if self._fast:
                 try:
-                    return bookkeeping.clipped_sum(model, loss_B, x_B, target_B, self.clip_norm, self.views)
+                    return bookkeeping.clipped_sum(*given, low)
                 except NoRuleError as missing:
                     self._fast, self._no_rule = False, str(missing)
                     log.info("per-sample gradients by torch.func; there is no rule for %s", missing)
             try:
-                return vectorised(model, loss_B, x_B, target_B, self.clip_norm, self.views)
+                return vectorised(*given)
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 if not self._no_rule or isinstance(error, torch.OutOfMemoryError):
                     raise

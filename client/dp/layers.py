@@ -8,8 +8,9 @@ count of operations and bytes from the shapes, never by timing: equal runs must 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 _KEPT_BYTES = 64 << 20  # of one layer's gradients, all records; more is never kept
-_GROUPED_BYTES = 32 << 20  # one grouped convolution for all records thrashes the cache beyond this
-_GRAM_BYTES = 8 << 20  # Gram matrices of as many records at once as fit a cache
+_FREE_BYTES = 16 << 20  # of them that may be kept whatever else the layer holds
+_PART_BYTES = 8 << 20  # gradients, unfolded inputs or Gram matrices of as many records at once as fit a cache
 
 
 @dataclass(frozen=True)
@@ -87,88 +88,166 @@ def same_padding(weight: torch.Tensor, dilation: Any) -> list[int]:
     return [n for t in reversed(total) for n in (t // 2, t - t // 2)]
 
 
+Squares = Callable[[torch.Tensor], torch.Tensor]
+"""(gradients (P, *shape)) -> squared norms (P,)."""
+
+
+def squared_norms(gradients_P: torch.Tensor) -> torch.Tensor:
+    """Squared norm for each patient, without a copy of the squares."""
+    rows = gradients_P.flatten(2) if gradients_P.dim() > 2 else gradients_P.reshape(len(gradients_P), 1, -1)
+    # The norms of rows first: one sum over 10^6 float32 squares would lose the small ones.
+    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=2)
+    return norms.square().sum(1)
+
+
 def convolution_gradients(
-    x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, *, views: int = 1, method: str | None = None
+    x: torch.Tensor,
+    gy: torch.Tensor,
+    weight: torch.Tensor,
+    shape: Shape,
+    *,
+    views: int = 1,
+    method: str | None = None,
+    squares: Squares | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of a convolution's weight for every patient, or only their squared norms.
 
     Args:
         x: Input, (B, C, ...); each `views` records are one patient, whose gradient is the sum over them.
-        gy: Gradient of the output, (B, Q, ...).
+        gy: Gradient of the output, (B, Q, ...); like `x` it may be less precise than the weight, which has the type
+            of the result.
         weight: (Q, C / groups, ...).
         shape: Of the convolution.
         method: One of `loop`, `grouped`, `unfold`, `gram` (of one view only), `norms`; None takes the cheapest.
+        squares: What makes squared norms of gradients, when the weight is made of parameters; then not by `gram`.
 
     Returns:
         Either gradients (B / views, *weight.shape) and None, or None and squared norms (B / views,).
     """
-    method = method or convolution_method(x, gy, weight, shape, views)
+    method = method or convolution_method(x, gy, weight, shape, views, gram=squares is None)
     if method == "gram":
-        return None, _gram_squares(x, gy, shape)
-    if method == "grouped":
-        return _grouped(x, gy, weight, shape, views), None
+        return None, _gram_squares(x, gy, shape, weight.dtype)
+    patients = len(x) // views
+    ways: dict[str, Callable[..., torch.Tensor]] = {"grouped": _grouped, "unfold": _unfolded, "loop": _one_by_one}
+    way = ways.get(method, _grouped if shape.groups > 1 else _one_by_one)
+    size = weight.numel()
     if method == "unfold":
-        return _unfolded(x, gy, weight, shape, views), None
-    one_by_one = (
-        shape.weight_gradient(x[i : i + views], gy[i : i + views], weight) for i in range(0, len(x), views)
-    )  # fmt: skip
+        size = max(size, views * x[0].numel() * math.prod(shape.kernel))
+    parts = (
+        (part, way(x[records].to(weight.dtype), gy[records].to(weight.dtype), weight, shape, views))
+        for part, records in _parts(patients, views, size * weight.element_size())
+    )
     if method == "norms":
-        return None, torch.stack([gradient.square().sum() for gradient in one_by_one])
-    gradients = x.new_empty((len(x) // views, *weight.shape))
-    for i, gradient in enumerate(one_by_one):
-        gradients[i] = gradient
-    return gradients, None
+        return None, torch.cat([(squares or squared_norms)(gradients) for _, gradients in parts])
+    kept: torch.Tensor | None = None
+    for part, gradients in parts:
+        if len(gradients) == patients:
+            return gradients, None
+        kept = gradients.new_empty((patients, *weight.shape)) if kept is None else kept
+        kept[part] = gradients
+    return kept, None
 
 
-def convolution_method(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int = 1) -> str:
-    """The cheapest way by a count of operations, bytes and calls."""
+def _parts(patients: int, views: int, each: int) -> Iterator[tuple[slice, slice]]:
+    """Patients, and their records, of which each takes so many bytes, in portions that fit a cache."""
+    at_once = max(1, _PART_BYTES // each)
+    for start in range(0, patients, at_once):
+        stop = min(start + at_once, patients)
+        yield slice(start, stop), slice(start * views, stop * views)
+
+
+def contraction(x: torch.Tensor, gy: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, shape: Shape) -> Any:
+    """Sum over the records of factor x gradient, in portions: a scaled copy of all gradients would cost memory."""
+    each = (x[0].numel() + gy[0].numel()) * weight.element_size() // 4 or 1  # four times as much a portion
+    total: torch.Tensor | None = None
+    for part, _ in _parts(len(x), 1, each):
+        scaled = gy[part].to(weight.dtype) * factors[part].view(-1, *[1] * (gy.dim() - 1))
+        gradient = shape.weight_gradient(x[part].to(weight.dtype), scaled, weight)
+        total = gradient if total is None else total.add_(gradient)
+    return total
+
+
+def convolution_method(
+    x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int = 1, *, gram: bool = True
+) -> str:
+    """The cheapest way by a count of operations, bytes and calls, among those that do not cost memory.
+
+    Gradients are kept where they are not much larger than input and output gradient, which a second pass for the sum
+    would have to hold instead.
+    """
     machine = _CPU if x.device.type == "cpu" else _GPU
     records, positions = len(x), gy[0, 0].numel()
     flops = 2.0 * records * positions * weight.numel()  # of one pass that forms the gradients
-    item = x.element_size()
+    item = weight.element_size()
     patients = records // views
     kept = float(patients * weight.numel() * item)
-    padded = math.prod(n + 2 * p for n, p in zip(x.shape[2:], shape.padding, strict=True))
-    squares = records * shape.groups * (2.0 * x[0, 0].numel() ** 2 * x.shape[1] + 2.0 * positions**2 * gy.shape[1])
-    passes = 3 + 2 * sum(k for k in shape.kernel if k > 1)
-    moved = records * shape.groups * item * (passes * float(padded) ** 2 + 3.0 * positions**2)
+    phases = math.prod(min(s, k) for s, k in zip(shape.stride, shape.kernel, strict=True))
+    padded = math.prod(
+        (n + 2 * p) / s for n, p, s in zip(x.shape[2:], shape.padding, shape.stride, strict=True)
+    )  # positions of a phase
+    squares = records * shape.groups * (2.0 * phases * padded**2 * x.shape[1] + 2.0 * positions**2 * gy.shape[1])
+    taps = [max(1, k // s) for k, s in zip(shape.kernel, shape.stride, strict=True)]
+    passes = 3 + 2 * sum(k for k in taps if k > 1)
+    moved = records * shape.groups * item * (phases * passes * padded**2 + 3.0 * positions**2)
     unfolded = float(records * x.shape[1] * math.prod(shape.kernel) * positions * item)
     costs = {
         # these two need a second pass for the sum
-        "gram": flops + squares / shape.groups + machine.byte * moved + 10 * machine.call,
+        "gram": flops + squares / shape.groups + machine.byte * moved + 10 * phases * machine.call,
         "norms": 2.4 * flops + machine.byte * kept + machine.call * patients,
     }
-    if views > 1:  # the Gram matrix grows with the square of the views
+    if views > 1 or not gram:  # the Gram matrix grows with the square of the views
         del costs["gram"]
-    if kept <= _KEPT_BYTES:
+    if kept <= min(_KEPT_BYTES, max(_FREE_BYTES, 1.5 * item * (x.numel() + gy.numel()))):
         # 1.4: one record at a time uses the kernels less well
         costs["loop"] = 1.4 * flops + 3 * machine.byte * kept + machine.call * patients
-        if unfolded <= _KEPT_BYTES:
-            costs["unfold"] = flops + machine.byte * (3 * kept + 4 * unfolded) + 10 * machine.call
-    if kept <= _GROUPED_BYTES and (shape.groups > 1 or weight.shape[1] > 4):
-        costs["grouped"] = flops + 6 * machine.byte * kept + machine.call
+        costs["unfold"] = flops + machine.byte * (3 * kept + 4 * unfolded) + 10 * machine.call
+        if shape.groups > 1 or weight.shape[1] > 4:
+            costs["grouped"] = flops + 6 * machine.byte * kept + machine.call
     return min(costs, key=lambda name: costs[name])
 
 
 def linear_gradients(
-    x_BTD: torch.Tensor, gy_BTP: torch.Tensor, *, method: str | None = None
+    x_PTD: torch.Tensor, gy_PTQ: torch.Tensor, *, method: str | None = None, squares: Squares | None = None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The same for a linear layer applied at T positions of every record; methods `kept` and `gram`."""
-    records, positions, inputs = x_BTD.shape
-    outputs = gy_BTP.shape[2]
+    """The same for a linear layer applied at T positions of every patient; methods `kept`, `gram` and `norms`.
+
+    Both arguments have the type of the result.
+    """
+    patients, positions, inputs = x_PTD.shape
+    outputs = gy_PTQ.shape[2]
+    item = x_PTD.element_size()
     if method is None:
-        machine = _CPU if x_BTD.device.type == "cpu" else _GPU
-        item = x_BTD.element_size()
-        kept = records * inputs * outputs * item
-        gram = 2 * records * positions**2 * (inputs + outputs) + 3 * machine.byte * records * positions**2 * item
-        gram += 2 * records * positions * inputs * outputs
-        direct = 2 * records * positions * inputs * outputs + 3 * machine.byte * kept
-        method = "gram" if positions == 1 or gram < direct or kept > _KEPT_BYTES else "kept"
+        machine = _CPU if x_PTD.device.type == "cpu" else _GPU
+        kept = patients * inputs * outputs * item
+        fits = kept <= min(_KEPT_BYTES, max(_FREE_BYTES, 1.5 * item * (x_PTD.numel() + gy_PTQ.numel())))
+        gram = 2 * patients * positions**2 * (inputs + outputs) + 3 * machine.byte * patients * positions**2 * item
+        gram += 2 * patients * positions * inputs * outputs
+        direct = 2 * patients * positions * inputs * outputs + 3 * machine.byte * kept
+        if squares is not None:
+            method = "kept" if fits else "norms"
+        else:
+            method = "gram" if positions == 1 or gram < direct or not fits else "kept"
     if method == "kept":
-        return torch.bmm(gy_BTP.transpose(1, 2), x_BTD), None
+        return torch.bmm(gy_PTQ.transpose(1, 2), x_PTD), None
+    if method == "norms":
+        each = inputs * outputs * item
+        return None, torch.cat(
+            [
+                (squares or squared_norms)(torch.bmm(gy_PTQ[part].transpose(1, 2), x_PTD[part]))
+                for part, _ in _parts(patients, 1, each)
+            ]
+        )
     if positions == 1:
-        return None, x_BTD.square().sum((1, 2)) * gy_BTP.square().sum((1, 2))
-    return None, inner(torch.bmm(x_BTD, x_BTD.transpose(1, 2)), torch.bmm(gy_BTP, gy_BTP.transpose(1, 2)))
+        return None, x_PTD.square().sum((1, 2)) * gy_PTQ.square().sum((1, 2))
+    return None, torch.cat(
+        [
+            inner(
+                torch.bmm(x_PTD[part], x_PTD[part].transpose(1, 2)),
+                torch.bmm(gy_PTQ[part], gy_PTQ[part].transpose(1, 2)),
+            )
+            for part, _ in _parts(patients, 1, positions**2 * item)
+        ]
+    )
 
 
 def inner(inputs_BTT: torch.Tensor, outputs_BTT: torch.Tensor) -> torch.Tensor:
@@ -183,15 +262,14 @@ def inner(inputs_BTT: torch.Tensor, outputs_BTT: torch.Tensor) -> torch.Tensor:
     return squares.clamp_min(0) + 16 * torch.finfo(squares.dtype).eps * lengths.square()
 
 
-def _gram_squares(x: torch.Tensor, gy: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _gram_squares(x: torch.Tensor, gy: torch.Tensor, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
     groups = shape.groups
     x, gy = (v.reshape(len(v) * groups, -1, *v.shape[2:]) for v in (x, gy))
-    padded = math.prod(n + 2 * p for n, p in zip(x.shape[2:], shape.padding, strict=True))
-    at_once = max(1, _GRAM_BYTES // (padded**2 * x.element_size()))
-    parts = [
-        _gram_part(x[start : start + at_once], gy[start : start + at_once], shape)
-        for start in range(0, len(x), at_once)
-    ]
+    padded = math.prod(
+        (n + 2 * p) / s for n, p, s in zip(x.shape[2:], shape.padding, shape.stride, strict=True)
+    )  # positions of a phase
+    each = math.ceil(padded**2) * dtype.itemsize
+    parts = [_gram_part(x[part].to(dtype), gy[part].to(dtype), shape) for part, _ in _parts(len(x), 1, each)]
     return torch.cat(parts).view(-1, groups).sum(1)
 
 
@@ -199,36 +277,61 @@ def _gram_part(x: torch.Tensor, gy: torch.Tensor, shape: Shape) -> torch.Tensor:
     """The Gram matrix of the unfolded input is a separable sum of shifted blocks of the input's: no unfold is built.
 
     <u_s, u_t> is the sum over the kernel's taps j of <x at s * stride + j * dilation, x at t * stride + j * dilation>.
+    Both places have the same rest by the stride, so each rest (phase) of the input needs a Gram matrix of its own only.
     """
-    dims, sizes = len(shape.kernel), x.shape[2:]
-    x_BCT = x.flatten(2)
-    gram = torch.bmm(x_BCT.transpose(1, 2), x_BCT).view(-1, *sizes, *sizes)
-    if any(shape.padding):
-        gram = F.pad(gram, [n for p in reversed(shape.padding * 2) for n in (p, p)])
-    for axis in range(dims):
-        kernel, stride, dilation = shape.kernel[axis], shape.stride[axis], shape.dilation[axis]
-        if kernel == stride == 1:
+    sizes = gy.shape[2:]
+    strided = any(stride > 1 for stride in shape.stride)
+    if strided:
+        x = F.pad(x, [n for p in reversed(shape.padding) for n in (p, p)])
+    total: torch.Tensor | None = None
+    for phase in itertools.product(*map(range, shape.stride)):
+        shifts = [
+            [tap * d // s for tap in range(k) if tap * d % s == rest]
+            for rest, k, s, d in zip(phase, shape.kernel, shape.stride, shape.dilation, strict=True)
+        ]
+        if not all(shifts):
             continue
-        span = stride * (gy.shape[2 + axis] - 1) + 1
+        places: list[Any] = [slice(rest, None, s) for rest, s in zip(phase, shape.stride, strict=True)]
+        part = x[(..., *places)]
+        gram = _shifted_gram(part, sizes, shifts, (0,) * len(sizes) if strided else shape.padding)
+        total = gram if total is None else total.add_(gram)
+    assert total is not None
+    gy_BQT = gy.flatten(2)
+    return inner(total, torch.bmm(gy_BQT.transpose(1, 2), gy_BQT))
+
+
+def _shifted_gram(
+    x: torch.Tensor, sizes: Sequence[int], shifts: Sequence[Sequence[int]], padding: Sequence[int]
+) -> torch.Tensor:
+    """Sum over the shifts of the Gram matrices of what lies there, (B, positions, positions)."""
+    dims, x_BCT = len(sizes), x.flatten(2)
+    gram = torch.bmm(x_BCT.transpose(1, 2), x_BCT).view(-1, *x.shape[2:], *x.shape[2:])
+    if any(padding):
+        gram = F.pad(gram, [n for p in reversed((*padding, *padding)) for n in (p, p)])
+    for axis, size in enumerate(sizes):
+        if list(shifts[axis]) == [0] and gram.shape[1 + axis] == size:
+            continue
         total: torch.Tensor | None = None
-        for tap in range(kernel):
-            block = gram.narrow(1 + axis, tap * dilation, span).narrow(1 + dims + axis, tap * dilation, span)
-            if stride > 1:
-                every = [slice(None)] * gram.dim()
-                every[1 + axis] = every[1 + dims + axis] = slice(None, None, stride)
-                block = block[tuple(every)]
+        for shift in shifts[axis]:
+            block = gram.narrow(1 + axis, shift, size).narrow(1 + dims + axis, shift, size)
             total = block.clone() if total is None else total.add_(block)
         assert total is not None
         gram = total
-    gy_BPT = gy.flatten(2)
-    positions = gy_BPT.shape[2]
-    return inner(gram.reshape(-1, positions, positions), torch.bmm(gy_BPT.transpose(1, 2), gy_BPT))
+    return gram.reshape(len(x), math.prod(sizes), -1)
+
+
+def _one_by_one(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int) -> torch.Tensor:
+    gradients = x.new_empty((len(x) // views, *weight.shape))
+    for i in range(len(gradients)):
+        records = slice(i * views, (i + 1) * views)
+        gradients[i] = shape.weight_gradient(x[records], gy[records], weight)
+    return gradients
 
 
 def _grouped(x: torch.Tensor, gy: torch.Tensor, weight: torch.Tensor, shape: Shape, views: int) -> torch.Tensor:
     """Every patient a group of its own in one convolution over the views."""
     patients = len(x) // views
-    many = weight.repeat(patients, *[1] * (weight.dim() - 1))
+    many = weight.new_empty((patients * len(weight), *weight.shape[1:]))  # for its shape: the values do not matter
     wide = [v.unflatten(0, (patients, views)).transpose(0, 1).reshape(views, -1, *v.shape[2:]) for v in (x, gy)]
     return shape.weight_gradient(wide[0], wide[1], many, groups=patients * shape.groups).view(patients, *weight.shape)
 

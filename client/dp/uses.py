@@ -1,6 +1,8 @@
 """What each use of a trainable parameter says about its gradient: one rule a torch function.
 
-A rule runs the function and, in its backward pass, books what the gradient of each record is made of.
+A rule runs the function and, in its backward pass, books what the gradient of each record is made of. Under autocast
+convolutions and linear layers compute in the lower precision, norms in that of their parameters, and what is booked is
+always of the parameters' type: products of what was computed, not rounded again.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from client.dp import layers
+from client.dp.layers import squared_norms
 
 
 class NoRuleError(Exception):
@@ -39,14 +43,60 @@ class Factors:
         by_patient = values_B.view(-1, self.views, *values_B.shape[1:])
         return by_patient[self.rows].flatten(0, 1)
 
-    def scale(self, values_B: torch.Tensor) -> torch.Tensor:
-        """The counted records, each times its patient's factor."""
-        factors_B = self.patients.repeat_interleave(self.views) if self.views > 1 else self.patients
-        return self.of_records(values_B) * factors_B.view(-1, *[1] * (values_B.dim() - 1))
+    @property
+    def records(self) -> torch.Tensor:
+        """Of each counted record, its patient's."""
+        return self.patients.repeat_interleave(self.views) if self.views > 1 else self.patients
 
 
 Contraction = Callable[[Factors], torch.Tensor]
 """Sum over the patients of factor x gradient."""
+
+
+class Use:
+    """The one use of a trainable parameter, or of a weight that is made of parameters and nothing else.
+
+    Such a weight (a standardised one, say) is the same function f of the parameters for all records. So the gradient of
+    a record with respect to the parameters is J^T of its gradient with respect to the weight, J the Jacobian of f,
+    which autograd applies to many at once.
+    """
+
+    def __init__(self, weight: torch.Tensor, parameters: dict[int, nn.Parameter], *, made: bool) -> None:
+        self._weight, self._parameters = weight, parameters
+        # A leaf of its own: the backward pass of the loss must not run through the graph of f and free it.
+        self.weight = weight.detach().requires_grad_() if made else weight
+        self.made = made
+
+    @property
+    def squares(self) -> layers.Squares | None:
+        """Squared norms of the parameters' gradients from the weight's; None where that is the gradient itself."""
+        return self._squares if self.made else None
+
+    def _squares(self, gradients_P: torch.Tensor) -> torch.Tensor:
+        found = sum((squared_norms(g) for _, g in self.parts(gradients_P)), gradients_P.new_zeros(len(gradients_P)))
+        # The sum is mapped once, after the contraction; where f forgets most of a gradient, rounding counts.
+        before = squared_norms(gradients_P)
+        stretch = torch.nan_to_num(found / before, 0.0, 0.0, 0.0).max() if len(found) else 0.0
+        return found + (16 * torch.finfo(found.dtype).eps) ** 2 * stretch * before
+
+    def parts(self, gradients_P: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """Index of each parameter and its gradients (P, *shape), from the weight's (P, *weight.shape or flat)."""
+        if not self.made:
+            return [(index, gradients_P) for index in self._parameters]
+        return self._back(gradients_P.reshape(-1, *self._weight.shape), batched=True)
+
+    def sums(self, total: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        """The same for one gradient, which is the sum of all."""
+        if not self.made:
+            return [(index, total) for index in self._parameters]
+        return self._back(total.reshape(self._weight.shape), batched=False)
+
+    def _back(self, gradient: torch.Tensor, *, batched: bool) -> list[tuple[int, torch.Tensor]]:
+        found = torch.autograd.grad(
+            self._weight, list(self._parameters.values()), gradient, retain_graph=True, allow_unused=True,
+            is_grads_batched=batched,
+        )  # fmt: skip
+        return [(i, g) for i, g in zip(self._parameters, found, strict=True) if g is not None]
 
 
 class Book(Protocol):
@@ -54,6 +104,8 @@ class Book(Protocol):
 
     views: int
     records: int
+    low: torch.dtype | None
+    """What convolutions and linear layers compute in; None: their input's type."""
 
     def names(self, value: Any) -> list[str]:
         """Of the trainable parameters that stand in a value."""
@@ -61,82 +113,96 @@ class Book(Protocol):
     def plain(self, *values: Any) -> None:
         """Raises NoRuleError when one of these is a trainable parameter: it stands where no rule expects it."""
 
-    def claim(self, tensor: torch.Tensor | None) -> int | None:
-        """Index of a trainable parameter (None for anything else), which may be used only once."""
+    def claim(self, tensor: torch.Tensor | None) -> Use | None:
+        """What a trainable parameter, or a weight made of some, is used as (None for anything else); only once each."""
 
     def batched(self, *tensors: torch.Tensor) -> None:
         """Raises NoRuleError unless the first axis is the record."""
 
-    def keep(self, index: int | None, gradients: torch.Tensor) -> None:
-        """Books the gradients of the records, or of the patients, in the order of the parameter's elements."""
+    def keep(self, use: Use | None, gradients: torch.Tensor) -> None:
+        """Books the gradients of the records, or of the patients, in the order of the weight's elements."""
 
-    def defer(self, index: int, squares_P: torch.Tensor, contract: Contraction) -> None:
+    def defer(self, use: Use, squares_P: torch.Tensor, contract: Contraction) -> None:
         """Books the squared norms and how to form the sum once the factors are known."""
+
+
+def _value(use: Use | None, tensor: Any) -> Any:
+    """What a function of its own computes with."""
+    return tensor if use is None else use.weight
+
+
+def _lowered(book: Book, *tensors: Any) -> Any:
+    return tensors if book.low is None else tuple(None if t is None else t.to(book.low) for t in tensors)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, book: Book, shape: layers.Shape, indices: Any, x: Any, weight: Any, bias: Any) -> Any:
-        ctx.book, ctx.shape, ctx.indices = book, shape, indices
-        ctx.save_for_backward(x, weight)
-        return shape.forward(x, weight, bias)
+    def forward(ctx: Any, book: Book, shape: layers.Shape, uses: Any, x: Any, weight: Any, bias: Any) -> Any:
+        ctx.book, ctx.shape, ctx.uses = book, shape, uses
+        lowered = _lowered(book, weight, bias)
+        ctx.save_for_backward(x, weight, lowered[0])
+        return shape.forward(x, *lowered)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        book, shape, (index_w, index_b) = ctx.book, ctx.shape, ctx.indices
-        book.keep(index_b, _over_positions(gy))
-        if index_w is not None:
-            gradients_P, squares_P = layers.convolution_gradients(x, gy, weight, shape, views=book.views)
+        x, weight, lowered = ctx.saved_tensors
+        book, shape, (use_w, use_b) = ctx.book, ctx.shape, ctx.uses
+        book.keep(use_b, _over_positions(gy, weight.dtype))
+        if use_w is not None:
+            gradients_P, squares_P = layers.convolution_gradients(
+                x, gy, weight, shape, views=book.views, squares=use_w.squares
+            )
             if gradients_P is not None:
-                book.keep(index_w, gradients_P)
+                book.keep(use_w, gradients_P)
             else:
                 assert squares_P is not None
 
                 def contract(factors: Factors) -> torch.Tensor:
-                    gradient: torch.Tensor = shape.weight_gradient(factors.of_records(x), factors.scale(gy), weight)
-                    return gradient
+                    x_B, gy_B = factors.of_records(x), factors.of_records(gy)
+                    total: torch.Tensor = layers.contraction(x_B, gy_B, factors.records, weight, shape)
+                    return total
 
-                book.defer(index_w, squares_P, contract)
-        gx = shape.input_gradient(x, gy, weight) if ctx.needs_input_grad[3] else None
+                book.defer(use_w, squares_P, contract)
+        gx = shape.input_gradient(x, gy, lowered) if ctx.needs_input_grad[3] else None
         return None, None, None, gx, None, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, book: Book, indices: Any, x: Any, weight: Any, bias: Any) -> Any:
-        ctx.book, ctx.indices = book, indices
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, book: Book, uses: Any, x: Any, weight: Any, bias: Any) -> Any:
+        ctx.book, ctx.uses, ctx.dtype = book, uses, weight.dtype
+        lowered = _lowered(book, weight, bias)
+        ctx.save_for_backward(x, lowered[0])
+        return F.linear(x, *lowered)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        book, (index_w, index_b) = ctx.book, ctx.indices
+        book, dtype, (use_w, use_b) = ctx.book, ctx.dtype, ctx.uses
         patients = len(x) // book.views  # the views of a patient are further positions
         x_PTD, gy_PTQ = x.reshape(patients, -1, x.shape[-1]), gy.reshape(patients, -1, gy.shape[-1])
-        book.keep(index_b, gy_PTQ.sum(1))
-        if index_w is not None:
-            gradients_P, squares_P = layers.linear_gradients(x_PTD, gy_PTQ)
+        book.keep(use_b, gy_PTQ.sum(1, dtype=dtype))
+        if use_w is not None:
+            gradients_P, squares_P = layers.linear_gradients(x_PTD.to(dtype), gy_PTQ.to(dtype), squares=use_w.squares)
             if gradients_P is not None:
-                book.keep(index_w, gradients_P)
+                book.keep(use_w, gradients_P)
             else:
                 assert squares_P is not None
 
                 def contract(factors: Factors) -> torch.Tensor:
-                    scaled = factors.of_patients(gy_PTQ) * factors.patients[:, None, None]
-                    return torch.mm(scaled.flatten(0, 1).T, factors.of_patients(x_PTD).flatten(0, 1))
+                    scaled = factors.of_patients(gy_PTQ).to(dtype) * factors.patients[:, None, None]
+                    return torch.mm(scaled.flatten(0, 1).T, factors.of_patients(x_PTD).flatten(0, 1).to(dtype))
 
-                book.defer(index_w, squares_P, contract)
+                book.defer(use_w, squares_P, contract)
         return None, None, gy @ weight if ctx.needs_input_grad[2] else None, None, None
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, book: Book, index: int, ids: Any, ignored: Any, weight: Any) -> Any:
-        ctx.book, ctx.index, ctx.ignored, ctx.rows = book, index, ignored, len(weight)
+    def forward(ctx: Any, book: Book, use: Use, ids: Any, ignored: Any, weight: Any) -> Any:
+        ctx.book, ctx.use, ctx.ignored, ctx.rows, ctx.dtype = book, use, ignored, len(weight), weight.dtype
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 
@@ -146,99 +212,114 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         book, rows = ctx.book, ctx.rows
         patients = len(ids) // book.views
-        ids_PT, gy_PTD = ids.reshape(patients, -1), gy.reshape(patients, -1, gy.shape[-1])
+        ids_PT, gy_PTD = ids.reshape(patients, -1), gy.reshape(patients, -1, gy.shape[-1]).to(ctx.dtype)
         if ctx.ignored is not None:
             gy_PTD = gy_PTD * (ids_PT != ctx.ignored).unsqueeze(2)
         # Positions of one record that hold the same row add up; sums of squares only of rows that occur.
-        same_PTT = (ids_PT.unsqueeze(2) == ids_PT.unsqueeze(1)).to(gy.dtype)
+        same_PTT = (ids_PT.unsqueeze(2) == ids_PT.unsqueeze(1)).to(gy_PTD.dtype)
         squares_P = layers.inner(same_PTT, torch.bmm(gy_PTD, gy_PTD.transpose(1, 2)))
 
         def contract(factors: Factors) -> torch.Tensor:
             scaled = factors.of_patients(gy_PTD) * factors.patients[:, None, None]
-            total = gy.new_zeros(rows, gy.shape[-1])
+            total = gy_PTD.new_zeros(rows, gy.shape[-1])
             return total.index_add_(0, factors.of_patients(ids_PT).flatten(), scaled.flatten(0, 1))
 
-        book.defer(ctx.index, squares_P, contract)
+        book.defer(ctx.use, squares_P, contract)
         return None, None, None, None, None
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, book: Book, indices: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float) -> Any:
+    def forward(ctx: Any, book: Book, uses: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float) -> Any:
         x = x.contiguous(memory_format=memory_format(x))
+        dtype = _precise(x, weight, bias)
         sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
-        ctx.book, ctx.indices, ctx.sizes = book, indices, sizes
+        y, mean, rstd = torch.native_group_norm(x.to(dtype), weight, bias, *sizes, eps)
+        ctx.book, ctx.uses, ctx.sizes = book, uses, sizes
         ctx.save_for_backward(x, weight, mean, rstd)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, weight, mean, rstd = ctx.saved_tensors
-        book, (index_w, index_b), (_, channels, _, groups) = ctx.book, ctx.indices, ctx.sizes
-        gy = gy.contiguous(memory_format=memory_format(x))
-        bias_BC = _over_positions(gy)
-        if index_w is not None:
-            each = channels // groups
-            mean_BC, rstd_BC = (v.view(len(x), groups).repeat_interleave(each, 1) for v in (mean, rstd))
-            book.keep(index_w, (_over_positions(gy * x) - mean_BC * bias_BC) * rstd_BC)
-        book.keep(index_b, bias_BC)
-        gx = None
-        if ctx.needs_input_grad[2]:
-            gx = torch.ops.aten.native_group_norm_backward(gy, x, mean, rstd, weight, *ctx.sizes, [True, False, False])[
-                0
-            ]
-        return None, None, gx, None, None, None, None
+        book, (use_w, use_b), (records, channels, positions, groups) = ctx.book, ctx.uses, ctx.sizes
+        low, order = x.dtype, memory_format(x)
+        x, gy = x.to(mean.dtype), gy.to(mean.dtype).contiguous(memory_format=order)
+        mask = [ctx.needs_input_grad[2], use_w is not None, use_b is not None]
+        if order == torch.contiguous_format:
+            # As one record with the channels of all: the sums over its positions are then those of each record.
+            sizes = (1, records * channels, positions, records * groups)
+            given = (gy.view(1, -1, positions), x.view(1, -1, positions), mean.view(1, -1), rstd.view(1, -1))
+            repeated = None if weight is None else weight.detach().repeat(records)
+            gx, *gradients = torch.ops.aten.native_group_norm_backward(*given, repeated, *sizes, mask)
+            for use, gradient in zip((use_w, use_b), gradients, strict=True):
+                if use is not None:
+                    book.keep(use, gradient.view(records, channels))
+            gx = None if gx is None else gx.view(x.shape)
+        else:
+            bias_BC = _over_positions(gy, mean.dtype)
+            if use_w is not None:
+                each = channels // groups
+                mean_BC, rstd_BC = (v.view(records, groups).repeat_interleave(each, 1) for v in (mean, rstd))
+                book.keep(use_w, (_over_positions(gy * x, mean.dtype) - mean_BC * bias_BC) * rstd_BC)
+            book.keep(use_b, bias_BC)
+            gx = None
+            if mask[0]:
+                mask = [True, False, False]
+                gx = torch.ops.aten.native_group_norm_backward(gy, x, mean, rstd, weight, *ctx.sizes, mask)[0]
+        return None, None, None if gx is None else gx.to(low), None, None, None, None
 
 
 class _FixedNorm(torch.autograd.Function):
     """Batch norm in evaluation: scale and shift by channel over fixed statistics."""
 
     @staticmethod
-    def forward(ctx: Any, book: Book, indices: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> Any:
+    def forward(ctx: Any, book: Book, uses: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any) -> Any:
         each = (1, -1, *[1] * (x.dim() - 2))
         scale = rstd if weight is None else rstd * weight
         shift = -mean * scale if bias is None else bias - mean * scale
-        ctx.book, ctx.indices, ctx.each = book, indices, each
-        ctx.save_for_backward(x if indices[0] is not None else None, mean, rstd, scale)
-        return x * scale.view(each) + shift.view(each)
+        ctx.book, ctx.uses, ctx.each, ctx.low = book, uses, each, x.dtype
+        ctx.save_for_backward(x if uses[0] is not None else None, mean, rstd, scale)
+        return (x * scale.view(each) + shift.view(each)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, mean, rstd, scale = ctx.saved_tensors
-        book, (index_w, index_b) = ctx.book, ctx.indices
-        bias_BC = _over_positions(gy)
-        if index_w is not None:
-            book.keep(index_w, (_over_positions(gy * x) - mean * bias_BC) * rstd)
-        book.keep(index_b, bias_BC)
-        gx = gy * scale.view(ctx.each) if ctx.needs_input_grad[2] else None
+        book, (use_w, use_b) = ctx.book, ctx.uses
+        bias_BC = _over_positions(gy, scale.dtype)
+        if use_w is not None:
+            book.keep(use_w, (_over_positions(gy.to(scale.dtype) * x, scale.dtype) - mean * bias_BC) * rstd)
+        book.keep(use_b, bias_BC)
+        gx = (gy * scale.view(ctx.each)).to(ctx.low) if ctx.needs_input_grad[2] else None
         return None, None, gx, None, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, book: Book, indices: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
-        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.book, ctx.indices, ctx.shape = book, indices, shape
+    def forward(ctx: Any, book: Book, uses: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+        y, mean, rstd = torch.native_layer_norm(x.to(_precise(x, weight, bias)), shape, weight, bias, eps)
+        ctx.book, ctx.uses, ctx.shape = book, uses, shape
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        book, (index_w, index_b) = ctx.book, ctx.indices
+        book, (use_w, use_b) = ctx.book, ctx.uses
+        low = x.dtype
+        x, gy = x.to(mean.dtype), gy.to(mean.dtype)
         size = torch.Size(ctx.shape).numel()
-        if index_w is not None:
-            book.keep(index_w, (gy * ((x - mean) * rstd)).reshape(len(x), -1, size).sum(1))
-        book.keep(index_b, gy.reshape(len(x), -1, size).sum(1))
+        if use_w is not None:
+            book.keep(use_w, ((x - mean).mul_(rstd).mul_(gy)).reshape(len(x), -1, size).sum(1))
+        book.keep(use_b, gy.reshape(len(x), -1, size).sum(1))
         gx = None
         if ctx.needs_input_grad[2]:
             gx = torch.ops.aten.native_layer_norm_backward(
                 gy, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
-            )[0]
+            )[0].to(low)
         return None, None, gx, None, None, None, None
 
 
@@ -246,8 +327,8 @@ class _Elementwise(torch.autograd.Function):
     """x * p and x + p with a parameter that is broadcast over the records."""
 
     @staticmethod
-    def forward(ctx: Any, book: Book, index: int, multiply: bool, x: Any, parameter: Any) -> Any:
-        ctx.book, ctx.index, ctx.multiply = book, index, multiply
+    def forward(ctx: Any, book: Book, use: Use, multiply: bool, x: Any, parameter: Any) -> Any:
+        ctx.book, ctx.use, ctx.multiply, ctx.low = book, use, multiply, x.dtype
         ctx.save_for_backward(x if multiply else None, parameter)
         return x * parameter if multiply else x + parameter
 
@@ -255,10 +336,11 @@ class _Elementwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
         x, parameter = ctx.saved_tensors
-        ctx.book.keep(ctx.index, _sum_to(gy * x if ctx.multiply else gy, parameter.shape))
+        gy = gy.to(parameter.dtype)
+        ctx.book.keep(ctx.use, _sum_to(gy * x if ctx.multiply else gy, parameter.shape))
         gx = None
         if ctx.needs_input_grad[3]:
-            gx = gy * parameter if ctx.multiply else gy
+            gx = (gy * parameter if ctx.multiply else gy).to(ctx.low)
         return None, None, None, gx, None
 
 
@@ -266,20 +348,26 @@ class _Expand(torch.autograd.Function):
     """A parameter repeated for every record (a class token)."""
 
     @staticmethod
-    def forward(ctx: Any, book: Book, index: int, sizes: Any, parameter: Any) -> Any:
-        ctx.book, ctx.index, ctx.shape = book, index, parameter.shape
+    def forward(ctx: Any, book: Book, use: Use, sizes: Any, parameter: Any) -> Any:
+        ctx.book, ctx.use, ctx.shape = book, use, parameter.shape
         return parameter.expand(sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: torch.Tensor) -> Any:
-        ctx.book.keep(ctx.index, _sum_to(gy, ctx.shape))
+        ctx.book.keep(ctx.use, _sum_to(gy, ctx.shape))
         return None, None, None, None
 
 
-def _over_positions(values_BC: torch.Tensor) -> torch.Tensor:
+def _over_positions(values_BC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum over all axes after the channel, whatever the memory format."""
-    return values_BC.sum(tuple(range(2, values_BC.dim()))) if values_BC.dim() > 2 else values_BC
+    return values_BC.flatten(2).sum(2, dtype=dtype) if values_BC.dim() > 2 else values_BC.to(dtype)
+
+
+def _precise(x: torch.Tensor, *parameters: torch.Tensor | None) -> torch.dtype:
+    """The parameters' type; without any, what norms of lower precision are computed in."""
+    known = [p.dtype for p in parameters if p is not None]
+    return known[0] if known else torch.promote_types(x.dtype, torch.float32)
 
 
 def _sum_to(gradients_B: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -313,13 +401,17 @@ def _convolution(
         input = F.pad(input, layers.same_padding(weight, dilation))
         shape = layers.Shape.of(weight, stride, 0, dilation, groups)
         assert shape is not None
-    return _run(_Convolution, book, shape, (book.claim(weight), book.claim(bias)), input, weight, bias)
+    uses = book.claim(weight), book.claim(bias)
+    (x,) = _lowered(book, input)
+    return _run(_Convolution, book, shape, uses, x, _value(uses[0], weight), _value(uses[1], bias))
 
 
 def _linear(book: Book, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     book.plain(input)
     book.batched(input)
-    return _run(_Linear, book, (book.claim(weight), book.claim(bias)), input, weight, bias)
+    uses = book.claim(weight), book.claim(bias)
+    (x,) = _lowered(book, input)
+    return _run(_Linear, book, uses, x, _value(uses[0], weight), _value(uses[1], bias))
 
 
 def _group_norm(
@@ -332,7 +424,8 @@ def _group_norm(
 ) -> Any:
     book.plain(input)
     book.batched(input)
-    return _run(_GroupNorm, book, (book.claim(weight), book.claim(bias)), input, num_groups, weight, bias, eps)
+    uses = book.claim(weight), book.claim(bias)
+    return _run(_GroupNorm, book, uses, input, num_groups, _value(uses[0], weight), _value(uses[1], bias), eps)
 
 
 def _instance_norm(
@@ -370,7 +463,8 @@ def _embedding(
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise NoRuleError("an embedding with max_norm, scale_grad_by_freq or sparse")
     ignored = None if padding_idx is None else padding_idx % len(weight)
-    return _run(_Embedding, book, book.claim(weight), input, ignored, weight)
+    use = book.claim(weight)
+    return _run(_Embedding, book, use, input, ignored, _value(use, weight))
 
 
 def _batch_norm(
@@ -388,8 +482,9 @@ def _batch_norm(
     book.batched(input)
     if training or running_mean is None or running_var is None:
         raise NoRuleError("a batch norm over the batch mixes its records")
-    indices = (book.claim(weight), book.claim(bias))
-    return _run(_FixedNorm, book, indices, input, running_mean, (running_var + eps).rsqrt(), weight, bias)
+    uses = book.claim(weight), book.claim(bias)
+    fixed = running_mean, (running_var + eps).rsqrt()
+    return _run(_FixedNorm, book, uses, input, *fixed, _value(uses[0], weight), _value(uses[1], bias))
 
 
 def _layer_norm(
@@ -404,8 +499,9 @@ def _layer_norm(
     book.batched(input)
     if input.dim() <= len(normalized_shape):
         raise NoRuleError("a layer norm without a batch axis has no rule")
-    indices = (book.claim(weight), book.claim(bias))
-    return _run(_LayerNorm, book, indices, input, list(normalized_shape), weight, bias, eps)
+    uses = book.claim(weight), book.claim(bias)
+    given = _value(uses[0], weight), _value(uses[1], bias)
+    return _run(_LayerNorm, book, uses, input, list(normalized_shape), *given, eps)
 
 
 def _elementwise(multiply: bool) -> Callable[..., Any]:
@@ -424,9 +520,9 @@ def _elementwise(multiply: bool) -> Callable[..., Any]:
         if not fits:
             raise NoRuleError(f"{book.names(parameter)[0]!r} meets something that is no batch of records")
         book.batched(x)
-        index = book.claim(parameter)
-        assert index is not None
-        return _run(_Elementwise, book, index, multiply, x, parameter)
+        use = book.claim(parameter)
+        assert use is not None
+        return _run(_Elementwise, book, use, multiply, x, use.weight)
 
     return rule
 
@@ -435,9 +531,9 @@ def _expand(book: Book, parameter: torch.Tensor, *sizes: Any) -> Any:
     wanted = list(sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
     if not wanted or wanted[0] != book.records or (len(wanted) == parameter.dim() and parameter.shape[0] != 1):
         raise NoRuleError(f"expand of {book.names(parameter)[0]!r} that is not for every record")
-    index = book.claim(parameter)
-    assert index is not None
-    return _run(_Expand, book, index, wanted, parameter)
+    use = book.claim(parameter)
+    assert use is not None
+    return _run(_Expand, book, use, wanted, use.weight)
 
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {

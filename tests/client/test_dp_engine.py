@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,6 +111,27 @@ def test_every_network_gives_the_clipped_sum_of_a_loop_over_the_records_in_both_
             assert not any(value.requires_grad for value in (*got_sums, got_norms))  # no graph stays alive
             assert distance(got_sums, sums) < 1e-10, (way.__module__, order)
             assert distance([got_norms], [norms]) < 1e-10, (way.__module__, order)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size"),
+    [("timm", "resnet18", (32, 32)), ("timm", "mobilenetv3_small_100", (32, 32)), ("monai", "resnet18", (8, 8, 8))],
+)
+def test_standardised_networks_give_the_clipped_sum_of_a_loop_over_the_records_in_both_memory_formats(
+    family: str, name: str, size: tuple[int, ...]
+) -> None:
+    plain = recipe(family, name, size)
+    model = build(replace(plain, model=replace(plain.model, norm="group_ws"))).double().train()
+    x, target = batch(3, 1, *size)
+    x = x.double()
+    _, norms = loop(model, cross_entropy, x, target, 1.0)
+    clip = float(norms.median())
+    sums, _ = loop(model, cross_entropy, x, target, clip)
+    for order in (torch.contiguous_format, torch.channels_last if len(size) == 2 else torch.channels_last_3d):
+        x, model = x.to(memory_format=order), model.to(memory_format=order)  # type: ignore[call-overload]
+        got_sums, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x, target, clip)
+        assert distance(got_sums, sums) < 1e-10
+        assert distance([got_norms], [norms]) < 1e-10
 
 
 def test_under_channels_last_opacus_is_wrong_and_this_engine_is_right() -> None:
@@ -639,18 +661,97 @@ class TimeFirst(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation: the convolution's weight is computed from the parameter."""
+    """Weight standardisation by hand: the parameter is used several times, what is made of it once."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
         return F.conv2d(input, weight, self.bias)
 
 
+class Blended(nn.Module):
+    """A weight that is made of a parameter and of the records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(64, 64)), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)
+        weight_B = self.weight * x.tanh().unsqueeze(1)
+        return self.head(torch.bmm(weight_B, x.unsqueeze(2)).squeeze(2))  # type: ignore[no-any-return]
+
+
+class Product(nn.Module):
+    """Two parameters in one weight, and a third made from a scalar by torch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 8))
+        self.gain, self.head = nn.Parameter(torch.tensor(0.4)), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(F.linear(x[:, 0], self.left @ self.right))  # at the eight rows of each record
+        return self.head(y * torch.exp(self.gain)).mean(1)  # type: ignore[no-any-return]
+
+
+def timm_layer(name: str) -> nn.Module:
+    from common.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    import timm.layers
+
+    made = getattr(timm.layers, name)(1, 4, 3)
+    if name == "ScaledStdConv2d":
+        nn.init.normal_(made.gain)
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def with_head(first: nn.Module) -> nn.Module:
+    model = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    model(batch(1)[0])
+    return model
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "norms"])
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize(
     "make",
-    [Twice, Odd, TimeFirst, lambda: nn.Sequential(Standardised(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
-     lambda: nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 3))],
-)  # fmt: skip
+    [
+        lambda: with_head(Standardised(1, 4, 3)),
+        lambda: with_head(timm_layer("StdConv2d")),
+        lambda: with_head(timm_layer("ScaledStdConv2d")),
+        Product,
+    ],
+    ids=["by hand", "StdConv2d", "ScaledStdConv2d", "product"],
+)
+def test_a_weight_that_is_made_of_parameters_alone_is_booked_and_right(
+    make: Callable[[], nn.Module], views: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kept:
+        monkeypatch.setattr(layers, "_KEPT_BYTES", 0)
+    torch.manual_seed(0)
+    model = make().double()
+    x, target = batch(6)
+    for order in (torch.contiguous_format, torch.channels_last):
+        x = x.double().to(memory_format=order)
+        sums, norms = loop(model, cross_entropy, x, target, 1.0, views)
+        assert norms.max() > 1.0
+        got, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x, target, 1.0, views)
+        assert distance(got, sums) < 1e-12
+        assert distance([got_norms], [norms]) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Twice,
+        Odd,
+        TimeFirst,
+        Blended,
+        lambda: nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 3)),
+    ],
+)
 @pytest.mark.parametrize("count", [5, 8])
 def test_what_book_keeping_has_no_rule_for_goes_the_general_way_and_is_right(
     make: Callable[[], nn.Module], count: int
@@ -730,6 +831,63 @@ def test_dropout_differs_from_record_to_record(fast: bool) -> None:
     assert len({round(float(norm), 5) for norm in norms}) > 1
     assert model.training
     assert model[1].training
+
+
+LOW = [
+    small,
+    lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), nn.LayerNorm(8), nn.GELU(), nn.Flatten(), nn.Linear(8, 3)),
+    lambda: with_head(Standardised(1, 4, 3)),
+    lambda: build(recipe("monai", "vit", (8, 8))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit"])
+def test_in_bfloat16_the_bound_holds_in_float32(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x, target = batch(12)
+    for i in range(len(x)):
+        sums, norms = bookkeeping.clipped_sum(
+            model, cross_entropy, x[i : i + 1], target[i : i + 1], 0.01, 1, torch.bfloat16
+        )
+        assert norms.min() > 0.01
+        length = math.sqrt(sum(float(total.double().square().sum()) for total in sums))
+        assert 0.01 * (1 - 1e-4) < length <= 0.01
+        assert {total.dtype for total in sums} == {torch.float32}
+
+
+@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit"])
+def test_in_bfloat16_norms_and_sums_are_those_of_the_same_numbers_in_float64(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    x, target = batch(6)
+    low, low_norms = bookkeeping.clipped_sum(model, cross_entropy, x, target, 1e6, 1, torch.bfloat16)
+    whole = [
+        bookkeeping.clipped_sum(model, cross_entropy, x[i : i + 1], target[i : i + 1], 1e6, 1, torch.bfloat16)
+        for i in range(6)
+    ]
+    # The norm that is booked is that of the record's own sum, in float64 and not clipped: no rounding to bfloat16.
+    alone = [math.sqrt(sum(float(g.double().square().sum()) for g in sums)) for sums, _ in whole]
+    for norm, length in zip((norms for _, norms in whole), alone, strict=True):
+        assert float(norm) == pytest.approx(length, rel=2e-5)
+    plain, plain_norms = loop(model, cross_entropy, x, target, 1e6)
+    assert 1e-5 < distance([low_norms], [plain_norms]) < 0.05  # bfloat16 has 8 bits
+    assert distance(low, plain) < 0.1
+
+
+def test_a_step_in_bfloat16_is_close_to_one_in_float32_and_its_self_test_the_same() -> None:
+    x, target = batch(8)
+    exact, low = small(), small()
+    engine(exact).step(x, target)
+    private = engine(low, low=torch.bfloat16)
+    private.step(x, target)
+    assert private.way == "bookkeeping"
+    assert 1e-5 < distance(gradients(low), gradients(exact)) < 0.05
+    general = small()
+    engine(general, low=torch.bfloat16, fast=False).step(x, target)  # torch.func stays at full precision
+    assert distance(gradients(general), gradients(exact)) < 1e-5
 
 
 def test_autocast_around_the_step_does_not_lower_its_precision() -> None:

@@ -414,3 +414,30 @@ def test_the_proximal_term_acts_after_the_noise_and_is_not_clipped() -> None:
     recipe = dp(proximal_mu=1.0)
     two = go(recipe, cohort_of(4), private=private(4, steps=2, sigma=1.0, rate=1e-9)).delta
     assert flat(two).std() == pytest.approx(0.5 / 4, rel=0.02)  # the second noise alone
+
+
+# How it computes
+
+
+def once(is_private: bool, training: Training, norm: str = "group") -> Weights:
+    privacy = Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-5, clip_norm=0.5) if is_private else Privacy()
+    return go(
+        recipe_of(training, norm=norm, privacy=privacy), cohort_of(), private=private(12) if is_private else None
+    ).delta
+
+
+@pytest.mark.parametrize("is_private", [False, True], ids=["plain", "private"])
+@pytest.mark.parametrize("norm", ["group", "group_ws"])
+def test_the_memory_format_moves_the_update_by_rounding_alone(is_private: bool, norm: str) -> None:
+    usual = flat(once(is_private, SGD, norm))
+    other = flat(once(is_private, replace(SGD, memory_format="channels_last"), norm))
+    assert 0 < np.linalg.norm(other - usual) < 1e-3 * np.linalg.norm(usual)
+
+
+@pytest.mark.parametrize("is_private", [False, True], ids=["plain", "private"])
+def test_bfloat16_trains_close_to_float32_and_auto_is_float32_on_a_cpu(is_private: bool) -> None:
+    usual = once(is_private, SGD)
+    assert once(is_private, replace(SGD, precision="auto")) == usual
+    low = once(is_private, replace(SGD, precision="bfloat16"))
+    assert {array.dtype for array in low.values()} == {np.dtype(np.float32)}
+    assert 1e-4 < np.linalg.norm(flat(low) - flat(usual)) / np.linalg.norm(flat(usual)) < 0.3

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common import adaptation, models
+from common import adaptation, models, standardisation
 from common.composition import groups
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task, Training, load_recipe
 from common.errors import ConfigError, ExchangeError
@@ -117,6 +117,77 @@ def test_group_norm_keeps_the_activation_that_timm_fused_into_batch_norm():
 )
 def test_no_group_is_a_single_channel_where_that_can_be_avoided(channels, expected):
     assert models._groups(channels) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "layers"),
+    [
+        ("timm", "resnet18", (32, 32), 20),
+        ("timm", "efficientnet_b0", (32, 32), 81),
+        ("monai", "resnet18", (16, 16), 20),
+        ("monai", "resnet18", (16, 16, 16), 20),
+        ("monai", "efficientnet-b0", (32, 32, 32), 81),
+    ],
+)
+def test_group_ws_standardises_every_convolution_and_folds_into_the_plain_network(family, name, size, layers):
+    model = models.build(recipe(family, name, size, norm="group_ws", **({"stem": "small"} if layers == 20 else {})))
+    plain = models.build(recipe(family, name, size, norm="group", **({"stem": "small"} if layers == 20 else {})))
+    assert norms(model) == []
+    for (key, value), (other, before) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert key == other  # names and initial values are those without it
+        assert torch.equal(value, before)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)]
+    assert sum(isinstance(module, standardisation._Standardised) for module in convolutions) == layers
+    # 2 w + 3 is standardised to what w is
+    x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(x)
+    first = convolutions[0]
+    with torch.no_grad():
+        before = first.weight.clone()
+        first.weight.mul_(2).add_(3)
+        torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
+        first.weight.copy_(before)
+    standardisation.fold(model)
+    assert [type(a) for a in model.modules()] == [type(b) for b in plain.modules()]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    flat = first.weight.flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(len(flat)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flat.square().sum(1), torch.ones(len(flat)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_standardised_weight_is_that_of_timm():
+    from common.torchvision_shim import ensure_torchvision
+
+    ensure_torchvision()
+    from timm.layers import ScaledStdConv2d
+
+    theirs = ScaledStdConv2d(3, 8, 3)
+    batch = nn.functional.batch_norm(
+        theirs.weight.reshape(1, 8, -1),
+        None,
+        None,
+        (theirs.gain * theirs.scale).view(-1),
+        training=True,
+        eps=theirs.eps,
+    )
+    torch.testing.assert_close(standardisation.standardised(theirs.weight), batch.reshape_as(theirs.weight))
+
+
+def test_group_ws_names_a_convolution_that_it_does_not_know_and_a_network_without_any():
+    with pytest.raises(ConfigError, match="is a Conv2dSame, which group_ws cannot standardise"):
+        models.build(recipe("timm", "tf_efficientnet_b0", (32, 32), norm="group_ws"))
+    with pytest.raises(ConfigError, match="finds no convolution"):
+        standardisation.standardise(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_gains_of_standardised_weights_do_not_decay():
+    model = models.build(recipe("timm", "nf_resnet26", (32, 32)))
+    groups = models.parameter_groups(model, Training(weight_decay=0.1))
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    gains = [p for name, p in model.named_parameters() if name.endswith(".gain")]
+    assert len(gains) > 20
+    assert not any(id(gain) in decayed for gain in gains)
+    assert sum(p.ndim > 1 and id(p) in decayed for p in model.parameters()) >= len(gains)
 
 
 def test_an_instance_norm_that_keeps_statistics_is_replaced_and_one_without_stays():

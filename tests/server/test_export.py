@@ -105,6 +105,8 @@ def test_low_rank_additions_are_merged_into_the_file(tmp_path):
     [
         recipe_for((32, 32), family="timm", name="resnet18", stem="small"),
         recipe_for((32, 32), family="timm", name="efficientnet_b0"),
+        recipe_for((32, 32), family="timm", name="resnet18", stem="small", norm="group_ws"),
+        recipe_for((16, 16, 16), family="monai", name="resnet10", width=0.25, norm="group_ws"),
         recipe_for((32, 32), family="timm", name="vit_tiny_patch16_224"),
         recipe_for((16, 16, 16), family="monai", name="resnet18", width=0.25),
         recipe_for((32, 32, 32), family="monai", name="densenet121"),
