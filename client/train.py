@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,9 @@ def train(
     weighted = _weighted(recipe, cohort)
     loss_B = record_loss(weighted)
     set_weights(model, weights)
-    model.to(device, memory_format=memory_format(recipe)).train()  # type: ignore[call-overload]
+    # A team's processes exchange their weights and images as plain arrays.
+    order: Any = memory_format(recipe) if team is None else torch.preserve_format
+    model.to(device, memory_format=order).train()  # type: ignore[call-overload]
     if team is not None and private is None and _mixes(model):
         raise ConfigError(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
@@ -118,7 +120,7 @@ def train(
         for step, index_B in enumerate(batches):
             x_B, target_B = _batch(cohort, samples, index_B, device)
             if x_B.dim() == 2 + recipe.task.dimensions:  # not the fixed features
-                x_B = x_B.to(memory_format=memory_format(recipe))
+                x_B = x_B.to(memory_format=order)
             if augment is not None and len(index_B):
                 x_B = augment(x_B)
             progress = (round_ - 1 + step / steps) / recipe.rounds

@@ -217,7 +217,7 @@ class Training:
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """bfloat16: layers under autocast, weights, clip and sums stay float32; auto: that on a GPU, float32 on CPU."""
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
-    """How images lie in memory while training; changes time and roundings, not what is computed."""
+    """How images lie in memory while training on one device; changes time and roundings, not what is computed."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -5,7 +5,7 @@ backward pass books what the parameter's gradient is made of (its input and the 
 instead of forming it. From that come the per-sample norms, then the clipped sum. Nothing in the model is
 touched, there are no hooks, and in-place operations are harmless. A use without a rule, or a second use
 of a parameter, raises `NoRuleError`; the caller then takes `torch.func`. What is made of parameters alone (a
-standardised weight) may stand where a parameter may (`client.dp.uses.Use`).
+standardised weight) may stand where a parameter may (`client.dp.book.Use`).
 
 Source: Bu et al. 2023 (ICML), book-keeping; Bu et al. 2022 (NeurIPS), mixed ghost clipping.
 """
@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from client.dp.book import Contraction, Factors, NoRuleError, Use
 from client.dp.layers import squared_norms
-from client.dp.uses import RULES, SAME_ORDER, Contraction, Factors, NoRuleError, Use
+from client.dp.uses import RULES, SAME_ORDER
 from common.errors import PrivacyError
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]

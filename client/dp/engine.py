@@ -13,10 +13,11 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from client.dp import bookkeeping
+from client.dp.book import NoRuleError
 from client.dp.bookkeeping import Loss, clip_factors, trainable
 from client.dp.noise import Noise
 from client.dp.rules import settle_norms
-from client.dp.uses import NoRuleError, memory_format
+from client.dp.uses import memory_format
 from common.errors import PrivacyError
 
 log = logging.getLogger(__name__)

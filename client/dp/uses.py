@@ -8,122 +8,15 @@ always of the parameters' type: products of what was computed, not rounded again
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import Signature, signature
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from client.dp import layers
-from client.dp.layers import squared_norms
-
-
-class NoRuleError(Exception):
-    """A trainable parameter is used in a way that book-keeping does not know."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What each gradient is multiplied by; rows are None when all of them count."""
-
-    patients: torch.Tensor
-    rows: torch.Tensor | None
-    """Patients with a finite gradient."""
-    views: int
-
-    def of_patients(self, values_P: torch.Tensor) -> torch.Tensor:
-        return values_P if self.rows is None else values_P[self.rows]
-
-    def of_records(self, values_B: torch.Tensor) -> torch.Tensor:
-        if self.rows is None:
-            return values_B
-        by_patient = values_B.view(-1, self.views, *values_B.shape[1:])
-        return by_patient[self.rows].flatten(0, 1)
-
-    @property
-    def records(self) -> torch.Tensor:
-        """Of each counted record, its patient's."""
-        return self.patients.repeat_interleave(self.views) if self.views > 1 else self.patients
-
-
-Contraction = Callable[[Factors], torch.Tensor]
-"""Sum over the patients of factor x gradient."""
-
-
-class Use:
-    """The one use of a trainable parameter, or of a weight that is made of parameters and nothing else.
-
-    Such a weight (a standardised one, say) is the same function f of the parameters for all records. So the gradient of
-    a record with respect to the parameters is J^T of its gradient with respect to the weight, J the Jacobian of f,
-    which autograd applies to many at once.
-    """
-
-    def __init__(self, weight: torch.Tensor, parameters: dict[int, nn.Parameter], *, made: bool) -> None:
-        self._weight, self._parameters = weight, parameters
-        # A leaf of its own: the backward pass of the loss must not run through the graph of f and free it.
-        self.weight = weight.detach().requires_grad_() if made else weight
-        self.made = made
-
-    @property
-    def squares(self) -> layers.Squares | None:
-        """Squared norms of the parameters' gradients from the weight's; None where that is the gradient itself."""
-        return self._squares if self.made else None
-
-    def _squares(self, gradients_P: torch.Tensor) -> torch.Tensor:
-        found = sum((squared_norms(g) for _, g in self.parts(gradients_P)), gradients_P.new_zeros(len(gradients_P)))
-        # The sum is mapped once, after the contraction; where f forgets most of a gradient, rounding counts.
-        before = squared_norms(gradients_P)
-        stretch = torch.nan_to_num(found / before, 0.0, 0.0, 0.0).max() if len(found) else 0.0
-        return found + (16 * torch.finfo(found.dtype).eps) ** 2 * stretch * before
-
-    def parts(self, gradients_P: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """Index of each parameter and its gradients (P, *shape), from the weight's (P, *weight.shape or flat)."""
-        if not self.made:
-            return [(index, gradients_P) for index in self._parameters]
-        return self._back(gradients_P.reshape(-1, *self._weight.shape), batched=True)
-
-    def sums(self, total: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        """The same for one gradient, which is the sum of all."""
-        if not self.made:
-            return [(index, total) for index in self._parameters]
-        return self._back(total.reshape(self._weight.shape), batched=False)
-
-    def _back(self, gradient: torch.Tensor, *, batched: bool) -> list[tuple[int, torch.Tensor]]:
-        found = torch.autograd.grad(
-            self._weight, list(self._parameters.values()), gradient, retain_graph=True, allow_unused=True,
-            is_grads_batched=batched,
-        )  # fmt: skip
-        return [(i, g) for i, g in zip(self._parameters, found, strict=True) if g is not None]
-
-
-class Book(Protocol):
-    """Where the rules write."""
-
-    views: int
-    records: int
-    low: torch.dtype | None
-    """What convolutions and linear layers compute in; None: their input's type."""
-
-    def names(self, value: Any) -> list[str]:
-        """Of the trainable parameters that stand in a value."""
-
-    def plain(self, *values: Any) -> None:
-        """Raises NoRuleError when one of these is a trainable parameter: it stands where no rule expects it."""
-
-    def claim(self, tensor: torch.Tensor | None) -> Use | None:
-        """What a trainable parameter, or a weight made of some, is used as (None for anything else); only once each."""
-
-    def batched(self, *tensors: torch.Tensor) -> None:
-        """Raises NoRuleError unless the first axis is the record."""
-
-    def keep(self, use: Use | None, gradients: torch.Tensor) -> None:
-        """Books the gradients of the records, or of the patients, in the order of the weight's elements."""
-
-    def defer(self, use: Use, squares_P: torch.Tensor, contract: Contraction) -> None:
-        """Books the squared norms and how to form the sum once the factors are known."""
+from client.dp.book import Book, Factors, NoRuleError, Use
 
 
 def _value(use: Use | None, tensor: Any) -> Any:

@@ -39,7 +39,7 @@ GOLDEN = Recipe(
     model=ModelConfig(name="resnet18"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5),
 )
-GOLDEN_ID = "d9bea9f9f00e96cf3cf0ca6feee913b1b69bbba8d80cdc43d6c6173d6d943970"
+GOLDEN_ID = "2fee69fc83e7472c8c897fb548e16703bd8e96a36e5e1bd1a10c9a65adeec76b"
 """Changes when a field is added, renamed or gets another default: every site has to approve its recipes again."""
 
 
