@@ -127,7 +127,7 @@ class Preprocessing:
         return self
 
 
-SCATTERING_NETWORKS = ("linear", "linear_by_channel", "convolutions")
+SCATTERING_NETWORKS = ("linear", "linear_by_kind", "linear_by_channel", "convolutions")
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -137,7 +137,7 @@ class ModelConfig:
     family: Literal["timm", "monai", "scattering"] = "timm"
     name: str = "resnet18"
     """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit; scattering:
-    linear, linear_by_channel, convolutions (over fixed wavelets, for few patients under differential privacy)."""
+    linear, linear_by_kind, linear_by_channel, convolutions (over fixed wavelets, for few patients under privacy)."""
     dimensions: Literal[2, 3] = 2
     channels: Literal[1] = 1
     """Grey values; the weights of a colour network are folded into one channel."""

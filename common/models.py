@@ -288,7 +288,7 @@ def _scattering(recipe: Recipe) -> nn.Module:
     return ScatteringClassifier(
         recipe.data.size, recipe.task.outputs, dropout=config.dropout,
         hidden=max(4, round(32 * config.width / 4) * 4) if config.name == "convolutions" else 0,
-        groups=1 if config.name == "linear" else None,
+        norm="all" if config.name == "linear" else "kind" if config.name == "linear_by_kind" else "channel",
     )  # fmt: skip
 
 

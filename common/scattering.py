@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +52,10 @@ class Scattering(nn.Module):
             self.register_buffer(f"wavelets{scale}", _wavelets(scale, axes, dimensions), persistent=False)
         low = _gaussian(_SIGMA * 2 ** (_SCALES - 1), dimensions)
         self.register_buffer("low", low, persistent=False)
-        first = len(axes) * _SCALES
-        self.channels = 1 + first + (len(axes) ** 2 if self.second_order else 0)
+        second = (len(axes) ** 2,) if self.second_order else ()
+        self.kinds: tuple[int, ...] = (1, *(len(axes),) * _SCALES, *second)
+        """Channels of each kind, in their order: the local mean, each scale, the second order."""
+        self.channels = sum(self.kinds)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The features; float32 in and out."""
@@ -100,24 +103,46 @@ def scattered(x_N: npt.NDArray[np.float32], batch: int = 64) -> npt.NDArray[np.f
     return np.concatenate(parts)
 
 
+class _NormByKind(nn.Module):
+    """Each kind of map to mean 0 and variance 1 over a sample, so that no kind drowns another; without parameters."""
+
+    def __init__(self, kinds: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kinds = kinds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([functional.group_norm(part, 1) for part in x.split(self.kinds, dim=1)], dim=1)
+
+
 class ScatteringClassifier(nn.Module):
     """Scattering, a norm over each sample without parameters, and what is trained."""
 
-    def __init__(self, size: Sequence[int], outputs: int, *, hidden: int, groups: int | None, dropout: float) -> None:
+    def __init__(
+        self,
+        size: Sequence[int],
+        outputs: int,
+        *,
+        hidden: int,
+        norm: Literal["all", "kind", "channel"],
+        dropout: float,
+    ) -> None:
         """Makes the layers.
 
         Args:
             size: Of the image.
             hidden: Channels of the two convolutions before the linear layer; 0 for the linear layer alone.
-            groups: Of the first norm; None norms each channel alone, which forgets how strong a direction is and
-                keeps where it is.
+            norm: What the first norm takes together: all channels; those of a kind, which forgets how much one kind is
+                against another; each alone, which forgets how strong a direction is too and keeps where it is.
         """
         super().__init__()
         dimensions = len(size)
         features = Scattering(dimensions)
         places = [math.ceil(edge / 4) for edge in size]
         convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
-        layers: list[nn.Module] = [nn.GroupNorm(groups or features.channels, features.channels, affine=False)]
+        groups = features.channels if norm == "channel" else 1
+        layers: list[nn.Module] = [
+            _NormByKind(features.kinds) if norm == "kind" else nn.GroupNorm(groups, features.channels, affine=False)
+        ]
         width = features.channels
         if hidden:
             pool = nn.AvgPool2d if dimensions == 2 else nn.AvgPool3d
@@ -136,8 +161,9 @@ class ScatteringClassifier(nn.Module):
         self.fc = nn.Linear(width * math.prod(places), outputs)
         self.scale = 1.0
         if not hidden:
-            # Features of about unit length, so that a clip norm near one is near the gradient; and from zero, for what
-            # random weights say of an image outlasts the few steps that a small site can pay for.
+            # Features of about unit length, so that a clip norm near one is near the gradient, and the bias as small as
+            # one feature: at its own length it would fill half of each clipped gradient, and it ranks nobody. From
+            # zero, for what random weights say of an image outlasts the few steps that a small site can pay for.
             self.scale = self.fc.in_features**-0.5
             nn.init.zeros_(self.fc.weight)
             nn.init.zeros_(self.fc.bias)
@@ -145,7 +171,7 @@ class ScatteringClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, of images or of their features where somebody has them already."""
         maps = x if x.shape[1] == self.features.channels else self.features(x)
-        logits: torch.Tensor = self.fc(self.body(maps) * self.scale)
+        logits: torch.Tensor = self.fc(self.body(maps)) * self.scale
         return logits
 
 

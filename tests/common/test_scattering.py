@@ -49,6 +49,29 @@ def test_with_each_channel_normed_alone_a_brighter_image_gives_the_same_logits(n
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
+def test_normed_by_kind_no_kind_of_map_is_louder_than_another(dimensions: int) -> None:
+    model = build(recipe("linear_by_kind", dimensions))
+    kinds = model.features.kinds
+    maps = torch.randn(3, sum(kinds), *(5,) * dimensions) + 7
+    maps[:, 0] *= 1000  # the local mean
+    normed = model.body[0](maps).split(kinds, dim=1)
+    for kind in normed:
+        flat = kind.flatten(1)
+        assert torch.allclose(flat.mean(1), torch.zeros(3), atol=1e-4)
+        assert torch.allclose(flat.std(1, correction=0), torch.ones(3), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in SCATTERING_NETWORKS if name.startswith("linear")])
+def test_the_bias_takes_no_more_of_a_clipped_gradient_than_one_feature(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(recipe(name))
+    torch.nn.functional.cross_entropy(model(torch.randn(1, 1, 20, 20)), torch.tensor([1])).backward()
+    weight, bias = model.fc.weight.grad, model.fc.bias.grad
+    assert weight.norm() > 0.3
+    assert bias.norm() < 2 * weight.norm() / weight.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", SCATTERING_NETWORKS)
 def test_what_is_trained_and_sent_is_above_the_features_and_the_engine_takes_it(name: str, dimensions: int) -> None:
     given = recipe(name, dimensions)
