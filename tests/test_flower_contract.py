@@ -43,7 +43,7 @@ from simulations import grid as simulated
 
 ROOT = Path(__file__).parent.parent
 LINKS = ("client/link.py", "server/link.py")
-PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy")
+PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.simulation")
 ALSO_PRIVATE = {"simulations/grid.py": {"flwr.supercore.run", "flwr.supercore.task_identity"}}
 """The simulation's own Grid and identity: no network, and nothing of the deployment."""
 
