@@ -294,18 +294,21 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(
     simulate: Fedicom, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int, privacy: str
 ) -> None:
     left = after
-    real = os.fsync
 
-    def full(handle: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(handle)
+    def full(real: Callable[[int], None]) -> Callable[[int], None]:
+        def flush(handle: int) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            real(handle)
+
+        return flush
 
     words: tuple[str, ...] = ("privacy.epsilon=8", "privacy.delta=1e-3") if privacy != "none" else ()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", full(os.fsync))
+        patch.setattr(run, "to_system", full(run.to_system))  # what sites write has no fsync of its own
         clear(simulate(*words, privacy=privacy), 1, "No space left on device")
     assert list((tmp_path / "run").rglob(".*.tmp")) == []
     code, _, err = simulate(*words, "resume=true", privacy=privacy)
