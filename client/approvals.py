@@ -142,14 +142,15 @@ class Approvals:
         log.append("approval withdrawn", recipe_id=recipe_id, by=by)
 
     def forget(self, recipe_id: str) -> None:
-        """Removes the replies that were kept to be sent again.
+        """Removes the replies that were kept to be sent again, and what rounding left out of them.
 
         Raises:
             StorageError: One cannot be removed.
         """
         with storing("a kept reply"):
-            for kept in (self._home.state / "outbox").glob(f"{recipe_id[:16]}-*.bin"):
-                kept.unlink()
+            for folder in ("outbox", "remainders"):
+                for kept in (self._home.state / folder).glob(f"{recipe_id[:16]}-*"):
+                    kept.unlink()
 
     def ids(self) -> tuple[str, ...]:
         """Recipes that have a record, whether it holds or not."""

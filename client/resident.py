@@ -274,7 +274,7 @@ class Resident:
         self._set(
             updates=self.state.updates + (len(reply.delta) > 0),  # a secure sum's goes later, in a step
             evaluations=self.state.evaluations + (plan.work == "evaluate"),
-            bytes_sent=self.state.bytes_sent + reply.delta.nbytes,
+            bytes_sent=self.state.bytes_sent + reply.nbytes,
         )
         return reply
 

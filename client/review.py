@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from client.ledger import Ledger
 from client.policy import ledger_policy, objections, score_event, visit_event
 from common.accounting import Accounts, Event, accounts, epsilon_pld
+from common.compression import nbytes
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig
 from common.errors import FedicomError, PrivacyError
@@ -94,7 +95,7 @@ def review(signed: SignedRecipe, config: SiteConfig, cohort: Cohort | None, ledg
     recipe, policy = signed.recipe, config.policy
     patients = cohort.patients("train") if cohort is not None else None
     found = list(objections(recipe, policy, patients))
-    numbers, trouble = _numbers(recipe)
+    numbers, size, trouble = _size(recipe)
     cost = None
     if recipe.privacy.active and patients is not None:
         cost, why = _cost(recipe, policy, patients, ledger)
@@ -104,7 +105,7 @@ def review(signed: SignedRecipe, config: SiteConfig, cohort: Cohort | None, ledg
         _head(signed),
         _work(recipe, numbers),
         _patients(recipe, policy, cohort),
-        _leaves(recipe, policy, cohort, numbers),
+        _leaves(recipe, policy, cohort, size),
         _privacy(recipe, policy, cost, counted=cohort is not None),
         _verdict(found),
     )
@@ -123,8 +124,9 @@ def review(signed: SignedRecipe, config: SiteConfig, cohort: Cohort | None, ledg
         "refused_files": dict(cohort.refused) if cohort is not None else None,
         "leaves": {
             "numbers": numbers,
-            "update_bytes": None if numbers is None else 4 * numbers,
-            "all_updates_bytes": None if numbers is None else 4 * numbers * recipe.rounds,
+            "update_bytes": size,
+            "all_updates_bytes": None if size is None else size * recipe.rounds,
+            "compression": recipe.federation.compression,
             "noised": recipe.privacy.active,
             "scores": {split: why is None for split, why in _scores(recipe, policy, cohort).items()},
             "smallest_cell": _cell(recipe, policy),
@@ -199,8 +201,10 @@ def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
     return Section(title="On which of your patients", lines=tuple(lines))
 
 
-def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int | None) -> Section:
-    size = "of unknown size" if numbers is None else f"{_bytes(4 * numbers)}"
+def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes: int | None) -> Section:
+    size = "of unknown size" if update_bytes is None else _bytes(update_bytes)
+    if recipe.federation.compression != "none":
+        size += f" (rounded to {recipe.federation.compression}; what that leaves out stays here until the next round)"
     noised = (
         "clipped and noised, see privacy below"
         if recipe.privacy.active
@@ -232,8 +236,8 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, numbers: int 
     elif recipe.federation.site_weights == "patients":
         lines.append("In each round: the exact number of training patients, by which the update is weighted.")
     lines.append("With every message: hashes of the recipe, of the weights and of this site's log.")
-    if numbers is not None:
-        lines.append(f"All {_count(recipe.rounds, 'update')} together: {_bytes(4 * numbers * recipe.rounds)}.")
+    if update_bytes is not None:
+        lines.append(f"All {_count(recipe.rounds, 'update')} together: {_bytes(update_bytes * recipe.rounds)}.")
     lines.append("Never: images, names, identifiers, dates, or the label of a patient.")
     return Section(title="What leaves this house", lines=tuple(lines))
 
@@ -287,14 +291,15 @@ def _verdict(found: Sequence[str]) -> Section:
     )
 
 
-def _numbers(recipe: Recipe) -> tuple[int | None, list[str]]:
-    """How many float32 numbers an update has, or why the network cannot be built here."""
+def _size(recipe: Recipe) -> tuple[int | None, int | None, list[str]]:
+    """How many numbers an update has, and bytes as it travels, or why the network cannot be built here."""
     from common.models import build, get_weights
 
     try:
-        return get_weights(build(recipe)).nbytes // 4, []
+        weights = get_weights(build(recipe))
+        return weights.size, nbytes(weights.shapes, recipe.federation.compression), []
     except FedicomError as error:
-        return None, [f"the network cannot be built here: {error}"]
+        return None, None, [f"the network cannot be built here: {error}"]
 
 
 def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) -> tuple[Cost | None, list[str]]:

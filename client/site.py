@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from client.cohort import SPLITS, Cohort, Split
+from client.compression import Remainders
 from client.dp import check_delta
 from client.ledger import Kind, Ledger, Reservation
 from client.noised_scores import histogram, noised, scores
@@ -112,6 +113,7 @@ class Site:
         self._model, self._now, self._turn = model, now, turn
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
+        self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
         audit.append(
             "site started",
             recipe_id=recipe.id,
@@ -245,7 +247,8 @@ class Site:
             recipe_id=plan.recipe_id,
             round=plan.round,
             base=plan.weights.digest,
-            delta=trained.delta,
+            delta=self._remainders.rounded(plan, trained.delta),
+            compression=self.recipe.federation.compression,
             weight=float(self.cohort.patients("train")) if self.recipe.federation.site_weights == "patients" else 1.0,
             steps=trained.steps,
             train_loss=trained.loss,
@@ -272,8 +275,8 @@ class Site:
             kept = replace(update, delta=Weights({}), weight=1.0, steps=0, train_loss=None)
             return replace(kept, norm=norm, offer=offer, audit_head=head, ledger_head=self._ledger_head)
         head = self.audit.append(
-            kind, digest=update.delta.digest, bytes=update.delta.nbytes, **_facts(update), **self._ledger_fact(),
-            **facts,
+            kind, digest=update.delta.digest, bytes=update.nbytes, compression=update.compression, **_facts(update),
+            **self._ledger_fact(), **facts,
         )  # fmt: skip
         return replace(update, audit_head=head, ledger_head=self._ledger_head)
 
@@ -339,7 +342,8 @@ class Site:
         return self._measured(update)
 
     def _measured(self, update: Update) -> Update:
-        """Writes down that an evaluation leaves."""
+        """Writes down that an evaluation leaves: nothing is trained any more."""
+        self._remainders.forget(update.recipe_id)
         head = self.audit.append(
             "evaluation sent",
             round=update.round,

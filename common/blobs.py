@@ -55,7 +55,11 @@ def signed_request(method: str, path: str, timestamp: str) -> bytes:
 
 
 def names(digest: str, nbytes: int) -> list[str]:
-    """The names of the pieces of an array: they follow from its digest, so what has this name is always the same."""
+    """The names of the pieces of an array: they follow from its digest, so what has this name is always the same.
+
+    Args:
+        digest: Of the numbers; with the name of their form where their bytes are no float32.
+    """
     count = -(-nbytes // PIECE_BYTES)
     return [hashlib.sha256(f"{digest} {number}".encode()).hexdigest() for number in range(count)]
 

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from common.composition import compose
+from common.compression import Form
 from common.errors import ConfigError
 from common.fixed import FixedPoint, secure_objection
 from common.wrong_fields import RUN_KEYS, sentences
@@ -305,6 +306,10 @@ class Federation:
     """Updates with a larger L2 norm are refused; under secure aggregation by the site, before anything leaves."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """The final model is the exponential moving average of the rounds' models, with this decay a round; 0: the last."""
+    compression: Form = "none"
+    """How updates are rounded before they leave a site: bfloat16 halves their bytes, int8 quarters them; vectors
+    (biases, norms, running statistics) stay as they are. What rounding leaves out is kept at the site and added to its
+    next update. Not with secure aggregation."""
     max_patients: Count | None = None
     """With secure aggregation and site_weights=patients, which need it: the most that a site may weigh."""
     early_stopping: EarlyStopping = EarlyStopping()

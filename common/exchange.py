@@ -15,10 +15,11 @@ from annotated_types import Ge, Gt, Le, Len
 from pydantic import ConfigDict, StringConstraints
 from pydantic.dataclasses import dataclass
 
+from common.compression import Form, nbytes
 from common.fixed import Residues
 from common.weights import Weights
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -258,7 +259,8 @@ class Update:
     base: Digest
     """Digest of the weights that training started from."""
     delta: Weights
-    """Trained minus incoming weights; empty after an evaluation, and where it goes into a secure sum."""
+    """Trained minus incoming weights; empty after an evaluation, and where it goes into a secure sum. Bytes on the wire
+    as `compression` says, and what rounding left out of earlier rounds' changes added before."""
     weight: Annotated[float, Gt(0), Le(1e9)]
     """Share in weighted averages: training patients, or 1; under secure aggregation 1, the true one is masked."""
     steps: Annotated[int, Ge(0)]
@@ -277,6 +279,13 @@ class Update:
     audit_head: MaybeDigest = ""
     ledger_head: MaybeDigest = ""
     """Head of the site's privacy ledger after this visit was paid, for the coordinator to remember."""
+    compression: Form = "none"
+    """How `delta` was rounded and travels, as the recipe demands (`federation.compression`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of `delta`, as it travels."""
+        return nbytes(self.delta.shapes, self.compression)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

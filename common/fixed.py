@@ -195,6 +195,11 @@ def secure_objection(federation: Federation) -> str | None:
             f"federation.strategy={federation.strategy} looks at single updates, which secure aggregation hides; say "
             f"one of {', '.join(_MEANS)}, or privacy.secure_aggregation=false"
         )
+    if federation.compression != "none":
+        return (
+            f"federation.compression={federation.compression} rounds single updates, but secure aggregation sums fixed "
+            "point numbers of 4 bytes under masks; say federation.compression=none, or privacy.secure_aggregation=false"
+        )
     if federation.fraction < 1:
         return "federation.fraction is below 1; a secure sum is over all sites, say federation.fraction=1"
     if federation.quorum < least:

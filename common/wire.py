@@ -6,6 +6,9 @@ an exchange type or an `ExchangeError`.
 Between two houses large weights do not travel in the message but beside it, in pieces (`common.blobs`): the message has
 their digest, which the receiver computes anew, and the signature under the message is one over it. So whoever carries
 the pieces can withhold them, and nothing else.
+
+An update may be in a smaller form (`common.compression`), which its field `compression` names; whoever decodes it gets
+float32, and digests are over that.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
 from common.blobs import BESIDE_BYTES, DIGEST, TICKET, Blobs, Open, names, pieces
+from common.compression import FORMS, Form, nbytes, packed, unpacked
 from common.errors import ExchangeError
 from common.exchange import (
     WIRE_VERSION,
@@ -65,8 +69,10 @@ _MAPS: dict[str, type] = {"offers": Offer, "boxes": Box}
 _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
-_FORMS = {Weights: ("float32", "fedicom.flat.f4"), Residues: ("uint32", "fedicom.flat.u4")}
-"""Of a type that travels as one flat array of four bytes each: dtype, and how the bytes lie."""
+_MASKED = "fedicom.flat.u4"
+_LAID: dict[Form, str] = {"none": "fedicom.flat.f4", "bfloat16": "fedicom.packed.bf16", "int8": "fedicom.packed.i8"}
+"""How the bytes of weights lie in a message's one flat array."""
+_DTYPES = {_LAID["none"]: "float32", _LAID["bfloat16"]: "uint8", _LAID["int8"]: "uint8", _MASKED: "uint32"}
 _BESIDE = ("ticket", "bytes", "digest")
 """Fields of a message whose weights travel beside it."""
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
@@ -80,6 +86,7 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
         blobs: Takes a large array, which the message then only names; None leaves it in the message.
 
     Raises:
+        ExchangeError: The weights are not of the form that the value names.
         FedicomError: `blobs` did not take it.
     """
     kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
@@ -91,16 +98,18 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
         if not isinstance(part, Weights | Residues):
             body[name] = _plain(part)
             continue
-        if isinstance(part, Weights):
-            body[name], data = {key: list(shape) for key, shape in part.shapes.items()}, _joined(part)
-        else:
-            body[name], data = len(part), part.words.tobytes()
-        if blobs is not None and isinstance(part, Weights) and len(data) >= BESIDE_BYTES:
-            for piece_name, piece in zip(names(part.digest, len(data)), pieces(memoryview(data)), strict=True):
+        if isinstance(part, Residues):
+            body[name] = len(part)
+            record["weights"] = ArrayRecord({name: _array(part.words.tobytes(), _MASKED)})
+            continue
+        form = value.compression if isinstance(value, Update) else "none"
+        body[name], data = {key: list(shape) for key, shape in part.shapes.items()}, packed(part, form)
+        if blobs is not None and len(data) >= BESIDE_BYTES:
+            for piece_name, piece in zip(_names(part.digest, form, len(data)), pieces(memoryview(data)), strict=True):
                 blobs.put(piece_name, piece)
             beside = {"ticket": blobs.ticket, "bytes": len(data), "digest": part.digest}
         else:
-            record["weights"] = ArrayRecord({name: _array(data, type(part))})
+            record["weights"] = ArrayRecord({name: _array(data, _LAID[form])})
     # Not a record of its own: each costs Flower a call on every leg of the way.
     record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body), **beside})
     if signer is not None:
@@ -206,7 +215,7 @@ def to_bytes(record: RecordDict) -> bytes:
     head = dict(message)
     arrays = record.array_records.get("weights", ArrayRecord())
     name, array = next(iter(arrays.items()), ("", None))
-    text = json.dumps({**head, "array": name}).encode()
+    text = json.dumps({**head, "array": name, "laid": array.stype if array is not None else ""}).encode()
     return len(text).to_bytes(8, "little") + text + (array.data if array is not None else b"")
 
 
@@ -219,11 +228,10 @@ def from_bytes(data: bytes) -> RecordDict:
     end = 8 + int.from_bytes(data[:8], "little")
     try:
         head = json.loads(data[8:end])
-        name = head.pop("array")
+        name, laid = head.pop("array"), head.pop("laid")
         record = RecordDict({"message": ConfigRecord(head)})
         if name:
-            form = Residues if head["kind"] == "masked" else Weights
-            record["weights"] = ArrayRecord({name: _array(data[end:], form)})
+            record["weights"] = ArrayRecord({name: _array(data[end:], laid)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExchangeError("these bytes are no message") from None
     return record
@@ -261,10 +269,13 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
         raise ExchangeError("message body is not JSON") from None
     if not isinstance(body, dict):
         raise ExchangeError("message body is not a JSON object")
+    form = body.get("compression") if cls is Update else "none"
+    if form not in FORMS:  # of any JSON type
+        raise ExchangeError(f"{cls.__name__} with fields out of bounds: compression")
     try:
         for name, hint in get_type_hints(cls).items():
             if hint is Weights:
-                body[name] = _weights(record, name, body.get(name), blobs)
+                body[name] = _weights(record, name, body.get(name), form, blobs)
             elif hint is Residues:
                 body[name] = _residues(record, name, body.get(name))
             elif name in _PARTS and isinstance(body.get(name), dict):
@@ -304,32 +315,33 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _joined(weights: Weights) -> bytes:
-    return b"".join(np.ascontiguousarray(array, dtype="<f4").data for array in weights.values())
+def _names(digest: str, form: Form, size: int) -> list[str]:
+    """The names of the pieces: other bytes of the same numbers have others."""
+    return names(digest if form == "none" else f"{digest} {form}", size)
 
 
-def _gathered(record: RecordDict, name: str, nbytes: int, open_: Open) -> memoryview:
+def _gathered(record: RecordDict, name: str, form: Form, size: int, open_: Open) -> memoryview:
     """The bytes that the message announces; whether they are the right ones is not checked here."""
     told, place = record.config_records["message"], ticket(record)
     digest = told["digest"]
-    if place is None or told["bytes"] != nbytes or not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
-        raise ExchangeError(f"{name}: expected a ticket, and a digest of {nbytes} bytes beside the message")
+    if place is None or told["bytes"] != size or not (isinstance(digest, str) and DIGEST.fullmatch(digest)):
+        raise ExchangeError(f"{name}: expected a ticket, and a digest of {size} bytes beside the message")
     blobs = open_(place)
-    if nbytes > blobs.most_bytes:  # before there is room for them
-        raise ExchangeError(f"{name}: {nbytes} bytes beside the message, at most {blobs.most_bytes} are taken")
-    data = np.empty(nbytes, np.uint8).data
-    for piece_name, piece in zip(names(digest, nbytes), pieces(data), strict=True):
+    if size > blobs.most_bytes:  # before there is room for them
+        raise ExchangeError(f"{name}: {size} bytes beside the message, at most {blobs.most_bytes} are taken")
+    data = np.empty(size, np.uint8).data
+    for piece_name, piece in zip(_names(digest, form, size), pieces(data), strict=True):
         blobs.get(piece_name, piece)
     return data
 
 
-def _array(data: bytes, form: type) -> Array:
+def _array(data: bytes, laid: str) -> Array:
     # Given as bytes: Flower's own ndarray path writes an .npy copy of each array.
-    dtype, stype = _FORMS[form]
-    return Array(dtype=dtype, shape=(len(data) // 4,), stype=stype, data=data)
+    dtype = _DTYPES[laid]
+    return Array(dtype=dtype, shape=(len(data) // np.dtype(dtype).itemsize,), stype=laid, data=data)
 
 
-def _weights(record: RecordDict, name: str, shapes: object, blobs: Open | None) -> Weights:
+def _weights(record: RecordDict, name: str, shapes: object, form: Form, blobs: Open | None) -> Weights:
     if not isinstance(shapes, dict) or len(shapes) > _MAX_ARRAYS:
         raise ExchangeError(f"{name}: expected at most {_MAX_ARRAYS} shapes")
     if not all(_ARRAY_NAME.fullmatch(key) for key in shapes):
@@ -346,16 +358,10 @@ def _weights(record: RecordDict, name: str, shapes: object, blobs: Open | None) 
     total = sum(sizes)
     if total > _MAX_NUMBERS:
         raise ExchangeError(f"{name}: {total} numbers, at most {_MAX_NUMBERS} are read")
-    message, ends = record.config_records["message"], np.cumsum([0, *sizes])
-
-    def shaped(data: bytes | memoryview) -> Weights:
-        flat = np.frombuffer(data, dtype="<f4")
-        parts = {key: flat[ends[i] : ends[i + 1]].reshape(shape) for i, (key, shape) in enumerate(shapes.items())}
-        return Weights(parts)
-
+    message, size = record.config_records["message"], nbytes(shapes, form)
     if blobs is None or "ticket" not in message:
-        return shaped(_bytes(record, name, total, Weights))
-    weights = shaped(_gathered(record, name, 4 * total, blobs))
+        return unpacked(_bytes(record, name, size, _LAID[form]), shapes, form)
+    weights = unpacked(_gathered(record, name, form, size, blobs), shapes, form)
     if weights.digest != message["digest"]:
         raise ExchangeError(f"{name}: what came beside the message is not what it announced")
     return weights
@@ -364,17 +370,16 @@ def _weights(record: RecordDict, name: str, shapes: object, blobs: Open | None) 
 def _residues(record: RecordDict, name: str, size: object) -> Residues:
     if type(size) is not int or not 0 <= size <= _MAX_NUMBERS:
         raise ExchangeError(f"{name}: expected how many numbers there are, at most {_MAX_NUMBERS}")
-    return Residues(np.frombuffer(_bytes(record, name, size, Residues), dtype="<u4"))
+    return Residues(np.frombuffer(_bytes(record, name, 4 * size, _MASKED), dtype="<u4"))
 
 
-def _bytes(record: RecordDict, name: str, numbers: int, form: type) -> bytes:
+def _bytes(record: RecordDict, name: str, size: int, laid: str) -> bytes:
     arrays = record.array_records.get("weights", ArrayRecord())
     if set(arrays) != {name}:
         raise ExchangeError(f"{name}: expected one array of this name in the message")
-    data, (dtype, stype) = arrays[name].data, _FORMS[form]
-    given = (arrays[name].dtype, arrays[name].stype)
-    if given != (dtype, stype) or not isinstance(data, bytes) or len(data) != 4 * numbers:
-        raise ExchangeError(f"{name}: expected {4 * numbers} bytes of flat {dtype}")
+    data, given = arrays[name].data, (arrays[name].dtype, arrays[name].stype)
+    if given != (_DTYPES[laid], laid) or not isinstance(data, bytes) or len(data) != size:
+        raise ExchangeError(f"{name}: expected {size} bytes of {laid}")
     return data
 
 

@@ -90,8 +90,9 @@ What these numbers can still tell about patients, and which of them epsilon cove
 [privacy.md](privacy.md).
 
 Version of the messages: {version}. A message is one JSON text of at most {mebibytes} MiB and at most one flat
-array of {numbers:,} numbers of four bytes. In a deployed federation every message carries its sender's Ed25519
-signature.
+array of {numbers:,} numbers of four bytes; in an update with `compression: bfloat16` of two, with `int8` of one and
+one more for each 256 (arrays of one dimension keep four). In a deployed federation every message carries its sender's
+Ed25519 signature.
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.compression import Form, holds
 from common.config import Recipe
 from common.exchange import Failure, Hello, Refusal, Reply, RoundPlan, Update
 from common.weights import Weights
@@ -10,7 +11,7 @@ from common.weights import Weights
 def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str | None:
     """Why `reply` is not admitted to the round of `plan`, or None when it is.
 
-    Checked: recipe, round, base weights, names, shapes, finiteness, norm, declared weight
+    Checked: recipe, round, base weights, names, shapes, finiteness, compression, norm, declared weight
     and the privacy account that the recipe demands.
 
     Args:
@@ -46,6 +47,8 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> s
         return f"names or shapes differ from the model's in {len(odd)} arrays"
     if not update.delta.finite:
         return "update holds NaN or infinity"
+    if why := _form(update, recipe.federation.compression):
+        return why
     norm, limit = update.delta.norm, recipe.federation.max_update_norm
     if norm > limit:
         return f"update norm {norm:.4g} exceeds federation.max_update_norm {limit:.4g}"
@@ -56,6 +59,13 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> s
     if update.steps < 1:
         return "no training step was made"
     return None
+
+
+def _form(update: Update, expected: Form) -> str | None:
+    if update.compression != expected:
+        return f"update sent with compression {update.compression}, expected {expected} (federation.compression)"
+    # What was read from bytes is of its form; what was handed over in one process need not be.
+    return None if holds(update.delta, expected) else f"update holds numbers that are not of {expected}"
 
 
 def _ready(update: Update, recipe: Recipe) -> str | None:

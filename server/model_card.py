@@ -271,9 +271,13 @@ def _site_scores(scores: Scores | None) -> tuple[str, ...]:
 
 
 def _privacy(report: RunReport) -> Iterator[str]:
-    privacy = report.recipe.privacy
+    privacy, compression = report.recipe.privacy, report.recipe.federation.compression
     yield "## Privacy"
     yield ""
+    if compression != "none":
+        yield f"Updates were rounded to {compression} before they left the sites, after any noise, with error feedback"
+        yield "(`federation.compression`). That is no protection, and costs no epsilon."
+        yield ""
     if privacy.secure_aggregation:
         yield "Secure aggregation: the coordinator saw the sum of each round's updates, and no single one. What the sum"
         yield "and this model tell of a patient is another question:"

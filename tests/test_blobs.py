@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from client import blobs as client_blobs
 from client.blobs import Doorbell, LostError, Remote
+from common import wire
 from common.bell import Bell
 from common.blobs import PIECE_BYTES
+from common.compression import quantised
 from common.deployment import FederationPlan, ServerHome, SiteHome
 from common.errors import ExchangeError
+from common.exchange import Update
+from common.identity import Signer
 from common.supervise import free_port
+from common.weights import Weights
 from server.blobs import Round, Shelf, Store, clear
 from server.gateway import Gateway, GatewayConfig
 from server.provision import provision
@@ -234,6 +240,25 @@ def test_a_site_fetches_the_model_and_the_run_takes_its_answer(deployed, round_)
     taken = memoryview(bytearray(len(answer)))
     round_.answers("north").get(name_of(answer), taken)
     assert bytes(taken) == answer
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_a_rounded_update_goes_through_the_gateway_in_its_small_form(deployed, form):
+    model = Weights({"w": np.random.default_rng(0).standard_normal((600, 1000)).astype(np.float32)})
+    sent = Update(
+        site="north", recipe_id="a" * 64, round=1, base=model.digest, delta=quantised(model, form), weight=1.0, steps=1,
+        compression=form,
+    )  # fmt: skip
+    with Store(deployed.server.blobs, "run").round(SITES, model.nbytes) as round_:
+        signer = Signer.temporary()
+        record = wire.encode(sent, signer, deployed.remote().round(round_.ticket))
+        files = (round_.folder / "from" / "north").iterdir()
+        assert sum(path.stat().st_size for path in files) == sent.nbytes < 0.51 * model.nbytes
+        came = wire.from_bytes(wire.to_bytes(record))
+        wire.check_signature(came, signer.public)
+        got = wire.decode(came, Update, lambda ticket: round_.answers("north"))
+    assert got == sent
+    assert got.delta.digest == sent.delta.digest
 
 
 def test_after_a_crash_a_site_sends_only_what_is_missing(deployed, round_, monkeypatch):

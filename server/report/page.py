@@ -310,6 +310,12 @@ def _comparison(report: RunReport) -> Html:
 
 
 def _privacy(report: RunReport) -> Html:
+    if (compression := report.recipe.federation.compression) != "none":
+        rounded = (
+            f"Updates were rounded to {compression} before they left the hospitals, after any noise; what that left "
+            "out stayed there until the next round. That is no protection, and costs no epsilon."
+        )
+        return join(tag("p", rounded), _of_patients(report))
     if not report.recipe.privacy.secure_aggregation:
         return _of_patients(report)
     seen = (

@@ -19,6 +19,7 @@ from client.ledger import Ledger
 from client.policy import ledger_policy
 from client.review import Review, review, right_guesses
 from common.accounting import Event, epsilon_pld
+from common.compression import nbytes
 from common.config import Evaluation, Federation, Preprocessing, Privacy, Recipe, Task
 from common.deployment import Policy, SiteConfig
 from common.errors import PrivacyError
@@ -97,6 +98,14 @@ def test_the_bytes_are_those_of_the_networks_exchanged_weights() -> None:
     size = get_weights(build(recipe)).nbytes
     leaves = reviewed(recipe).plain["leaves"]
     assert (leaves["numbers"], leaves["update_bytes"], leaves["all_updates_bytes"]) == (size // 4, size, 5 * size)
+
+
+def test_a_compressed_recipe_says_so_and_counts_the_bytes_that_travel() -> None:
+    recipe = recipe_of(federation=Federation(compression="int8"))
+    found, weights = reviewed(recipe), get_weights(build(recipe))
+    assert found.plain["leaves"]["compression"] == "int8"
+    assert found.plain["leaves"]["update_bytes"] == nbytes(weights.shapes, "int8") < weights.nbytes / 3.5
+    assert "rounded to int8; what that leaves out stays here" in text(found)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ GOLDEN = Recipe(
     model=ModelConfig(name="resnet18"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5),
 )
-GOLDEN_ID = "2fee69fc83e7472c8c897fb548e16703bd8e96a36e5e1bd1a10c9a65adeec76b"
+GOLDEN_ID = "93fdf1179736356bb21b70348d36e860d1493a4d5591cd75b12b442579947b77"
 """Changes when a field is added, renamed or gets another default: every site has to approve its recipes again."""
 
 
@@ -125,6 +125,10 @@ def refusal(*overrides: str) -> str:
         ),
         (["federation.strategy=fedtrimmedavg", "federation.quorum=4"], ["trim_fraction 0.2 cuts nobody from 4"]),
         (["federation.strategy=fedprox"], ["proximal_mu"]),
+        (
+            ["privacy.secure_aggregation=true", "federation.compression=int8"],
+            ["federation.compression=int8 rounds single updates", "say federation.compression=none"],
+        ),
         (["privacy.secure_aggregation=true", "federation.sites=2"], ["federation.sites is 2", "3 to 1000"]),
         (
             ["privacy.secure_aggregation=true", "federation.strategy=krum", "federation.quorum=3"],

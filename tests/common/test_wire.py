@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from common import wire
 from common.blobs import names
+from common.compression import FORMS, quantised
 from common.errors import ExchangeError
 from common.exchange import (
     WIRE_VERSION,
@@ -102,6 +104,10 @@ UPDATE = st.builds(
     steps=st.integers(0, 10**6), train_loss=st.one_of(st.none(), st.floats(0, 1e6)),
     validation=st.one_of(st.none(), SCORES), test=st.one_of(st.none(), SCORES), spent=st.one_of(st.none(), SPENT),
     norm=st.one_of(st.none(), st.floats(0, 1e6)), offer=st.one_of(st.none(), OFFER), audit_head=HEAD,
+).flatmap(
+    lambda plain: st.sampled_from(FORMS).map(
+        lambda form: replace(plain, delta=quantised(plain.delta, form), compression=form)
+    )
 )  # fmt: skip
 HELLO = st.builds(
     Hello, site=NAME, recipe_id=DIGEST,
@@ -268,6 +274,13 @@ SECRET = "Mustermann"
         mutilated(body=body(spent={"epsilon": float("inf")})),
         mutilated(body=body(spent=SECRET)),
         mutilated(body=body(audit_head="zz")),
+        mutilated(body=body(compression=SECRET)),
+        mutilated(body=body(compression=None)),
+        mutilated(body=body(compression=["int8"])),
+        mutilated(body=body(compression="int8")),  # its bytes are float32
+        mutilated(body=body(compression="bfloat16"), array=flat(bytes(28), (28,), "fedicom.packed.bf16", "uint8")),
+        mutilated(body=body(compression="int8"), array=flat(bytes(11), (11,), "fedicom.packed.i8", "uint8")),
+        mutilated(array=flat(bytes(28), (28,), "fedicom.packed.i8", "uint8")),
         mutilated(body=body(delta=None)),
         mutilated(body=body(delta=[[2, 3]])),
         mutilated(body=body(delta={"w": 6})),
@@ -504,6 +517,38 @@ def test_a_large_array_travels_beside_its_signed_message():
     wire.check_signature(record, SIGNER.public)
     assert wire.ticket(record) == heap.ticket
     assert wire.decode(record, Update, heap.open) == sent
+
+
+SQUARE = Weights({"w": np.random.default_rng(0).standard_normal((1000, 2000)).astype(np.float32)})
+
+
+@pytest.mark.parametrize(("form", "size"), [("bfloat16", 4_000_000), ("int8", 2_007_813)])
+def test_a_small_form_travels_beside_its_message_under_the_digest_of_its_float32_numbers(form, size):
+    heap, sent = Heap(), update(delta=quantised(SQUARE, form), compression=form)
+    record = wire.encode(sent, SIGNER, heap)
+    assert sum(map(len, heap.pieces.values())) == record.config_records["message"]["bytes"] == sent.nbytes == size
+    assert record.config_records["message"]["digest"] == sent.delta.digest
+    assert wire.decode(record, Update, heap.open) == sent
+    plain = Heap()
+    wire.encode(replace(sent, compression="none"), SIGNER, plain)
+    assert not plain.pieces.keys() & heap.pieces.keys()  # other bytes have other names
+
+
+@pytest.mark.parametrize(("form", "other"), [("bfloat16", "int8"), ("int8", "bfloat16"), ("int8", "none")])
+def test_bytes_of_one_form_are_not_read_as_another(form, other):
+    heap = Heap()
+    record = wire.encode(update(delta=quantised(SQUARE, form), compression=form), None, heap)
+    message = record.config_records["message"]
+    told = json.dumps(json.loads(message["body"]) | {"compression": other})
+    with pytest.raises(ExchangeError, match="expected a ticket, and a digest of"):
+        wire.decode_reply(RecordDict({"message": ConfigRecord({**message, "body": told})}), heap.open)
+    assert heap.asked == 0
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_an_update_that_was_not_rounded_is_not_sent_as_if_it_were(form):
+    with pytest.raises(ExchangeError, match="quantise it first"):
+        wire.encode(update(delta=SQUARE, compression=form))
 
 
 def test_a_small_array_stays_in_its_message():

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common import wire
+from common.compression import FORMS, quantised
 from common.config import Federation, Privacy, Recipe
 from common.exchange import Failure, Hello, Refusal, RoundPlan, Scores, Spent, Update
 from common.weights import Weights
@@ -55,6 +57,28 @@ def delta(**arrays) -> Weights:
 )
 def test_a_proper_update_is_admitted(recipe, weight):
     assert refusal(update(recipe, weight=weight), plan(recipe), recipe) is None
+
+
+THIRDS = Weights({"w": np.full((2, 2), 1 / 3, np.float32), "b": np.full(2, 1 / 3, np.float32)})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_update_is_of_the_form_that_the_recipe_demands(form):
+    recipe = replace(OPEN, federation=replace(OPEN.federation, compression=form))
+    for sent in FORMS:
+        came = update(recipe, delta=quantised(THIRDS, sent), compression=sent)
+        why = f"update sent with compression {sent}, expected {form} (federation.compression)"
+        assert refusal(came, plan(recipe), recipe) == (None if sent == form else why)
+    if form != "none":
+        lie = update(recipe, delta=THIRDS, compression=form)
+        assert refusal(lie, plan(recipe), recipe) == f"update holds numbers that are not of {form}"
+
+
+def test_what_is_not_finite_is_refused_in_bfloat16_too():
+    recipe = replace(OPEN, federation=replace(OPEN.federation, compression="bfloat16"))
+    came = update(recipe, delta=delta(w=[[0, np.inf], [0, 0]], b=[0, 0]), compression="bfloat16")
+    there = wire.decode_reply(wire.encode(came))
+    assert refusal(there, plan(recipe), recipe) == "update holds NaN or infinity"
 
 
 def test_order_of_names_is_no_reason():

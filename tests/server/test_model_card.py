@@ -142,6 +142,13 @@ def test_secure_aggregation_is_told_and_promises_nothing_about_patients(tmp_path
     assert "**No differential privacy was applied.**" in text
 
 
+def test_rounded_updates_are_told(tmp_path):
+    rounded = card(tmp_path, full(recipe(federation=Federation(compression="int8"))))
+    assert "Updates were rounded to int8" in rounded
+    assert "**No differential privacy was applied.**" in rounded
+    assert "rounded to" not in card(tmp_path, full(recipe()))
+
+
 def test_seeded_noise_voids_the_guarantee_in_words(tmp_path):
     seeded = recipe(privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5, unsafe_seeded_noise=True))
     assert "are no guarantee for this model" in " ".join(card(tmp_path, full(seeded)).split())

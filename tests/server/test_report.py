@@ -270,6 +270,12 @@ def test_secure_sums_are_told(tmp_path: Path) -> None:
     assert "no single hospital's update" in words(write(replace(report, recipe=recipe), tmp_path))
 
 
+def test_rounded_updates_are_told(tmp_path: Path) -> None:
+    report = lean(make())
+    recipe = replace(report.recipe, federation=replace(report.recipe.federation, compression="bfloat16"))
+    assert "rounded to bfloat16" in words(write(replace(report, recipe=recipe), tmp_path))
+
+
 def test_seeded_noise_claims_no_privacy(tmp_path: Path) -> None:
     report = lean(make())
     recipe = replace(report.recipe, privacy=replace(report.recipe.privacy, unsafe_seeded_noise=True))
