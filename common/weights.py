@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
-_CHUNK = 1 << 14
-"""Numbers at a time, so that their float64 copies stay in the cache."""
+_CHUNK = 1 << 13
+"""Numbers at a time, so that their float64 copies stay in the cache. And below the 10,000 from which OpenBLAS shares a
+product among threads, which wait for each other by spinning: beside busy cores that takes longer than the product."""
 
 
 class Weights(Mapping[str, Array]):

@@ -13,6 +13,7 @@ float32, and digests are over that.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -66,6 +67,7 @@ _KINDS: dict[str, type] = {
 _PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent, "offer": Offer}
 _MAPS: dict[str, type] = {"offers": Offer, "boxes": Box}
 """Fields that map names to a part."""
+_hints = functools.cache(get_type_hints)
 _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
@@ -93,7 +95,7 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
     body: dict[str, Any] = {}
     beside: dict[str, Any] = {}
     record = RecordDict()
-    for name in get_type_hints(type(value)):
+    for name in _hints(type(value)):
         part = getattr(value, name)
         if not isinstance(part, Weights | Residues):
             body[name] = _plain(part)
@@ -255,7 +257,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
-    hints = set(get_type_hints(cls).values())
+    hints = set(_hints(cls).values())
     beside = blobs is not None and Weights in hints and "ticket" in message
     expected = {"message", "weights"} if {Weights, Residues} & hints and not beside else {"message"}
     fields_ = {"kind", "version", "body", *(_BESIDE if beside else ())}
@@ -273,7 +275,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     if form not in FORMS:  # of any JSON type
         raise ExchangeError(f"{cls.__name__} with fields out of bounds: compression")
     try:
-        for name, hint in get_type_hints(cls).items():
+        for name, hint in _hints(cls).items():
             if hint is Weights:
                 body[name] = _weights(record, name, body.get(name), form, blobs)
             elif hint is Residues:

@@ -217,7 +217,7 @@ class Worker:
     """A process that runs the ClientApp of some sites; started again when it died."""
 
     def __init__(self, make_app: Callable[[str], ClientApp], settings: str) -> None:
-        """Keeps what a process needs; the process starts with the first question.
+        """Keeps what a process needs; it starts with `begin`, or with the first question.
 
         Args:
             make_app: A module-level function, called once in the worker with `settings`.
@@ -227,6 +227,11 @@ class Worker:
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._ended = False
+
+    def begin(self) -> None:
+        """Starts the process now, and waits for nothing; else the first question does."""
+        with suppress(OSError):  # the first question will meet it again
+            self._ready()
 
     def ask(self, message: Message, site: str, timeout_s: float | None = None) -> Message:
         """The worker's answer, or an error message when its process died or took too long."""

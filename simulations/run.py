@@ -172,7 +172,7 @@ def worker_app(settings_json: str) -> ClientApp:
     out = run_folder(settings)
     logging.getLogger().addHandler(_LogFile(out))
     torch.set_num_threads(_threads(settings))
-    site_of = _sites(settings, out, {}, _device(settings))
+    site_of = _sites(settings, out, {}, _device(settings), ready=True)
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
@@ -197,6 +197,8 @@ def _federate(
         return result[0]
     with _workers(settings) as workers:
         app = None
+        for worker in workers:
+            worker.begin()
         if not workers:
             site_of = _sites(settings, out, cohorts, device)
             for name in names[:_OPEN]:
@@ -299,12 +301,17 @@ def _workers(settings: Settings) -> Iterator[list[Worker]]:
             worker.stop()
 
 
-def _sites(settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device) -> Callable[[str], Site]:
+def _sites(
+    settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device, *, ready: bool = False
+) -> Callable[[str], Site]:
     recipe, turn, door = settings.recipe, threading.Lock(), threading.Lock()
 
     @functools.cache
     def model() -> nn.Module:
         return build(recipe)  # one for all sites of this process: every visit overwrites all that is exchanged
+
+    if ready:
+        model()  # a worker builds it while the coordinator builds its own, not when the first round waits for it
 
     # A secure sum has steps, and what a site keeps between them is in its memory.
     @functools.lru_cache(maxsize=None if recipe.privacy.secure_aggregation else _OPEN)
