@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo federation bench test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
+.PHONY: help venv demo federation bench bench-peers test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
 help:
 	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
 	@echo "make federation  a deployed federation of real processes on this machine: TLS, approvals, a site killed and back"
 	@echo "make bench  the benchmarks, and docs/benchmarks.md from them"
+	@echo "make bench-peers  the same federation through Flower's Ray simulation, NVFLARE and pfl, each installed beside it"
 	@echo "make test   lint, types, contracts between the rooms, tests; these are its parts:"
 	@echo "  make lint             ruff, mypy, import-linter"
 	@echo "  make test-rooms       every room by itself, and the simulation end to end"
@@ -35,6 +36,9 @@ federation: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/suite.py
+
+bench-peers: $(READY)
+	$(BIN)/python benchmarks/peers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -81,7 +81,7 @@ MODELS = {
 
 
 def main() -> None:
-    """`raw_loop.py FOLDER MODEL PROCESSES`: prints digest and times as JSON."""
+    """`raw_loop.py FOLDER MODEL PROCESSES [OUT]`: prints digest and times as JSON; OUT gets the final weights."""
     began = time.perf_counter()
     folder, kind, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     torch.set_num_threads(1)
@@ -118,6 +118,8 @@ def main() -> None:
                     answers[place] = pipe.recv()
             weights = mean(weights, answers)
             rounds_s.append(time.perf_counter() - at)
+    if len(sys.argv) > 4:
+        np.savez(sys.argv[4], **weights)
     print(
         json.dumps(
             {

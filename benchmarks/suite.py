@@ -49,6 +49,8 @@ def main() -> None:
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
             sys.exit(f"{name} failed")
         found[name] = json.loads(file.read_text())
+    if (OUT / "peers.json").exists():  # of `make bench-peers`
+        found["peers"] = json.loads((OUT / "peers.json").read_text())
     KEPT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     PLOTS.mkdir(exist_ok=True)
     PAGE.write_text(HEAD + "".join(f"\n{RENDER[name](found[name])}" for name in RENDER if name in found))
@@ -148,7 +150,34 @@ def scale(found: Mapping[str, Any]) -> str:
     )
 
 
-RENDER: dict[str, Callable[[Mapping[str, Any]], str]] = {"simulation": simulation, "parts": parts, "scale": scale}
+def peers(found: Mapping[str, Any]) -> str:
+    """The same federation through the peers."""
+    lines: list[tuple[str, ...]] = []
+    ratios: dict[str, Mapping[str, float]] = {}
+    for row in found["rows"]:
+        for name, wall in row["wall_s"].items():
+            slower = row["slower_than_fedicom"].get(name)
+            against = _spread(slower["1"]) if slower else ""
+            later = f"{row['later_round_s'][name]['median']:.2f}"
+            lines.append((row["model"], found["names"].get(name, name), _spread(wall), later, against))
+            if slower:
+                ratios[f"{name}, {row['model']}"] = slower["1"]
+    heads = ("network", "by", "whole process, s", "a later round, s", "times Fedicom's, one worker")
+    _bars("peers", "Whole process over Fedicom's with one worker", ratios, 1.0)
+    return (
+        "## The same federation through the peers\n\n"
+        "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of "
+        f"raw_loop.py, and ends with its parameters within rounding. {_where(found)}\n\n"
+        f"{_table(heads, lines)}\n\n![Peers](benchmarks/peers.svg)\n"
+    )
+
+
+RENDER: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "simulation": simulation,
+    "parts": parts,
+    "scale": scale,
+    "peers": peers,
+}
 
 
 def _where(found: Mapping[str, Any]) -> str:
