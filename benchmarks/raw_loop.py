@@ -14,6 +14,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,12 @@ def main() -> None:
             at = time.perf_counter()
             for pipe in pipes:
                 pipe.send((weights, round_))
+            places = {pipe: iter(range(number, len(sites), processes)) for number, pipe in enumerate(pipes)}
             answers: list[Any] = [None] * len(sites)
-            for number, pipe in enumerate(pipes):
-                for place in range(number, len(sites), processes):
-                    answers[place] = pipe.recv()
+            for _ in sites:
+                # Whichever has one: a worker whose answer is larger than the pipe waits until somebody reads it.
+                for pipe in wait(pipes)[:1]:
+                    answers[next(places[pipe])] = pipe.recv()
             weights = mean(weights, answers)
             rounds_s.append(time.perf_counter() - at)
     if len(sys.argv) > 4:
