@@ -117,8 +117,8 @@ def main() -> None:
             answers: list[Any] = [None] * len(sites)
             for _ in sites:
                 # Whichever has one: a worker whose answer is larger than the pipe waits until somebody reads it.
-                for pipe in wait(pipes)[:1]:
-                    answers[next(places[pipe])] = pipe.recv()
+                ready_one: Any = wait(pipes)[0]
+                answers[next(places[ready_one])] = ready_one.recv()
             weights = mean(weights, answers)
             rounds_s.append(time.perf_counter() - at)
     if len(sys.argv) > 4:

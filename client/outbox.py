@@ -52,7 +52,7 @@ class Outbox:
         """
         stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
         path = self._folder / f"{stem}.{reservation}.bin"
-        write_whole(path, wire.to_bytes(wire.encode(update)), self._flush)
+        write_whole(path, wire.to_parts(update), self._flush)
         for old in self._folder.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
             if old != path:
                 old.unlink()

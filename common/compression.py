@@ -83,15 +83,17 @@ def nbytes(shapes: Shapes, form: Form) -> int:
     return sum(_array_bytes(math.prod(shape), _form_of(shape, form)) for shape in shapes.values())
 
 
-def packed(weights: Weights, form: Form) -> bytes:
-    """The bytes of weights that `form` holds, one array after the other.
+def packed(weights: Weights, form: Form) -> memoryview:
+    """The bytes of weights that `form` holds, one array after the other; `none` copies nothing that lies so already.
 
     Raises:
         ExchangeError: `form` does not hold them: they were not quantised.
     """
     if not holds(weights, form):
         raise ExchangeError(f"an update of float32 numbers was to be sent as {form}; quantise it first")
-    return b"".join(_packed(array, _form_of(array.shape, form)) for array in weights.values())
+    if form == "none":
+        return weights.flat
+    return memoryview(b"".join(_packed(array, _form_of(array.shape, form)) for array in weights.values()))
 
 
 def unpacked(data: bytes | memoryview, shapes: Shapes, form: Form) -> Weights:

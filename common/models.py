@@ -24,7 +24,7 @@ from common import adaptation, standardisation
 from common.config import ModelConfig, Recipe, Training
 from common.errors import ConfigError, ExchangeError
 from common.scattering import ScatteringClassifier
-from common.weights import Weights
+from common.weights import Weights, room
 
 MONAI_NETWORKS = (
     *(f"resnet{depth}" for depth in (10, 18, 34, 50)),
@@ -127,9 +127,11 @@ def get_weights(model: nn.Module) -> Weights:
 
 def change_of(model: nn.Module, weights: Weights) -> Weights:
     """What is exchanged now minus `weights`, float32 on the CPU, without a copy of the whole in between."""
-    return Weights(
-        {name: value.to("cpu", torch.float32).numpy() - weights[name] for name, value in _exchanged(model).items()}
-    )
+    exchanged = _exchanged(model)
+    change = room({name: tuple(value.shape) for name, value in exchanged.items()})
+    for name, value in exchanged.items():
+        np.subtract(value.to("cpu", torch.float32).numpy(), weights[name], out=change[name])
+    return Weights(change)
 
 
 def set_weights(model: nn.Module, weights: Weights) -> None:

@@ -67,10 +67,11 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, data: bytes, flush: Flush = to_disk) -> None:
+def write_whole(path: Path, data: bytes | tuple[bytes | memoryview, ...], flush: Flush = to_disk) -> None:
     """Replaces the file by these bytes in one step: after a crash it holds the old bytes or the new ones.
 
     Args:
+        data: The bytes, or their parts.
         flush: What a crash is: with `to_disk` a power cut too, with `to_system` the end of the process.
 
     Raises:
@@ -81,7 +82,7 @@ def write_whole(path: Path, data: bytes, flush: Flush = to_disk) -> None:
         try:
             # 0600 from its first byte: a key that a crash leaves readable to others would be refused later
             with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
-                out.write(data)
+                out.writelines(data if isinstance(data, tuple) else [data])
                 out.flush()
                 flush(out.fileno())
             commit(part, path, flush)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,21 @@ class Weights(Mapping[str, Array]):
         return 4 * self.size
 
     @property
+    def flat(self) -> memoryview:
+        """The bytes of all arrays, little-endian float32, one after the other; copied only where they do not lie so."""
+        arrays = [np.asarray(array, dtype="<f4") for array in self._arrays.values()]
+        whole = arrays[0].base if arrays else None
+        if isinstance(whole, np.ndarray) and whole.flags.c_contiguous and whole.nbytes == self.nbytes > 0:
+            at = whole.ctypes.data
+            for array in arrays:
+                if array.base is not whole or array.ctypes.data != at:
+                    break
+                at += array.nbytes
+            else:
+                return whole.data.cast("B")
+        return memoryview(b"".join(array.ravel().data for array in arrays))
+
+    @property
     def digest(self) -> str:
         """SHA-256 over names, shapes and little-endian float32 bytes, in order of name."""
         if self._digest is None:
@@ -99,14 +114,14 @@ class Weights(Mapping[str, Array]):
 
     def __add__(self, other: Weights) -> Weights:
         self._same(other)
-        return Weights({name: array + other[name] for name, array in self._arrays.items()})
+        return self._made(lambda name, array, out: np.add(array, other[name], out=out))
 
     def __sub__(self, other: Weights) -> Weights:
         self._same(other)
-        return Weights({name: array - other[name] for name, array in self._arrays.items()})
+        return self._made(lambda name, array, out: np.subtract(array, other[name], out=out))
 
     def __mul__(self, factor: float) -> Weights:
-        return Weights({name: array * np.float32(factor) for name, array in self._arrays.items()})
+        return self._made(lambda name, array, out: np.multiply(array, np.float32(factor), out=out))
 
     __rmul__ = __mul__
 
@@ -114,10 +129,27 @@ class Weights(Mapping[str, Array]):
         """Zeros of the same names and shapes."""
         return Weights({name: np.zeros_like(array) for name, array in self._arrays.items()})
 
+    def _made(self, write: Callable[[str, Array, Array], object]) -> Weights:
+        made = room(self.shapes)
+        for name, array in self._arrays.items():
+            write(name, array, made[name])
+        return Weights(made)
+
     def _same(self, other: Weights) -> None:
         if self.shapes != other.shapes:
             odd = [name for name in {**self.shapes, **other.shapes} if self.shapes.get(name) != other.shapes.get(name)]
             raise ValueError(f"weights differ in names or shapes, first at {sorted(odd)[:3]}")
+
+
+def room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Arrays to be written, which lie one after the other (`Weights.flat`)."""
+    whole, start = np.empty(sum(map(math.prod, shapes.values())), np.float32), 0
+    made: dict[str, Array] = {}
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        made[name] = whole[start:end].reshape(shape)
+        start = end
+    return made
 
 
 def _square_sum(array: Array) -> float:

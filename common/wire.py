@@ -13,12 +13,12 @@ float32, and digests are over that.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
@@ -64,10 +64,10 @@ _KINDS: dict[str, type] = {
     "gathering": Gathering, "dealing": Dealing, "masking": Masking, "masked": MaskedUpdate,
     "survivors": Survivors, "agreement": Agreement, "opening": Opening, "shares": Shares,
 }  # fmt: skip
+_HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}
 _PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent, "offer": Offer}
 _MAPS: dict[str, type] = {"offers": Offer, "boxes": Box}
 """Fields that map names to a part."""
-_hints = functools.cache(get_type_hints)
 _MAX_BODY_BYTES = 4 << 20
 _MAX_ARRAYS = 20_000
 _MAX_NUMBERS = 1 << 31
@@ -95,7 +95,7 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
     body: dict[str, Any] = {}
     beside: dict[str, Any] = {}
     record = RecordDict()
-    for name in _hints(type(value)):
+    for name in _HINTS[type(value)]:
         part = getattr(value, name)
         if not isinstance(part, Weights | Residues):
             body[name] = _plain(part)
@@ -105,18 +105,22 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
             record["weights"] = ArrayRecord({name: _array(part.words.tobytes(), _MASKED)})
             continue
         form = value.compression if isinstance(value, Update) else "none"
-        body[name], data = {key: list(shape) for key, shape in part.shapes.items()}, packed(part, form)
+        body[name], data = _shapes(part), packed(part, form)
         if blobs is not None and len(data) >= BESIDE_BYTES:
-            for piece_name, piece in zip(_names(part.digest, form, len(data)), pieces(memoryview(data)), strict=True):
+            for piece_name, piece in zip(_names(part.digest, form, len(data)), pieces(data), strict=True):
                 blobs.put(piece_name, piece)
             beside = {"ticket": blobs.ticket, "bytes": len(data), "digest": part.digest}
         else:
-            record["weights"] = ArrayRecord({name: _array(data, _LAID[form])})
+            record["weights"] = ArrayRecord({name: _array(bytes(data), _LAID[form])})
     # Not a record of its own: each costs Flower a call on every leg of the way.
     record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body), **beside})
     if signer is not None:
         record.config_records["message"]["signature"] = signer.sign(_signed_bytes(record))
     return record
+
+
+def _shapes(weights: Weights) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in weights.shapes.items()}
 
 
 class _Handed(RecordDict):
@@ -213,12 +217,24 @@ def to_bytes(record: RecordDict) -> bytes:
     if isinstance(record, _Handed) and record.value is not None:
         record.data = record.data or to_bytes(encode(record.value))
         return record.data
-    message = record.config_records["message"]
-    head = dict(message)
     arrays = record.array_records.get("weights", ArrayRecord())
     name, array = next(iter(arrays.items()), ("", None))
-    text = json.dumps({**head, "array": name, "laid": array.stype if array is not None else ""}).encode()
-    return len(text).to_bytes(8, "little") + text + (array.data if array is not None else b"")
+    laid, data = (array.stype, array.data) if array is not None else ("", b"")
+    return _head(record.config_records["message"], name, laid) + data
+
+
+def to_parts(update: Update) -> tuple[bytes, memoryview]:
+    """`to_bytes(encode(update))` in two parts, without a copy of the weights in between."""
+    bare = encode(replace(update, delta=Weights({})))
+    message, form = bare.config_records["message"], update.compression
+    body = {**json.loads(str(message["body"])), "delta": _shapes(update.delta)}
+    head = _head({**message, "body": json.dumps(body)}, "delta", _LAID[form])
+    return head, packed(update.delta, form)
+
+
+def _head(message: Mapping[str, Any], name: str, laid: str) -> bytes:
+    text = json.dumps({**message, "array": name, "laid": laid}).encode()
+    return len(text).to_bytes(8, "little") + text
 
 
 def from_bytes(data: bytes) -> RecordDict:
@@ -257,7 +273,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
-    hints = set(_hints(cls).values())
+    hints = set(_HINTS[cls].values())
     beside = blobs is not None and Weights in hints and "ticket" in message
     expected = {"message", "weights"} if {Weights, Residues} & hints and not beside else {"message"}
     fields_ = {"kind", "version", "body", *(_BESIDE if beside else ())}
@@ -275,7 +291,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     if form not in FORMS:  # of any JSON type
         raise ExchangeError(f"{cls.__name__} with fields out of bounds: compression")
     try:
-        for name, hint in _hints(cls).items():
+        for name, hint in _HINTS[cls].items():
             if hint is Weights:
                 body[name] = _weights(record, name, body.get(name), form, blobs)
             elif hint is Residues:

@@ -146,3 +146,20 @@ def test_the_empty_vector_is_neutral():
     empty = Weights({})
     assert (empty.size, empty.nbytes, empty.norm, empty.finite) == (0, 0, 0.0, True)
     assert empty + empty == empty
+
+
+@given(THREE, st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_the_flat_bytes_are_those_of_the_arrays_in_their_order_whatever_they_are_made_of(abc, random):
+    total = abc[0] + abc[1]
+    names = random.sample(list(total), random.randint(0, len(total)))
+    for some in (abc[0], total, Weights({name: total[name] for name in names})):
+        assert some.flat == b"".join(array.tobytes() for array in some.values())
+
+
+def test_the_flat_bytes_of_a_sum_are_no_copy_and_those_of_some_other_selection_are():
+    whole = Weights({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}) * 2.0
+    assert all(np.shares_memory(np.frombuffer(whole.flat, np.float32), array) for array in whole.values())
+    part = Weights({"b": whole["b"], "a": whole["a"]})
+    assert part.flat == whole["b"].tobytes() + whole["a"].tobytes()
+    assert not np.shares_memory(np.frombuffer(part.flat, np.float32), whole["a"])

@@ -160,6 +160,12 @@ def test_what_is_encoded_decodes_to_the_same_value_also_through_bytes(value):
     assert wire.decode(wire.from_bytes(wire.to_bytes(record)), type(value)) == value
 
 
+@given(UPDATE)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_parts_of_an_update_are_its_bytes(value):
+    assert b"".join(wire.to_parts(value)) == wire.to_bytes(wire.encode(value))
+
+
 def masked(**changes) -> RecordDict:
     """The record of a masked update with some of it replaced."""
     plain = {"site": "north", "recipe_id": "a" * 64, "round": 1, "session": "b" * 64, "values": 2, "audit_head": ""}
