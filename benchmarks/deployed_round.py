@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from measure import machine
 
 from common.audit import verify
 from common.chain import Event
@@ -195,7 +196,7 @@ def _drain(line: ssl.SSLSocket, nbytes: int) -> None:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
-    return {"median": round(median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
+    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
 
 
 def seconds(begin: datetime, end: datetime) -> float:
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--with", dest="more", nargs="*", default=[], help="more words of the recipe")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     given = parser.parse_args()
-    found: dict[str, Any] = {"cores": os.cpu_count(), "sites": SITES}
+    found: dict[str, Any] = {"machine": machine(), "sites": SITES}
     folder = given.keep or Path(tempfile.mkdtemp(prefix="fedicom-round-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
