@@ -166,8 +166,8 @@ def deployed(found: Mapping[str, Any]) -> str:
     return (
         "## A deployed round\n\n"
         f"Coordinator, gateway, SuperLink and {found['sites']} sites as processes of one machine, with TLS and node "
-        f"authentication: a model of {row['update_bytes'] / 1e6:.0f} MB to every site and an update back from each, one "
-        "training step, a durable checkpoint, and kept replies on disk. A round takes "
+        f"authentication: a model of {row['update_bytes'] / 1e6:.0f} MB to every site and an update back from each, "
+        "one training step, a durable checkpoint, and kept replies on disk. A round takes "
         f"{row['round_over_tls']:.1f} times the plain transfer. Target: 1 s. What it takes is processor time, and all "
         f"processes share the cores: {row['busy_cores']:.1f} are busy. {_where(found)}\n\n"
         f"{_table(('', 's'), lines)}\n\n{_table(('processes', 'processor s a round'), busy)}\n\n"
@@ -194,9 +194,9 @@ def peers(found: Mapping[str, Any]) -> str:
     _bars("peers", "Whole process over Fedicom's with one worker", ratios, 1.0)
     return (
         "## The same federation through the peers\n\n"
-        "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of raw_loop.py, and "
-        "ends with its parameters within rounding. Fedicom's whole process also imports MONAI, whose network it trains, "
-        "for three seconds; the peers, as the raw loop, import none. Target: faster than each, that is above 1. "
+        "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of raw_loop.py, "
+        "and ends with its parameters within rounding. Fedicom's whole process also imports MONAI, whose network it "
+        "trains, for three seconds; the peers, as the raw loop, import none. Target: faster than each (above 1). "
         f"{_where(found)}\n\n"
         f"{_table(heads, lines)}\n\n![Peers](benchmarks/peers.svg)\n"
     )
