@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save
 
 from common.errors import StorageError
 from common.storage import private_folder, write_whole
@@ -40,9 +38,6 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     """
     parts = {"weights": state.weights} | {f"memory/{kind}": weights for kind, weights in state.memory.items()}
     parts |= {part: kept for part in ("best", "average") if (kept := getattr(state, part)) is not None}
-    tensors: dict[str, np.ndarray[Any, Any]] = {
-        f"{part}/{name}": array for part, weights in parts.items() for name, array in weights.items()
-    }
     head = {
         "recipe_id": state.recipe_id,
         "round": state.round,
@@ -56,8 +51,8 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     private_folder(folder)
     for left in folder.glob(".round-*.tmp"):  # by a process that was killed while it wrote
         left.unlink(missing_ok=True)
-    data = save(tensors, {"fedicom": text, "sha256": _sha256(text)})
-    write_whole(path, seal(data, key) if key else data)
+    data = _safetensors(parts, {"fedicom": text, "sha256": _sha256(text)})
+    write_whole(path, seal(b"".join(data), key) if key else data)
     # The same round may lie there in the other form, from before the key was given or taken away.
     twin = path.with_suffix("") if key else path.with_name(path.name + ".sealed")
     twin.unlink(missing_ok=True)
@@ -65,6 +60,21 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     for old in files[: max(0, files.index(path) + 1 - KEEP)]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _safetensors(parts: Mapping[str, Weights], metadata: Mapping[str, str]) -> tuple[bytes | memoryview, ...]:
+    """The parts of a safetensors file; the library's own `save` copies every number twice on its way."""
+    head: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for part, weights in parts.items():
+        for name, array in weights.items():
+            head[f"{part}/{name}"] = {
+                "dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes],
+            }  # fmt: skip
+            at += array.nbytes
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little"), text, *(weights.flat for weights in parts.values())
 
 
 def exists(folder: Path) -> bool:
