@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 it failed with a message, 2 the request was wrong."""
+    # At its end Python looks through torch's million objects for rubbish, which takes two seconds.
+    atexit.register(gc.freeze)
     words = list(sys.argv[1:] if argv is None else argv)
     width = max(map(len, _VERBS)) + 2
     parser = argparse.ArgumentParser(

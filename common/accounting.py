@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -178,12 +179,20 @@ def _epsilon_at(events: tuple[Event, ...], delta: float, interval: float) -> flo
                 event.noise_multiplier / math.sqrt(event.steps), value_discretization_interval=interval
             )
         else:
-            one = pld.from_gaussian_mechanism(
-                event.noise_multiplier, value_discretization_interval=interval, sampling_prob=event.sampling_rate
-            )
+            one = _step(event.noise_multiplier, event.sampling_rate, interval)
             one = one.self_compose(event.steps) if event.steps > 1 else one
         total = total.compose(one)
     return max(0.0, float(total.get_epsilon_for_delta(delta)))
+
+
+@lru_cache(maxsize=16)
+def _step(noise_multiplier: float, sampling_rate: float, interval: float) -> Any:
+    """The distribution of one step: every round of a run composes the same ones."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
+    return pld.from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=interval, sampling_prob=sampling_rate
+    )
 
 
 @lru_cache(maxsize=256)

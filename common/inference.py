@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch import nn
 
 from common.shard import Batches
 
+_CPU_NUMBERS = 2**19
+"""Of the images of a batch: ten of 224 x 224. With more, each layer's result is fresh memory of the system."""
+
 
 def logits(
     model: nn.Module,
@@ -18,7 +22,7 @@ def logits(
     indices: Sequence[int] | npt.NDArray[np.integer],
     *,
     device: torch.device | str,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> npt.NDArray[np.float32]:
     """The model's outputs before softmax or sigmoid, in evaluation mode and without gradients.
 
@@ -26,6 +30,7 @@ def logits(
         model: Left in the modes (of every module) in which it came, and on `device`.
         x_N: Samples (N, 1, *size), possibly memory-mapped: one batch is copied at a time.
         indices: Which samples, in which order; the result keeps it.
+        batch_size: None: 64, and on a CPU fewer of large images.
 
     Returns:
         float32 (len(indices), classes).
@@ -38,7 +43,7 @@ def logits(
         raise ValueError("no samples to run the model on")
     # A frozen batch norm may be in eval mode inside a training model: each module gets its own mode back
     modes = [(module, module.training) for module in model.modules()]
-    batches = Batches(x_N)
+    batches, batch_size = Batches(x_N), batch_size or _batch_size(x_N.shape[1:], torch.device(device))
     model.to(device).eval()
     try:
         with torch.inference_mode():
@@ -50,3 +55,7 @@ def logits(
         for module, training in modes:
             module.training = training
     return np.concatenate(parts)
+
+
+def _batch_size(shape: Sequence[int], device: torch.device) -> int:
+    return 64 if device.type != "cpu" else max(1, min(64, _CPU_NUMBERS // math.prod(shape)))

@@ -37,7 +37,7 @@ class CentralResult:
 
 
 def central(
-    model: nn.Module, samples: Samples, recipe: Recipe, *, device: torch.device | str, batch_size: int = 64
+    model: nn.Module, samples: Samples, recipe: Recipe, *, device: torch.device | str, batch_size: int | None = None
 ) -> CentralResult:
     """Evaluates the model on every sample of the coordinator's folder, as `prepare_folder` gave them.
 

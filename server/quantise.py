@@ -102,10 +102,10 @@ def export_int8(model: Path, recipe: Recipe, test: Samples | None, path: Path) -
         ("its calibration error is higher", ece[1] - ece[0], MAX_ECE_GAIN),
     ):
         if not got <= limit:
-            raise ExportError(f"not offered: {what} by {got:.3f}, at most {limit} is allowed")
+            raise ExportError(f"not offered: {what} by {got:.4f}, at most {limit} is allowed")
     if not speed >= MIN_SPEED:
         raise ExportError(
-            f"not offered: it is {speed:.1f} times as fast as the float32 file on this machine, expected 2 at least"
+            f"not offered: it is {speed:.2f} times as fast as the float32 file on this machine, expected 2 at least"
         )
     write_whole(path, data)
     sha256 = hashlib.sha256(data).hexdigest()

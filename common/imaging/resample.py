@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -66,8 +67,11 @@ class Grid:
             for count, ratio, same in zip(self.shape, self.ratio, self.same, strict=True)
         )
 
-    def matrices(self) -> list[Matrix | None]:
-        """One for each axis; None leaves the axis as it is."""
+    def matrices(self) -> tuple[Matrix | None, ...]:
+        """One for each axis; None leaves the axis as it is. Images that lie alike share them."""
+        return _matrices(self)
+
+    def _made(self) -> list[Matrix | None]:
         between = self.between
         first: list[Matrix | None] = [None] * len(self.shape)
         if self.ratio is not None:
@@ -94,6 +98,11 @@ class Grid:
         # torch's align_corners=False: pixels are areas
         middle = (np.arange(size, dtype=np.float64) + 0.5) * (count / size) - 0.5
         return _smoothed(None if count == size else _interpolating(count, middle), count, sigma)
+
+
+@lru_cache(maxsize=32)
+def _matrices(grid: Grid) -> tuple[Matrix | None, ...]:
+    return tuple(grid._made())
 
 
 def widths(ratio: Sequence[float]) -> NDArray[np.float64]:

@@ -146,3 +146,12 @@ def test_a_reader_that_stops_reading_gets_no_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "name: phantom_2d\n"
     assert done.stderr == ""
+
+
+def test_python_does_not_search_torch_for_rubbish_at_its_end():
+    check = (
+        "import atexit, gc, fedicom; atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0)); "
+        "fedicom.main(['version'])"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "frozen True"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -105,9 +106,17 @@ def test_ranges_that_do_not_fit_cost_accuracy_and_are_refused(model, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_is_not_twice_as_fast_is_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantise, "_speed", lambda *_: 1.9)
-    with pytest.raises(ExportError, match=r"not offered: it is 1\.9 times as fast"):
+def test_a_file_that_is_not_twice_as_fast_is_refused_with_a_number_below_two(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantise, "_speed", lambda *_: 1.96)
+    with pytest.raises(ExportError, match=r"not offered: it is 1\.96 times as fast"):
+        export_int8(model, RECIPE, samples(), tmp_path / quantise.FILE)
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_loss_just_above_the_limit_is_told_as_above_it(model, tmp_path, monkeypatch):
+    judged = iter([SimpleNamespace(values={"auroc": value, "ece": 0.1}) for value in (0.9054, 0.9)])
+    monkeypatch.setattr(quantise, "_judged", lambda *_: next(judged))
+    with pytest.raises(ExportError, match=r"its AUROC is lower by 0\.0054, at most 0\.005 is allowed"):
         export_int8(model, RECIPE, samples(), tmp_path / quantise.FILE)
 
 
