@@ -67,9 +67,9 @@ class Grid:
             for count, ratio, same in zip(self.shape, self.ratio, self.same, strict=True)
         )
 
-    def matrices(self) -> tuple[Matrix | None, ...]:
+    def matrices(self) -> list[Matrix | None]:
         """One for each axis; None leaves the axis as it is. Images that lie alike share them."""
-        return _matrices(self)
+        return list(_matrices(self))
 
     def _made(self) -> list[Matrix | None]:
         between = self.between
