@@ -77,13 +77,13 @@ def simulation(found: Mapping[str, Any]) -> str:
             (
                 f"{row['model']}, {row['workers']} worker{'s' if row['workers'] > 1 else ''}",
                 _spread(row["wall_s"]["raw"]), _spread(row["wall_s"]["fedicom"]), _spread(row["wall_s"]["ratio"]),
-                _spread(row["rounds_s"]["ratio"]),
+                _spread(row["later_round_s"]["ratio"]),
                 f"{row['start_s']['fedicom']['median'] - found['import_torch_s']['median']:.1f}",
                 f"{row['peak_mb']['raw']:.0f}, {row['peak_mb']['fedicom']:.0f}", f"{row['peak_mb']['ratio']:.2f}",
             )
         )  # fmt: skip
     heads = (
-        "5 rounds, 8 sites x 200 images", "raw loop, s", "Fedicom, s", "whole process", "rounds alone",
+        "5 rounds, 8 sites x 200 images", "raw loop, s", "Fedicom, s", "whole process", "a later round",
         "start beyond `import torch`, s", "peak MB (raw, ours)", "ratio",
     )  # fmt: skip
     later = {(row["model"], row["workers"]): row["later_round_s"] for row in found["rows"]}
@@ -95,17 +95,17 @@ def simulation(found: Mapping[str, Any]) -> str:
     )
     _bars(
         "simulation",
-        "Rounds of a simulation against the raw loop (1 = as fast)",
-        {line[0]: row["rounds_s"]["ratio"] for line, row in zip(lines, found["rows"], strict=True)},
+        "A later round of a simulation against the raw loop (1 = as fast)",
+        {line[0]: row["later_round_s"]["ratio"] for line, row in zip(lines, found["rows"], strict=True)},
         1.02,
     )
     return (
         "## A simulated federation against the raw PyTorch loop\n\n"
         "Both do the same SGD steps and end with the same weights, bit for bit (the benchmark fails otherwise): "
         "benchmarks/raw_loop.py has nothing of Fedicom in it, and neither messages, checks, logs nor checkpoints. The "
-        "raw loop imports torch alone; Fedicom also imports Flower and the library of its network. Fedicom's "
-        "bookkeeping for one site (hashes, log) runs beside the training of the next one, on the other core. What "
-        "follows the last round "
+        "raw loop imports torch alone, and its first round warms torch up, which Fedicom does before; Fedicom also "
+        "imports Flower and the library of its network. Its bookkeeping for one site (hashes, log) runs beside the "
+        "training of the next one, on the other core. What follows the last round "
         f"(export, report) takes another {found['conclusion_s']:.1f} s. Targets: 1.02 with one worker, 1.05 with two, "
         f"start 1 s, memory 1.2. Two workers against one, target 1.6x: {shared}.\n\n"
         f"{_where(found)}\n\n{_table(heads, lines)}\n\n![Rounds](benchmarks/simulation.svg)\n"
@@ -279,7 +279,7 @@ def _lines(name: str, title: str, values: Mapping[int, float]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 2.4))
     axes.plot(list(values), list(values.values()), marker="o", color="#4477aa")
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(values.values()))
     axes.set_xlabel("sites")
     axes.set_title(title, loc="left")
     _save(pyplot, figure, name)

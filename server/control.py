@@ -390,7 +390,9 @@ class Control:
             if run.order_file.exists():
                 raise ConflictError(f"there is a run {wanted} already; give this one another name (--name)")
             for other in self._working:
-                if Run(self.home, other).order.recipe_id == recipe.id:
+                found = Run(self.home, other)
+                # One that has finished asks nobody any more, though its process may need another moment to end.
+                if found.active and found.order.recipe_id == recipe.id:
                     raise ConflictError(f"run {other} works on this recipe already; sites would be asked twice")
             private_folder(run.path)
             signed.write(run.recipe_file)

@@ -201,6 +201,11 @@ def test_a_name_is_taken_once_and_a_recipe_is_at_work_once(with_run):
     assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house, timeout_s=9.0))[0] == 200
 
 
+def test_a_recipe_may_run_again_as_soon_as_its_run_has_finished_also_while_that_process_ends(with_run):
+    assert Run(with_run.house.home, "trial-1").settle(state="finished")
+    assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
+
+
 def test_a_full_disk_refuses_the_request_before_anything_is_done(running, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
