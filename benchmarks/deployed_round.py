@@ -29,11 +29,10 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from measure import machine
+from measure import machine, spread
 
 from common.audit import verify
 from common.chain import Event
@@ -192,11 +191,6 @@ def _drain(line: ssl.SSLSocket, nbytes: int) -> None:
         if not got:
             raise SystemExit("the line was cut")
         nbytes -= got
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
 
 
 def seconds(begin: datetime, end: datetime) -> float:

@@ -163,20 +163,24 @@ class Trainer:
     def __call__(self, weights: dict[str, np.ndarray[Any, Any]], site: str, round_: int) -> dict[str, Any]:
         """One epoch of SGD at one site; the change of the weights."""
         job, (x_N, y_N) = self.job, self.data[site]
-        rng = np.random.default_rng(job["seeds"][f"{round_}/{site}"])
-        rng.integers(2**63), rng.integers(2**63)  # Fedicom's seeds of augmentation and dropout, unused here
         with torch.no_grad():
             for name, value in self.exchanged.items():
                 value.copy_(torch.tensor(weights[name]))
         self.model.train()
         optimiser = torch.optim.SGD(self.model.parameters(), lr=job["lr"], momentum=job["momentum"])
-        steps = math.ceil(len(x_N) / job["batch_size"])
-        for index_B in np.array_split(rng.permutation(np.arange(len(x_N))), steps):
+        for index_B in batches(job, site, round_, len(x_N)):
             optimiser.zero_grad()
             logits = self.model(torch.from_numpy(x_N[index_B]))
             functional.cross_entropy(logits, torch.from_numpy(y_N[index_B])).backward()
             optimiser.step()
         return {name: value.numpy() - weights[name] for name, value in self.exchanged.items()}
+
+
+def batches(job: dict[str, Any], site: str, round_: int, count: int) -> list[np.ndarray[Any, Any]]:
+    """Which of the site's images make each batch of a round."""
+    rng = np.random.default_rng(job["seeds"][f"{round_}/{site}"])
+    rng.integers(2**63), rng.integers(2**63)  # Fedicom's seeds of augmentation and dropout, unused here
+    return np.array_split(rng.permutation(np.arange(count)), math.ceil(count / job["batch_size"]))
 
 
 def mean(weights: dict[str, Any], changes: list[dict[str, Any]]) -> dict[str, Any]:

@@ -68,14 +68,12 @@ def quantised(weights: Weights, form: Form) -> Weights:
 
 def holds(weights: Weights, form: Form) -> bool:
     """Whether every number is one that `form` holds exactly; also of infinite ones and NaN in bfloat16, as in none."""
-    for array in weights.values():
-        flat = array.ravel()
-        for part in _parts(flat) if form != "none" and rounds(array.shape) else ():
-            if form == "bfloat16" and (part.view(np.uint32) & np.uint32(0xFFFF)).any():
-                return False
-            if form == "int8" and not (np.isfinite(part).all() and _same_bits(_rounded(part), part)):
-                return False
-    return True
+    if form == "none":
+        return True
+    parts = (part for array in weights.values() if rounds(array.shape) for part in _parts(array.ravel()))
+    if form == "bfloat16":
+        return not any((part.view(np.uint32) & np.uint32(0xFFFF)).any() for part in parts)
+    return all(np.isfinite(part).all() and _same_bits(_rounded(part), part) for part in parts)
 
 
 def nbytes(shapes: Shapes, form: Form) -> int:
@@ -89,10 +87,10 @@ def packed(weights: Weights, form: Form) -> memoryview:
     Raises:
         ExchangeError: `form` does not hold them: they were not quantised.
     """
-    if not holds(weights, form):
-        raise ExchangeError(f"an update of float32 numbers was to be sent as {form}; quantise it first")
     if form == "none":
         return weights.flat
+    if not holds(weights, form):
+        raise ExchangeError(f"an update of float32 numbers was to be sent as {form}; quantise it first")
     return memoryview(b"".join(_packed(array, _form_of(array.shape, form)) for array in weights.values()))
 
 
@@ -150,7 +148,7 @@ def _packed(array: Array, form: Form) -> bytes | memoryview:
     if form == "none":
         return np.ascontiguousarray(flat, "<f4").data
     if form == "bfloat16":
-        return (flat.view(np.uint32) >> np.uint32(16)).astype("<u2").data
+        return np.ascontiguousarray(np.asarray(flat, "<f4").view("<u2")[1::2]).data
     halves = [_blocks(part) for part in _parts(flat)]
     return b"".join(half.tobytes() for side in zip(*halves, strict=True) for half in side)
 

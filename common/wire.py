@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
@@ -91,36 +91,43 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
         ExchangeError: The weights are not of the form that the value names.
         FedicomError: `blobs` did not take it.
     """
-    kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
-    body: dict[str, Any] = {}
-    beside: dict[str, Any] = {}
+    message, name, laid, data = _split(value)
     record = RecordDict()
-    for name in _HINTS[type(value)]:
-        part = getattr(value, name)
-        if not isinstance(part, Weights | Residues):
-            body[name] = _plain(part)
-            continue
-        if isinstance(part, Residues):
-            body[name] = len(part)
-            record["weights"] = ArrayRecord({name: _array(part.words.tobytes(), _MASKED)})
-            continue
-        form = value.compression if isinstance(value, Update) else "none"
-        body[name], data = _shapes(part), packed(part, form)
-        if blobs is not None and len(data) >= BESIDE_BYTES:
-            for piece_name, piece in zip(_names(part.digest, form, len(data)), pieces(data), strict=True):
-                blobs.put(piece_name, piece)
-            beside = {"ticket": blobs.ticket, "bytes": len(data), "digest": part.digest}
-        else:
-            record["weights"] = ArrayRecord({name: _array(bytes(data), _LAID[form])})
+    if blobs is not None and laid != _MASKED and len(data) >= BESIDE_BYTES:
+        digest = getattr(value, name).digest
+        for piece_name, piece in zip(_names(digest, _form(value), len(data)), pieces(data), strict=True):
+            blobs.put(piece_name, piece)
+        message |= {"ticket": blobs.ticket, "bytes": len(data), "digest": digest}
+    elif name:
+        record["weights"] = ArrayRecord({name: _array(bytes(data), laid)})
     # Not a record of its own: each costs Flower a call on every leg of the way.
-    record["message"] = ConfigRecord({"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body), **beside})
+    record["message"] = ConfigRecord(message)
     if signer is not None:
         record.config_records["message"]["signature"] = signer.sign(_signed_bytes(record))
     return record
 
 
-def _shapes(weights: Weights) -> dict[str, list[int]]:
-    return {name: list(shape) for name, shape in weights.shapes.items()}
+def _split(value: Request | Reply) -> tuple[dict[str, Any], str, str, memoryview]:
+    """The fields of the message, and its one array: name, how it lies, bytes; the names are empty where it has none."""
+    kind = next(name for name, cls in _KINDS.items() if type(value) is cls)
+    body: dict[str, Any] = {}
+    array = ("", "", memoryview(b""))
+    for name in _HINTS[type(value)]:
+        part = getattr(value, name)
+        if isinstance(part, Weights):
+            form = _form(value)
+            body[name] = {key: list(shape) for key, shape in part.shapes.items()}
+            array = (name, _LAID[form], packed(part, form))
+        elif isinstance(part, Residues):
+            body[name] = len(part)
+            array = (name, _MASKED, memoryview(part.words.tobytes()))
+        else:
+            body[name] = _plain(part)
+    return {"kind": kind, "version": WIRE_VERSION, "body": json.dumps(body)}, *array
+
+
+def _form(value: Request | Reply) -> Form:
+    return value.compression if isinstance(value, Update) else "none"
 
 
 class _Handed(RecordDict):
@@ -215,7 +222,7 @@ def decode_reply(record: RecordDict, blobs: Open | None = None) -> Reply:
 def to_bytes(record: RecordDict) -> bytes:
     """A record as bytes, for a pipe between processes of one machine."""
     if isinstance(record, _Handed) and record.value is not None:
-        record.data = record.data or to_bytes(encode(record.value))
+        record.data = record.data or b"".join(to_parts(record.value))
         return record.data
     arrays = record.array_records.get("weights", ArrayRecord())
     name, array = next(iter(arrays.items()), ("", None))
@@ -223,13 +230,10 @@ def to_bytes(record: RecordDict) -> bytes:
     return _head(record.config_records["message"], name, laid) + data
 
 
-def to_parts(update: Update) -> tuple[bytes, memoryview]:
-    """`to_bytes(encode(update))` in two parts, without a copy of the weights in between."""
-    bare = encode(replace(update, delta=Weights({})))
-    message, form = bare.config_records["message"], update.compression
-    body = {**json.loads(str(message["body"])), "delta": _shapes(update.delta)}
-    head = _head({**message, "body": json.dumps(body)}, "delta", _LAID[form])
-    return head, packed(update.delta, form)
+def to_parts(value: Request | Reply) -> tuple[bytes, memoryview]:
+    """`to_bytes(encode(value))` in two parts, without a copy of the weights in between."""
+    message, name, laid, data = _split(value)
+    return _head(message, name, laid), data
 
 
 def _head(message: Mapping[str, Any], name: str, laid: str) -> bytes:

@@ -197,8 +197,6 @@ def _federate(
         return result[0]
     with _workers(settings) as workers:
         app = None
-        for worker in workers:
-            worker.begin()
         if not workers:
             site_of = _sites(settings, out, cohorts, device)
             for name in names[:_OPEN]:
@@ -295,6 +293,8 @@ def _workers(settings: Settings) -> Iterator[list[Worker]]:
     text = json.dumps(as_plain(settings))
     workers = [Worker(worker_app, text) for _ in range(count)] if count > 1 else []
     try:
+        for worker in workers:
+            worker.begin()
         yield workers
     finally:
         for worker in workers:

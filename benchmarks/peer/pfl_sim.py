@@ -4,7 +4,6 @@ pfl exchanges parameters alone, so the statistics of batch norms stay those of t
 """
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from raw_loop import MODELS, ResNet
+from raw_loop import MODELS, ResNet, batches
 from torch.nn import functional
 
 folder, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -48,9 +47,7 @@ class Ordered(Dataset):
 
     def iter(self, batch_size):
         x_N, y_N = self.raw_data
-        rng = np.random.default_rng(job["seeds"][f"{at_round}/{self.user_id}"])
-        rng.integers(2**63), rng.integers(2**63)
-        for index_B in np.array_split(rng.permutation(np.arange(len(x_N))), math.ceil(len(x_N) / job["batch_size"])):
+        for index_B in batches(job, self.user_id, at_round, len(x_N)):
             yield torch.from_numpy(x_N[index_B]), torch.from_numpy(y_N[index_B])
 
 
