@@ -32,6 +32,7 @@ from torch import nn
 
 from client.dp import PrivateGradient, Sampling, os_noise
 from client.train import Loss, Private, TrainingError, mean_gradient, private_gradient, record_loss
+from common.compute import compute_with
 from common.config import Recipe, recipe_from_json
 from common.models import build
 
@@ -212,7 +213,7 @@ def _follow(
     """The life of another process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     device = torch.device(where)
-    torch.set_num_threads(threads)
+    compute_with(threads)
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share, device)
     _meet(rank, world, meeting, device)

@@ -27,6 +27,7 @@ from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
 from client.site import Code, Site
 from common.chain import GENESIS, Event, parts, verify
+from common.compute import compute_with
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig, SiteHome
 from common.errors import ConfigError, DataError, FedicomError, PrivacyError, StorageError
@@ -306,8 +307,7 @@ class Resident:
                 "withdrawn; approve it anew"
             )
         devices = _devices(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        compute_with(config.threads)
         model = functools.cache(lambda: build(recipe))
         model()  # what cannot be built is told before hours are spent on reading
         return Site(

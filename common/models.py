@@ -247,6 +247,9 @@ def _monai(recipe: Recipe) -> nn.Module:
         raise ConfigError(f"model.width: only MONAI's ResNets and ViT have one, got {config.name}; use width=1")
     if config.patch is not None and not is_vit:
         raise ConfigError(f"model.patch: only a vision transformer has patches, got {config.name}; use patch=null")
+    from common.monai_shim import ensure_light_monai
+
+    ensure_light_monai()
     if is_vit:
         return _monai_vit(recipe)
     from monai.networks.nets import densenet, efficientnet, resnet

@@ -110,7 +110,8 @@ class Weights(Mapping[str, Array]):
 
     @property
     def finite(self) -> bool:
-        return all(bool(np.isfinite(array).all()) for array in self._arrays.values())
+        """Whether no number is infinite or NaN: their squares cannot leave float64, so the norm tells."""
+        return math.isfinite(self.norm)
 
     def __add__(self, other: Weights) -> Weights:
         self._same(other)

@@ -156,15 +156,14 @@ def _attack(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     if arguments.models and arguments.models < 4:
         raise ConfigError(f"--models: got {arguments.models}; LiRA needs at least 4 federations, or 0 for none")
-    import torch
-
+    from common.compute import compute_with
     from common.storage import write_whole
     from simulations.attacks.images import images_of, phantoms
     from simulations.attacks.study import inversion, membership, plain, table
     from simulations.cli import Terminal
     from simulations.privacy_page import write_attack_page
 
-    torch.set_num_threads(1)
+    compute_with(threads=1)
     drawn = phantoms(seed=arguments.seed)
     images = drawn if arguments.images is None else images_of(arguments.images)
     if arguments.models and arguments.patients > len(images.train_N):

@@ -30,6 +30,7 @@ from client.policy import ledger_policy
 from client.secure import Sums
 from client.site import Site
 from common.audit import AuditLog
+from common.compute import compute_with
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.deployment import Policy
 from common.errors import ConfigError, DataError, StorageError
@@ -107,7 +108,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         on_ray.check(settings)
     _fits(settings, out)
     with _alone(out), _log_file(out):
-        torch.set_num_threads(_threads(settings))
+        compute_with(_threads(settings))
         hospitals = _hospitals(settings, out, show)
         names = site_folders(hospitals, recipe)
         cohorts = {name: _cohort(settings, out, name, show) for name in names}
@@ -171,7 +172,7 @@ def worker_app(settings_json: str) -> ClientApp:
     settings = settings_from_json(settings_json)
     out = run_folder(settings)
     logging.getLogger().addHandler(_LogFile(out))
-    torch.set_num_threads(_threads(settings))
+    compute_with(_threads(settings))
     site_of = _sites(settings, out, {}, _device(settings), ready=True)
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 

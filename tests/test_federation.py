@@ -297,7 +297,10 @@ def test_what_the_sites_wrote_is_on_the_disk_before_a_checkpoint_counts_on_it(
 # nothing lasting happens.
 NURSERY = """
 import itertools, json, os, signal, sys, time, traceback
-import client.dp.engine, client.dp.bookkeeping, dp_accounting.pld.privacy_loss_distribution, monai.networks.nets
+import client.dp.engine, client.dp.bookkeeping, dp_accounting.pld.privacy_loss_distribution
+from common.monai_shim import ensure_light_monai
+ensure_light_monai()
+import monai.networks.nets.resnet
 from common.config import settings_from_json
 from simulations import run
 run.conclude = lambda federated, *_, **__: federated

@@ -183,6 +183,9 @@ def invert(
 
 def similarity(truth: Picture, image: Picture) -> tuple[float, float]:
     """Peak signal-to-noise ratio (dB) and structural similarity, by MONAI, of two pictures in [0, 1]."""
+    from common.monai_shim import ensure_light_monai
+
+    ensure_light_monai()
     from monai.metrics.regression import PSNRMetric, SSIMMetric
 
     a, b = (torch.from_numpy(np.ascontiguousarray(part))[None, None] for part in (image, truth))
