@@ -93,6 +93,10 @@ class Weights(Mapping[str, Array]):
             self._digest = self._hash()
         return self._digest
 
+    def digest_is(self, digest: str) -> None:
+        """Takes a digest that was computed over these very numbers before, in another process of this program."""
+        self._digest = digest
+
     def _hash(self) -> str:
         state = hashlib.sha256()
         for name in sorted(self._arrays):

@@ -220,20 +220,24 @@ def decode_reply(record: RecordDict, blobs: Open | None = None) -> Reply:
 
 
 def to_bytes(record: RecordDict) -> bytes:
-    """A record as bytes, for a pipe between processes of one machine."""
+    """A record as bytes, for another process of this machine."""
     if isinstance(record, _Handed) and record.value is not None:
-        record.data = record.data or b"".join(to_parts(record.value))
+        record.data = record.data or b"".join(to_parts(record))
         return record.data
-    arrays = record.array_records.get("weights", ArrayRecord())
+    return b"".join(to_parts(record))
+
+
+def to_parts(what: RecordDict | Request | Reply) -> tuple[bytes, memoryview]:
+    """The bytes of a message in two parts, head and weights, without a copy of the weights in between."""
+    if isinstance(what, _Handed) and what.value is not None:
+        what = what.value
+    if not isinstance(what, RecordDict):
+        message, name, laid, data = _split(what)
+        return _head(message, name, laid), data
+    arrays = what.array_records.get("weights", ArrayRecord())
     name, array = next(iter(arrays.items()), ("", None))
-    laid, data = (array.stype, array.data) if array is not None else ("", b"")
-    return _head(record.config_records["message"], name, laid) + data
-
-
-def to_parts(value: Request | Reply) -> tuple[bytes, memoryview]:
-    """`to_bytes(encode(value))` in two parts, without a copy of the weights in between."""
-    message, name, laid, data = _split(value)
-    return _head(message, name, laid), data
+    laid, found = (array.stype, array.data) if array is not None else ("", b"")
+    return _head(what.config_records["message"], name, laid), memoryview(found)
 
 
 def _head(message: Mapping[str, Any], name: str, laid: str) -> bytes:
@@ -248,15 +252,35 @@ def from_bytes(data: bytes) -> RecordDict:
         ExchangeError: These bytes were not made by `to_bytes`, or were cut short.
     """
     end = 8 + int.from_bytes(data[:8], "little")
+    return from_parts(data[:end], data[end:])
+
+
+def from_parts(head: bytes, data: bytes) -> RecordDict:
+    """Inverse of `to_parts`.
+
+    Raises:
+        ExchangeError: As `from_bytes`.
+    """
     try:
-        head = json.loads(data[8:end])
-        name, laid = head.pop("array"), head.pop("laid")
-        record = RecordDict({"message": ConfigRecord(head)})
+        message = json.loads(head[8:])
+        name, laid = message.pop("array"), message.pop("laid")
+        record = RecordDict({"message": ConfigRecord(message)})
         if name:
-            record["weights"] = ArrayRecord({name: _array(data[end:], laid)})
+            record["weights"] = ArrayRecord({name: _array(data, laid)})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExchangeError("these bytes are no message") from None
     return record
+
+
+def value(record: RecordDict) -> Request | Reply:
+    """The message in `record`, whatever kind it is.
+
+    Raises:
+        ExchangeError: As `decode`.
+    """
+    found = _decode(record, tuple(_KINDS.values()), None)
+    assert isinstance(found, Request | Reply)
+    return found
 
 
 def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> object:

@@ -1,7 +1,7 @@
 """Flower's Grid without a network: the deployed ClientApp is called in this process, or in worker processes.
 
-In this process a message is handed over as it is. Workers get and give bytes over pipes; no message is pickled. A site
-always lives in the same worker, so its ledger and log have one owner.
+In this process a message is handed over as it is. Workers get and give bytes over pipes; no message is pickled, and one
+for many sites goes to a worker once. A site always lives in the same worker, so its ledger and log have one owner.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -28,6 +29,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
+from common.exchange import RoundPlan, Update
+from common.weights import Weights
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -39,6 +42,9 @@ _CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
 _STOP_S = 0.2
+
+_MOST_BYTES = 1 << 30
+"""That are read at once."""
 
 Progress = Callable[[str], None]
 
@@ -226,6 +232,8 @@ class Worker:
         self._make_app, self._settings = make_app, settings
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
+        self._told: RecordDict | None = None
+        """The last message that the process was given."""
         self._ended = False
 
     def begin(self) -> None:
@@ -237,16 +245,18 @@ class Worker:
         """The worker's answer, or an error message when its process died or took too long."""
         try:
             pipe = self._ready()
-            pipe.send_bytes(f"{message.metadata.message_type}\n{site}".encode())
-            pipe.send_bytes(wire.to_bytes(message.content))
+            known, self._told = message.content is self._told, message.content
+            pipe.send_bytes("\n".join((message.metadata.message_type, site, "as before" * known)).encode())
+            if not known:
+                _give(pipe, message.content)
             if not pipe.poll(timeout_s):
                 self.stop()
                 return _failed(message, f"no answer within {timeout_s:g} s")
-            answer = pipe.recv_bytes()
+            answer = _take(pipe)
         except (EOFError, OSError):
             self.stop()
             return _failed(message, "worker process died")
-        return Message(wire.from_bytes(answer), reply_to=message) if answer else _failed(message, "the site failed")
+        return _failed(message, "the site failed") if answer is None else Message(answer, reply_to=message)
 
     def stop(self, *, for_good: bool = False) -> None:
         """Kills the process, which all that a site does must survive anyway; safe to call twice and from any thread.
@@ -256,7 +266,7 @@ class Worker:
         """
         self._ended = self._ended or for_good
         process, pipe = self._process, self._pipe
-        self._pipe = self._process = None
+        self._pipe = self._process = self._told = None
         if process is not None:
             process.kill()
             process.join()
@@ -293,20 +303,67 @@ def _serve(pipe: Connection[Any, Any], make_app: Callable[[str], ClientApp], set
     become_node(1)
     app = make_app(settings)
     contexts: dict[str, Context] = {}
+    content = answer = None
     while True:
         try:
-            kind, site = pipe.recv_bytes().decode().split("\n", 1)
-            content = wire.from_bytes(pipe.recv_bytes())
+            kind, site, known = pipe.recv_bytes().decode().split("\n")
+            if not known:
+                if content is not None:
+                    wire.let_go(content)  # before there is room for the next one
+                content = _take(pipe)
         except (EOFError, OSError):
             return
+        assert content is not None
         node = contexts.setdefault(site, context(site, _FIRST_NODE))
         try:
-            answer = wire.to_bytes(app(Message(content, _FIRST_NODE, kind), node).content)
+            answer = app(Message(content, _FIRST_NODE, kind), node).content
         except Exception:
             log.exception("site %s failed", site)
-            answer = b""  # the grid turns it into an error reply
+            answer = None  # the grid turns it into an error reply
         with suppress(OSError):  # nobody listens any more; the next read ends the loop
-            pipe.send_bytes(answer)
+            _give(pipe, answer)
+        if answer is not None:
+            wire.let_go(answer)
+
+
+def _give(pipe: Connection[Any, Any], message: RecordDict | None) -> None:
+    """Sends a message of this program, or none, and the digest of its weights with it."""
+    value = None if message is None else wire.value(message)
+    weights = _weights(value)
+    head, data = (b"", memoryview(b"")) if value is None else wire.to_parts(value)
+    digest = weights.digest if weights is not None else ""
+    pipe.send_bytes(b"\n".join((digest.encode(), str(len(data)).encode(), head)))
+    with socket.socket(fileno=os.dup(pipe.fileno())) as line:
+        line.sendall(data)
+
+
+def _take(pipe: Connection[Any, Any]) -> RecordDict | None:
+    """What `_give` gave. Numbers that one process of the program has hashed are not hashed in the other one again.
+
+    The connection's own way reads a model in hundreds of parts, asks for room for the rest of it at each, and copies
+    it twice.
+    """
+    digest, told, head = pipe.recv_bytes().split(b"\n", 2)
+    size, parts = int(told), []
+    with socket.socket(fileno=os.dup(pipe.fileno())) as line:
+        while size:
+            parts.append(line.recv(min(size, _MOST_BYTES), socket.MSG_WAITALL))
+            if not parts[-1]:
+                raise EOFError
+            size -= len(parts[-1])
+    if not head:
+        return None
+    record = wire.from_parts(head, parts[0] if len(parts) == 1 else b"".join(parts))
+    value = wire.value(record)
+    wire.let_go(record)
+    weights = _weights(value)
+    if weights is not None:
+        weights.digest_is(digest.decode())
+    return wire.hand(value)
+
+
+def _weights(value: object) -> Weights | None:
+    return value.weights if isinstance(value, RoundPlan) else value.delta if isinstance(value, Update) else None
 
 
 def _end_with_parent() -> None:

@@ -8,16 +8,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from common import wire
-from common.exchange import Failure, Hello, Question
+from common.config import Recipe
+from common.exchange import Failure, Hello, Question, RoundPlan, Update
+from common.weights import Weights
 from server.app import FlowerTransport
+from simulations import grid as grid_module
 from simulations.grid import InProcessGrid, Worker, become_node, context
 
 SITES = ("east", "north", "south", "west")
@@ -29,7 +34,7 @@ from flwr.clientapp import ClientApp
 from flwr.app import Message
 from flwr.clientapp import ClientApp
 from common import wire
-from common.exchange import Hello, Question
+from common.exchange import Hello, Question, RoundPlan, Update
 
 def make(settings):
     app = ClientApp()
@@ -45,6 +50,19 @@ def make(settings):
         return Message(wire.encode(Hello(
             site=site, recipe_id=wire.decode(message.content, Question).recipe_id,
             versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
+        )), reply_to=message)
+
+    seen = []
+
+    @app.train()
+    def train(message, context):
+        if not settings:
+            raise ValueError("no training here")
+        plan = wire.decode(message.content, RoundPlan)
+        seen.append(plan)  # kept, so that no later one can have its address
+        return Message(wire.hand(Update(
+            site=context.node_config["site"], recipe_id=plan.recipe_id, round=plan.round, base=plan.weights.digest,
+            delta=plan.weights * 2.0, weight=1.0, steps=len({id(part) for part in seen}),
         )), reply_to=message)
 
     return app
@@ -167,12 +185,6 @@ def test_the_coordinator_sees_a_dead_worker_as_the_failure_of_its_sites(
     make: Make,
     workers: list[Worker],
 ) -> None:
-    import numpy as np
-
-    from common.config import Recipe
-    from common.exchange import RoundPlan
-    from common.weights import Weights
-
     workers += [Worker(make, ""), Worker(make, "")]
     transport = FlowerTransport(InProcessGrid(SITES, None, workers=workers))
     recipe = Recipe(name="a")
@@ -182,6 +194,37 @@ def test_the_coordinator_sees_a_dead_worker_as_the_failure_of_its_sites(
     replies = list(transport.ask(plan, SITES, 30))
     assert sorted(reply.site for reply in replies) == list(SITES)
     assert all(isinstance(reply, Failure) for reply in replies)  # two died, the others know no training
+
+
+def test_a_plan_for_many_sites_goes_to_a_worker_once_and_large_weights_come_back_whole(
+    make: Make,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("simulations.grid._MOST_BYTES", 300_000)
+    workers.append(Worker(make, "trains"))
+    weights = Weights({"a": np.arange(500_000, dtype=np.float32), "b": np.ones((3, 4), np.float32)})
+    plan = RoundPlan(recipe_id="a" * 64, round=1, work="train", weights=weights)
+    given: list[int] = []
+    give = grid_module._give
+    monkeypatch.setattr(grid_module, "_give", lambda pipe, message: (given.append(1), give(pipe, message)))
+
+    def asked(site: str, content: RecordDict) -> Update:
+        reply = workers[0].ask(Message(content, 1000, "train"), site)
+        return wire.decode(reply.content, Update)
+
+    become_node(1)
+    first = wire.hand(plan)
+    updates = [asked(site, first) for site in SITES]
+    assert [update.steps for update in updates] == [1] * 4  # one and the same plan
+    assert len(given) == 1
+    for site, update in zip(SITES, updates, strict=True):
+        assert (update.site, update.base) == (site, weights.digest)
+        assert update.delta.digest == (weights * 2.0).digest == Weights(dict(update.delta)).digest
+    again = asked("east", wire.hand(replace(plan, round=2)))
+    assert (again.round, again.steps, len(given)) == (2, 2, 2)
+    workers[0].stop()  # another process knows none of it
+    assert (asked("east", first).round, len(given)) == (1, 3)
 
 
 def test_ctrl_c_in_the_terminal_is_left_to_the_parent(make: Make, workers: list[Worker]) -> None:
