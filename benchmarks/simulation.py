@@ -13,6 +13,8 @@ checks, signed logs, a durable checkpoint after every round and the closing visi
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import json
 import shutil
 import sys
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
+        atexit.register(gc.freeze)  # as `fedicom` does
         folder, model, workers, *rest = arguments.one
         print(json.dumps(federation(Path(folder), model, int(workers), conclusion="conclude" in rest)))
         return

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import expit
 
 from client.dp import Noise
 from common.config import Task
 
-EDGES: npt.NDArray[np.float64] = expit(np.arange(-3.0, 4.0))
+EDGES: npt.NDArray[np.float64] = 1 / (1 + np.exp(-np.arange(-3.0, 4.0)))
 """Between the 8 bins: steps of 1 in log odds; one half is an edge. More would resolve more and hold more noise."""
 BINS = len(EDGES) + 1
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import expit, log_expit, log_softmax, softmax
 
 from common.config import Evaluation, Task
 from common.errors import DataError, FedicomError
@@ -178,6 +177,8 @@ def probabilities(
     logits_NC: npt.NDArray[np.floating], kind: str, *, temperature: float = 1.0
 ) -> npt.NDArray[np.float32]:
     """Softmax over classes, or for `multilabel` a sigmoid for each, of logits divided by the temperature."""
+    from scipy.special import expit, softmax  # 14 MB, and no training needs it
+
     scaled = np.asarray(logits_NC, dtype=np.float64) / temperature
     result: Floats = expit(scaled) if kind == "multilabel" else softmax(scaled, axis=1)
     return result.astype(np.float32)
@@ -193,6 +194,7 @@ def fit_temperature(logits_NC: npt.NDArray[np.floating], targets: npt.NDArray[np
     Source: Guo et al. 2017, "On calibration of modern neural networks".
     """
     from scipy.optimize import minimize_scalar  # takes half a second, and no round of training needs it
+    from scipy.special import log_expit, log_softmax
 
     z_NC = np.asarray(logits_NC, dtype=np.float64)
     if not len(z_NC) or len(z_NC) != len(targets):
