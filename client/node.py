@@ -27,7 +27,7 @@ from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.errors import ConfigError, FedicomError
 from common.prometheus import Family, serve_metrics
-from common.storage import private_folder, storing, write_whole
+from common.storage import private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port, stop_on_signal
 
 SUPERNODE, RUNNER = "supernode", "runner"
@@ -291,7 +291,7 @@ class _Node:
     def _write(self) -> None:
         self._written = time.monotonic()
         try:
-            write_whole(self._home.status_file, json.dumps(self._status, indent=1).encode())
+            write_whole(self._home.status_file, json.dumps(self._status, indent=1).encode(), to_system)
         except FedicomError as error:  # a full disk costs the display, not the work
             if "disk" not in self._silent_until:
                 self._say(str(error), "yellow")

@@ -26,7 +26,7 @@ from common.deployment import SiteHome
 from common.errors import ExchangeError, FedicomError
 from common.identity import Signer
 from common.installed import package_versions
-from common.storage import private_folder, write_whole
+from common.storage import private_folder, to_system, write_whole
 from common.supervise import stop_on_signal
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Writes the file whole; a full disk costs the display, not the work."""
+        """Writes the file whole; a full disk costs the display, not the work, and so does a power cut."""
         told = {
             **self._fixed,
             **asdict(self._state),
@@ -79,7 +79,7 @@ class Report:
         }
         try:
             with self._lock:
-                write_whole(self._file, json.dumps(told, indent=1).encode())
+                write_whole(self._file, json.dumps(told, indent=1).encode(), to_system)
         except FedicomError as error:
             log.warning("%s", error)
 

@@ -28,7 +28,7 @@ from common.installed import code_hashes
 from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
 from common.signed import parse_recipe
-from common.storage import full, private_folder, storing, write_whole
+from common.storage import full, private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port
 from server.blobs import clear
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
@@ -263,7 +263,7 @@ class Control:
         text = json.dumps({**plain, "updated": None}, sort_keys=True).encode()
         if text != self._written:
             try:
-                write_whole(self.home.status_file, (json.dumps(plain, indent=1) + "\n").encode())
+                write_whole(self.home.status_file, (json.dumps(plain, indent=1) + "\n").encode(), to_system)
                 self._written = text
             except StorageError as error:
                 log.error("status.json: %s", error)

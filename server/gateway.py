@@ -41,7 +41,7 @@ from common.bell import Bell
 from common.blobs import BELL_PATH, PATH
 from common.config import validate_json
 from common.errors import ConfigError, FedicomError
-from common.storage import storing, write_whole
+from common.storage import storing, to_system, write_whole
 from server.blobs import Shelf
 from server.gateway_beside import Beside, Entry, Listeners, Refused
 from server.gateway_rules import (
@@ -305,7 +305,7 @@ class Gateway:
             plain = {"time": _now(), "port": self.port, **self.stats.snapshot()}
             try:
                 with self._saving:
-                    write_whole(self.config.stats, (json.dumps(plain) + "\n").encode())
+                    write_whole(self.config.stats, (json.dumps(plain) + "\n").encode(), to_system)
             except FedicomError as error:  # a full disk must not close the door
                 self.say(str(error))
 

@@ -24,7 +24,7 @@ from common.config import validate_json
 from common.deployment import Name, ServerHome, read_status
 from common.errors import ConfigError, FedicomError, StorageError
 from common.exchange import NAME_PATTERN, Digest
-from common.storage import private_folder, storing, write_whole
+from common.storage import private_folder, storing, to_disk, to_system, write_whole
 
 if TYPE_CHECKING:
     from common.config import Recipe
@@ -209,11 +209,15 @@ class RunStatus:
         self.change()
 
     def change(self, **changes: Any) -> None:
-        """Writes these fields; a full disk is logged and does not stop the run: what must not be lost tells it."""
+        """Writes these fields; a full disk is logged and does not stop the run: what must not be lost tells it.
+
+        Only another state of the run outlives a power cut; the rest is there to be looked at.
+        """
+        flush = to_disk if "state" in changes and changes["state"] != self.plain["state"] else to_system
         self.plain |= changes
         self.plain["updated"] = utc_now()
         try:
-            write_whole(self._run.status_file, _text(self.plain))
+            write_whole(self._run.status_file, _text(self.plain), flush)
         except StorageError as error:
             log.error("status.json: %s", error)
 
