@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib
 import inspect
 import subprocess
@@ -21,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.supercore import constant as core
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.corestate import sql_corestate
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.retry import http_retry
@@ -203,6 +205,67 @@ def test_the_superlink_asks_our_lock_before_it_reads_anything():
     assert "middleware=_get_middleware()" in ast.unparse(function(superlink_main, "create_app"))
     assert ControlHttpClient("https://localhost")._interceptors == ()
     assert all(path.startswith(server_link._NODES) for _, path in FLEET_ROUTES)
+
+
+def test_flowers_layers_ask_for_no_other_calls_than_we_give_them():
+    listed = [part.cls for part in superlink_main._get_middleware()]
+    names = {layer.__name__ for layer in listed}
+    # What passes everything: the translator of errors and that of bodies.
+    assert names - set(server_link._APIS) == {"BaseHTTPMiddleware", "ProtobufTranslationMiddleware"}
+    assert set(server_link._APIS) <= names
+    asks = {
+        "ControlSensitiveResponseMiddleware": "if _is_control_sensitive_route(request):",
+        "ControlAuthenticationMiddleware": "if not _is_control_path(request.url.path) or ",
+        "ControlLicenseMiddleware": "if self._license_plugin is None or not _is_control_path(request.url.path):",
+        "ControlEventLogMiddleware": "if not _is_control_path(request.url.path) or ",
+        "RuntimeTracingMiddleware": "isinstance(result, AcquireTaskResponse) and result.HasField('task')",
+        "NodeAuthMiddleware": "if request.url.path.startswith('/v1/fleet/') and ",
+        "FleetEventLogMiddleware": "if not request.url.path.startswith('/v1/fleet/'):",
+    }
+    for layer in listed:
+        if layer.__name__ in asks:
+            assert asks[layer.__name__] in ast.unparse(ast.parse(inspect.getsource(layer))), layer.__name__
+            assert set(vars(layer)) & {"__call__"} == set()  # all its work is in `dispatch`
+    assert set(asks) == set(server_link._APIS)
+    control = inspect.getmodule(next(layer for layer in listed if layer.__name__ == "ControlLicenseMiddleware"))
+    assert all(path.startswith("/v1/control/") for _, path in control.CONTROL_SENSITIVE_ROUTE_KEYS)
+
+
+def test_a_layer_sees_the_calls_of_its_api_and_no_others():
+    seen: list[str] = []
+
+    async def app(scope, receive, send):
+        seen.append(f"app {scope.get('path', scope['type'])}")
+
+    def layer(inner):
+        async def call(scope, receive, send):
+            seen.append("layer")
+            await inner(scope, receive, send)
+
+        return call
+
+    whole = server_link._Layer(app, layer, "/v1/fleet/")
+    for scope in (
+        {"type": "http", "path": "/v1/fleet/pull-object"},
+        {"type": "http", "path": "/v1/runtime/pull-object"},
+        {"type": "lifespan"},
+    ):
+        asyncio.run(whole(scope, None, None))
+    assert seen == ["layer", "app /v1/fleet/pull-object", "app /v1/runtime/pull-object", "layer", "app lifespan"]
+
+
+def test_what_has_expired_is_looked_for_once_a_second(monkeypatch):
+    core_state = sql_corestate.SqlCoreState
+    assert parameters(core_state._cleanup_expired_task_tokens) == ["self"]
+    # a token that expired meanwhile opens nothing all the same
+    assert "row.active_until < current" in inspect.getsource(core_state.get_task_by_token)
+    now, cleaned = [100.0], []
+    monkeypatch.setattr(server_link.time, "monotonic", lambda: now[0])
+    clean = server_link._seldom(cleaned.append)
+    for at in (100.0, 100.5, 100.99, 101.0, 101.5, 102.5):
+        now[0] = at
+        clean(at)
+    assert cleaned == [100.0, 101.0, 102.5]
 
 
 def test_the_supernodes_loop_is_the_one_that_we_change():
