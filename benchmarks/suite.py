@@ -103,8 +103,9 @@ def simulation(found: Mapping[str, Any]) -> str:
         "## A simulated federation against the raw PyTorch loop\n\n"
         "Both do the same SGD steps and end with the same weights, bit for bit (the benchmark fails otherwise): "
         "benchmarks/raw_loop.py has nothing of Fedicom in it, and neither messages, checks, logs nor checkpoints. The "
-        "raw loop imports torch alone, and its first round warms torch up, which Fedicom does before; Fedicom also "
-        "imports Flower and the library of its network. Its bookkeeping for one site (hashes, log) runs beside the "
+        "raw loop imports torch alone; Fedicom also imports Flower and the library of its network. Torch's optimiser "
+        "imports torch's compiler when it is first used: in the first round, or before it where timm has asked for it "
+        "already. Fedicom's bookkeeping for one site (hashes, log) runs beside the "
         "training of the next one, on the other core. What follows the last round "
         f"(export, report) takes another {found['conclusion_s']:.1f} s. Targets: 1.02 with one worker, 1.05 with two, "
         f"start 1 s, memory 1.2. Two workers against one, target 1.6x: {shared}.\n\n"
@@ -214,8 +215,7 @@ def peers(found: Mapping[str, Any]) -> str:
     return (
         "## The same federation through the peers\n\n"
         "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of raw_loop.py, "
-        "and ends with its parameters within rounding. Fedicom's whole process also imports MONAI, whose network it "
-        "trains, for three seconds; the peers, as the raw loop, import none. Target: faster than each (above 1). "
+        "and ends with its parameters within rounding. Target: faster than each (above 1). "
         f"{_where(found)}\n\n"
         f"{_table(heads, lines)}\n\n![Peers](benchmarks/peers.svg)\n"
     )
