@@ -452,7 +452,9 @@ def _connected(
         yield (
             *(node_id, _receiving(receive, failed, _sure(connect_anew)), _sure(send), get_run, get_fab),
             *(_sure(pull_object, ExchangeError("the run has ended")), _sure(push_object)),
-            _then(bell.ring, _sure(confirm, ExchangeError("the run has ended"))),
+            # All of the message is here, and the runner may be at work on it: Flower would send its answer in place
+            # of the next message's, and that one with the message after it, or never.
+            _then(bell.ring, _sure(confirm, SystemExit(1))),
         )
 
 
@@ -480,12 +482,13 @@ def _then(after: Callable[[], None], call: Callable[..., T]) -> Callable[..., T]
     return both
 
 
-def _sure(call: Callable[..., T], ended: Exception | None = None) -> Callable[..., T]:
+def _sure(call: Callable[..., T], ended: BaseException | None = None) -> Callable[..., T]:
     """A call that ends this process where Flower would drop a message, or a reply, and tell nobody.
 
     Args:
         ended: Raised when the run ended meanwhile, in place of Flower's own exception: that one, on the way of a
-            message, leaves a task behind for which no message comes, and the runner waiting for it.
+            message, leaves a task behind for which no message comes, and the runner waiting for it. `SystemExit` where
+            the runner has the message.
     """
 
     def sure(*words: Any) -> T:
@@ -494,6 +497,7 @@ def _sure(call: Callable[..., T], ended: Exception | None = None) -> Callable[..
         except RunNotRunningException:
             if ended is None:
                 raise
+            log.info("the run ended while a message of it was on its way")
             raise ended from None
         except ObjectUnavailableError:
             raise  # not yet

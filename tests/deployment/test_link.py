@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, ObjectUnavailableError
 from flwr.supercore.run import RunNotRunningException
 
-from client.link import _pause_s, _sure, objection, supernode_child
+from client.link import _connected, _pause_s, _sure, objection, supernode_child
 from common import wire
 from common.config import Federation, Recipe
 from common.deployment import FederationPlan, ServerHome, SiteHome
@@ -515,7 +516,29 @@ def test_what_a_supernode_would_lose_without_a_word_ends_it_for_one_that_connect
         _sure(failing(RunNotRunningException()))()
     with pytest.raises(ExchangeError, match="the run has ended"):
         _sure(failing(RunNotRunningException()), ExchangeError("the run has ended"))()
+    with pytest.raises(SystemExit):
+        _sure(failing(RunNotRunningException()), SystemExit(1))()
     assert _sure(lambda word: word * 2)("a") == "aa"
+
+
+def test_a_run_that_ends_under_a_message_ends_the_supernode_only_once_the_runner_may_have_it(tmp_path):
+    def over(*_: object) -> None:
+        raise RunNotRunningException
+
+    @contextmanager
+    def connection(*_: object) -> Iterator[tuple[object, ...]]:
+        yield (7, over, over, over, over, over, over, over)
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    given = ("127.0.0.1:1", True, None, (key, key.public_key()))
+    with contextmanager(_connected)(connection, tmp_path, threading.Event(), *given) as calls:
+        *_, pull_object, push_object, confirm = calls
+        with pytest.raises(ExchangeError):  # Flower drops message and task, and so does the runner
+            pull_object(1, "a")
+        with pytest.raises(SystemExit):  # what the runner answers would go out in place of the next answer
+            confirm(1, "a")
+        with pytest.raises(RunNotRunningException):
+            push_object(1, "a", "b", b"")
 
 
 @pytest.mark.parametrize(("idle_s", "pause_s"), [(0, 0.1), (5, 0.1), (50, 1.0), (150, 3.0), (1e6, 3.0)])
