@@ -69,7 +69,7 @@ def test_killed_wherever_the_disk_is_touched_it_ends_with_the_same_bits_and_no_s
 ):
     found = house.order("killed")
     rng, fsync = random.Random(0), os.fsync
-    kills, left = 0, rng.randrange(1, 40)
+    kills, left = 0, rng.randrange(1, 20)
 
     def deadly(handle):
         nonlocal left
@@ -85,7 +85,7 @@ def test_killed_wherever_the_disk_is_touched_it_ends_with_the_same_bits_and_no_s
             break
         except KilledError:
             kills += 1
-            left = rng.randrange(1, 90)
+            left = rng.randrange(1, 50)
     assert code == FINISHED
     assert kills >= 5
     assert digest(found) == quiet
