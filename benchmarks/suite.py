@@ -211,11 +211,14 @@ def peers(found: Mapping[str, Any]) -> str:
     heads = (
         "network", "by", "whole process, s", "times Fedicom's with one worker", "its 5 rounds, s", "a later round, s",
     )  # fmt: skip
+    once = all(part["min"] == part["max"] for row in found["rows"] for part in row["wall_s"].values())
+    single = "One run of each. " if once else ""
     _bars("peers", "Whole process over Fedicom's with one worker", ratios, 1.0)
     return (
         "## The same federation through the peers\n\n"
         "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of raw_loop.py, "
         "and ends with its parameters within rounding. Target: faster than each (above 1). "
+        f"{single}"
         f"{_where(found)}\n\n"
         f"{_table(heads, lines)}\n\n![Peers](benchmarks/peers.svg)\n"
     )
