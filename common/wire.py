@@ -272,7 +272,7 @@ def from_parts(head: bytes, data: bytes) -> RecordDict:
     return record
 
 
-def value(record: RecordDict) -> Request | Reply:
+def decode_any(record: RecordDict) -> Request | Reply:
     """The message in `record`, whatever kind it is.
 
     Raises:

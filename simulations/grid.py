@@ -45,6 +45,7 @@ _STOP_S = 0.2
 
 _MOST_BYTES = 1 << 30
 """That are read at once."""
+_NO_MESSAGE = b"\n0\n", memoryview(b"")
 
 Progress = Callable[[str], None]
 
@@ -248,7 +249,7 @@ class Worker:
             known, self._told = message.content is self._told, message.content
             pipe.send_bytes("\n".join((message.metadata.message_type, site, "as before" * known)).encode())
             if not known:
-                _give(pipe, message.content)
+                _give(pipe, *_parts(message.content))
             if not pipe.poll(timeout_s):
                 self.stop()
                 return _failed(message, f"no answer within {timeout_s:g} s")
@@ -303,7 +304,7 @@ def _serve(pipe: Connection[Any, Any], make_app: Callable[[str], ClientApp], set
     become_node(1)
     app = make_app(settings)
     contexts: dict[str, Context] = {}
-    content = answer = None
+    content = None
     while True:
         try:
             kind, site, known = pipe.recv_bytes().decode().split("\n")
@@ -317,29 +318,35 @@ def _serve(pipe: Connection[Any, Any], make_app: Callable[[str], ClientApp], set
         node = contexts.setdefault(site, context(site, _FIRST_NODE))
         try:
             answer = app(Message(content, _FIRST_NODE, kind), node).content
+            head, data = _parts(answer)
+            wire.let_go(answer)
         except Exception:
             log.exception("site %s failed", site)
-            answer = None  # the grid turns it into an error reply
+            head, data = _NO_MESSAGE  # the grid turns it into an error reply
         with suppress(OSError):  # nobody listens any more; the next read ends the loop
-            _give(pipe, answer)
-        if answer is not None:
-            wire.let_go(answer)
+            _give(pipe, head, data)
+        del data
 
 
-def _give(pipe: Connection[Any, Any], message: RecordDict | None) -> None:
-    """Sends a message of this program, or none, and the digest of its weights with it."""
-    value = None if message is None else wire.value(message)
+def _parts(message: RecordDict) -> tuple[bytes, memoryview]:
+    """A message of this program, its head with the digest of its weights."""
+    value = wire.decode_any(message)
     weights = _weights(value)
-    head, data = (b"", memoryview(b"")) if value is None else wire.to_parts(value)
+    head, data = wire.to_parts(value)
     digest = weights.digest if weights is not None else ""
-    pipe.send_bytes(b"\n".join((digest.encode(), str(len(data)).encode(), head)))
+    return b"\n".join((digest.encode(), str(len(data)).encode(), head)), data
+
+
+def _give(pipe: Connection[Any, Any], head: bytes, data: memoryview) -> None:
+    pipe.send_bytes(head)
     with socket.socket(fileno=os.dup(pipe.fileno())) as line:
         line.sendall(data)
 
 
 def _take(pipe: Connection[Any, Any]) -> RecordDict | None:
-    """What `_give` gave. Numbers that one process of the program has hashed are not hashed in the other one again.
+    """What `_give` gave, None for no message.
 
+    Numbers that one process of the program has hashed are not hashed in the other one again.
     The connection's own way reads a model in hundreds of parts, asks for room for the rest of it at each, and copies
     it twice.
     """
@@ -354,7 +361,7 @@ def _take(pipe: Connection[Any, Any]) -> RecordDict | None:
     if not head:
         return None
     record = wire.from_parts(head, parts[0] if len(parts) == 1 else b"".join(parts))
-    value = wire.value(record)
+    value = wire.decode_any(record)
     wire.let_go(record)
     weights = _weights(value)
     if weights is not None:

@@ -31,7 +31,7 @@ SITES = ("east", "north", "south", "west")
 APP = """
 import os, time
 from flwr.clientapp import ClientApp
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from common import wire
 from common.exchange import Hello, Question, RoundPlan, Update
@@ -47,6 +47,8 @@ def make(settings):
             time.sleep(60)
         if settings == "broken" and site == "north":
             raise ValueError("SECRET")
+        if settings == "odd" and site == "north":
+            return Message(RecordDict(), reply_to=message)
         return Message(wire.encode(Hello(
             site=site, recipe_id=wire.decode(message.content, Question).recipe_id,
             versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
@@ -207,7 +209,7 @@ def test_a_plan_for_many_sites_goes_to_a_worker_once_and_large_weights_come_back
     plan = RoundPlan(recipe_id="a" * 64, round=1, work="train", weights=weights)
     given: list[int] = []
     give = grid_module._give
-    monkeypatch.setattr(grid_module, "_give", lambda pipe, message: (given.append(1), give(pipe, message)))
+    monkeypatch.setattr(grid_module, "_give", lambda pipe, *parts: (given.append(1), give(pipe, *parts)))
 
     def asked(site: str, content: RecordDict) -> Update:
         reply = workers[0].ask(Message(content, 1000, "train"), site)
@@ -225,6 +227,17 @@ def test_a_plan_for_many_sites_goes_to_a_worker_once_and_large_weights_come_back
     assert (again.round, again.steps, len(given)) == (2, 2, 2)
     workers[0].stop()  # another process knows none of it
     assert (asked("east", first).round, len(given)) == (1, 3)
+
+
+def test_an_answer_that_is_none_of_our_messages_fails_its_site_and_ends_no_process(
+    make: Make,
+    workers: list[Worker],
+) -> None:
+    workers.append(Worker(make, "odd"))
+    grid = InProcessGrid(SITES, None, workers=workers)
+    before = hello(workers[0].ask(question(grid, "east"), "east")).patients["train"]
+    assert workers[0].ask(question(grid, "north"), "north").error.reason == "the site failed"
+    assert hello(workers[0].ask(question(grid, "east"), "east")).patients["train"] == before
 
 
 def test_ctrl_c_in_the_terminal_is_left_to_the_parent(make: Make, workers: list[Worker]) -> None:
