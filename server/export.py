@@ -29,6 +29,7 @@ from common.onnx_model import INPUT, LOGITS, PROBABILITIES, Description, OnnxMod
 from common.standardisation import fold
 from common.storage import commit, storing
 from common.weights import Weights
+from server.planes import in_planes
 
 if TYPE_CHECKING:
     import onnx
@@ -125,7 +126,8 @@ def export_onnx(
         privacy=dict(privacy or {}),
     )
     # As bytes, not as the exporter's file: nothing can land in an external data file beside it
-    data = _graph(_Served(network, recipe.task.kind, temperature).eval(), reference_x, description)
+    quick = in_planes(network, torch.from_numpy(_example(reference_x)))
+    data = _graph(_Served(quick, recipe.task.kind, temperature).eval(), reference_x, description)
     with _partial(path) as part:
         with storing(path.name):
             _write(part, data)

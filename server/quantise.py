@@ -38,6 +38,8 @@ _CALIBRATION_PATIENTS = 64
 _MIN_PATIENTS = 100
 """Judged on fewer, an AUROC's third digit says nothing."""
 _TURNS, _BATCH = 5, 8
+_NUMBERS = 2**22
+"""In the images that are judged at once: 64 of 224 x 224, four of 96 x 96 x 96, whose features take a gigabyte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class Quantised:
     """Of the float32 file and of this one."""
     ece: tuple[float, float]
     speed: float
-    """Of the float32 file's time over this one's: one thread, batches of 8, this machine, median of five."""
+    """Of the float32 file's time over this one's: one thread, batches of 8 or less, this machine, median of five."""
 
     @property
     def sentence(self) -> str:
@@ -73,12 +75,10 @@ def export_int8(model: Path, recipe: Recipe, test: Samples | None, path: Path) -
         test: The coordinator's own samples; a random part of the patients gives the ranges of the activations.
 
     Raises:
-        ExportError: It is not offered, and why: 3D (slower there), too few patients to judge it on, less than twice
-            as fast, an AUROC more than .005 lower or a calibration error more than .01 higher.
+        ExportError: It is not offered, and why: too few patients to judge it on, less than twice as fast, an AUROC
+            more than .005 lower or a calibration error more than .01 higher.
         StorageError: The disk is full or not writable.
     """
-    if recipe.task.dimensions == 3:
-        raise ExportError("not offered in 3D: onnxruntime computes 8-bit 3D convolutions more slowly than float32")
     patients = np.unique(test.patient_N) if test is not None else np.empty(0, np.int64)
     if test is None or len(patients) < _CALIBRATION_PATIENTS + _MIN_PATIENTS:
         raise ExportError(
@@ -94,7 +94,7 @@ def export_int8(model: Path, recipe: Recipe, test: Samples | None, path: Path) -
         candidate.write_bytes(data)
         judged_N = np.flatnonzero(~given_N)
         plain, small = (_judged(OnnxModel(file, gpu=False), test, judged_N, recipe) for file in (model, candidate))
-        speed = _speed(model, candidate, np.array(batches(judged_N[:_BATCH])))
+        speed = _speed(model, candidate, np.array(batches(judged_N[: min(_BATCH, _at_once(test))])))
     auroc = plain.values.get("auroc", math.nan), small.values.get("auroc", math.nan)
     ece = plain.values.get("ece", math.nan), small.values.get("ece", math.nan)
     for what, got, limit in (
@@ -140,12 +140,16 @@ def quantised(model: Path, images: Iterator[npt.NDArray[np.float32]]) -> bytes:
 
 
 def _judged(model: OnnxModel, test: Samples, index_N: npt.NDArray[np.int64], recipe: Recipe) -> Metrics:
-    batches = Batches(test.x_N)
-    parts = [model.run(batches(index_N[i : i + 64]))[1] for i in range(0, len(index_N), 64)]
+    batches, n = Batches(test.x_N), _at_once(test)
+    parts = [model.run(batches(index_N[i : i + n]))[1] for i in range(0, len(index_N), n)]
     return score(
         test.targets_N[index_N], np.concatenate(parts), test.patient_N[index_N], recipe.task, recipe.evaluation,
         seed=recipe.seed,
     )  # fmt: skip
+
+
+def _at_once(test: Samples) -> int:
+    return min(64, max(1, _NUMBERS // math.prod(test.x_N.shape[1:])))
 
 
 def _speed(plain: Path, small: Path, x_B: npt.NDArray[np.float32]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,13 +131,28 @@ def test_too_few_patients_are_refused(model, tmp_path, test, got):
         export_int8(model, RECIPE, test, tmp_path / quantise.FILE)
 
 
-def test_volumes_are_refused(model, tmp_path):
+@pytest.mark.usefixtures("fast")
+def test_volumes_are_convolved_with_8_bits_too(tmp_path, monkeypatch):
     deep = Recipe(
-        name="deep", task=Task(dimensions=3), data=Preprocessing(size=(8, 8, 8)),
-        model=ModelConfig(family="monai", name="resnet10", dimensions=3),
+        name="deep", task=Task(dimensions=3), data=Preprocessing(size=(8, 16, 16)),
+        model=ModelConfig(family="monai", name="resnet10", width=0.125, stem="small", dimensions=3),
     )  # fmt: skip
-    with pytest.raises(ExportError, match="not offered in 3D"):
-        export_int8(model, deep, samples(), tmp_path / quantise.FILE)
+    flat = samples()
+    test = replace(flat, x_N=np.repeat(flat.x_N[:, :, None], 8, axis=2))
+    network = build(deep)
+    export_onnx(network, deep, get_weights(network), tmp_path / "model.onnx", reference_x=test.x_N[:8])
+    monkeypatch.setattr(quantise, "_NUMBERS", 3 * 8 * 16 * 16)  # three volumes at once
+    monkeypatch.setattr(quantise, "MAX_AUROC_LOSS", 1)  # it has learnt nothing
+    monkeypatch.setattr(quantise, "MAX_ECE_GAIN", 1)
+    made = export_int8(tmp_path / "model.onnx", deep, test, tmp_path / quantise.FILE)
+    assert made.patients == PATIENTS - 64
+    graph = onnx.load(str(made.path)).graph
+    eight = {value.name for value in graph.initializer if value.data_type == onnx.TensorProto.INT8}
+    assert sum(node.op_type == "DequantizeLinear" and node.input[0] in eight for node in graph.node) > 5
+    difference = np.abs(
+        OnnxModel(tmp_path / "model.onnx").run(test.x_N[:8])[1] - OnnxModel(made.path).run(test.x_N[:8])[1]
+    ).max()
+    assert difference < 0.1
 
 
 def test_the_summary_says_why_there_is_none():
