@@ -29,7 +29,8 @@ class Outbox:
     """One kept reply for each recipe; the folder is patient data as long as updates are not noised."""
 
     def __init__(self, folder: Path, flush: Flush = to_disk) -> None:
-        self._folder, self._flush = private_folder(folder), flush
+        """Names the folder; it is made when a reply is kept."""
+        self._folder, self._flush = folder, flush
 
     def find(self, recipe_id: str, round_: int, base: str, work: str = "train") -> Kept | None:
         """The reply that was kept for a question; None when there is none, or one of another version."""
@@ -51,7 +52,7 @@ class Outbox:
             StorageError: The disk is full or the folder cannot be written; nothing was removed.
         """
         stem = _stem(plan.recipe_id, plan.round, plan.weights.digest, plan.work)
-        path = self._folder / f"{stem}.{reservation}.bin"
+        path = private_folder(self._folder) / f"{stem}.{reservation}.bin"
         write_whole(path, wire.to_parts(update), self._flush)
         for old in self._folder.glob(f"{plan.recipe_id[:16]}-*.bin"):  # two recipes may run side by side
             if old != path:

@@ -42,11 +42,12 @@ class Signer:
         Raises:
             StorageError: The file is readable by others, or is no key.
         """
-        if not path.exists():
-            private_folder(path.parent)
-            write_whole(path, new_signing_key(), flush)
-            path.chmod(0o600)
-        return cls.load(path)
+        if path.exists():
+            return cls.load(path)
+        private_folder(path.parent)
+        key = new_signing_key()
+        write_whole(path, key, flush)
+        return cls.from_bytes(key)
 
     @classmethod
     def load(cls, path: Path) -> Signer:

@@ -306,6 +306,7 @@ def _sites(
     settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device, *, ready: bool = False
 ) -> Callable[[str], Site]:
     recipe, turn, door = settings.recipe, threading.Lock(), threading.Lock()
+    policy = _policy(recipe, settings.simulation.metrics)
 
     @functools.cache
     def model() -> nn.Module:
@@ -327,8 +328,8 @@ def _sites(
             audit=_audit(out, name, to_system),
             ledger=_ledger(settings, folder, name),
             device=device,
-            policy=_policy(recipe, settings.simulation.metrics),
-            sums=_sums(out, name, folder),
+            policy=policy,
+            sums=_sums(out, name, folder) if recipe.privacy.secure_aggregation else None,
             turn=turn,
             flush=to_system,  # until the round is over, see `_Shown.ask`
         )

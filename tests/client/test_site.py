@@ -340,7 +340,7 @@ def test_without_privacy_nothing_is_kept_and_the_loss_is_told(tmp_path: Path, tr
     update = house.open().visit(house.plan())
     assert isinstance(update, Update)
     assert (update.train_loss, update.spent) == (0.5, None)
-    assert list((tmp_path / "outbox").iterdir()) == []
+    assert list((tmp_path / "outbox").glob("*")) == []
 
 
 # Scores
