@@ -141,7 +141,7 @@ def run(sites: int) -> dict[str, Any]:
         "training_cpu_ms": 1e3 * training.cpu_s / training.calls,
         "beside_cpu_ms": 1e3 * beside_s / visits,
         "opened": opening.calls,
-        "visit_ms": 1e3 * (wall_s - training.spent_s - opening_s) / visits,
+        "visit_ms": 1e3 * (wall_s - training.spent_s - opening_s - made.spent_s) / visits,
         "peak_mb": own_peak_mb(),
         "digest": federated.state.weights.digest,
     }

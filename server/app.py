@@ -217,7 +217,7 @@ class FlowerTransport:
             if self._patient:  # a site may be back under another node
                 self._greet(self._federation.timeout_s, only_new=True)
             # Where nobody is asked twice, nothing becomes due later.
-            due = [visit for visit in open_ if self._due(visit)] if self._patient or first else []
+            due = self._due(open_) if self._patient or first else []
             first = False
             for record in {id(visit.record): visit.record for visit in due}.values():
                 same = [visit for visit in due if visit.record is record]
@@ -341,12 +341,16 @@ class FlowerTransport:
 
     # One visit
 
-    def _due(self, visit: _Visit) -> bool:
-        """Whether the site is to be asked now."""
+    def _due(self, visits: Iterable[_Visit]) -> list[_Visit]:
+        """Those whose site is to be asked now."""
+        online, now = self._look(), time.monotonic()
+        return [visit for visit in visits if self._is_due(visit, online, now)]
+
+    def _is_due(self, visit: _Visit, online: Mapping[int, str], now: float) -> bool:
         if visit.reply:
             return False
         number = self._sites.get(visit.site)
-        mark = self._look().get(number) if number is not None else None
+        mark = online.get(number) if number is not None else None
         if number is None or (mark is None and not self._patient):
             visit.why = "it said no hello" if number is None else "it is not connected"
             self._fail(visit, visit.why)
@@ -355,7 +359,7 @@ class FlowerTransport:
             return False
         if (visit.node, visit.mark) != (number, mark):
             visit.node, visit.mark, visit.asked = number, mark, ""
-        return not visit.asked and time.monotonic() >= visit.again_at
+        return not visit.asked and now >= visit.again_at
 
     def _heard(self, visit: _Visit, message: Message) -> None:
         if visit.reply:
