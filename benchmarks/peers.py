@@ -6,7 +6,7 @@
 Eight sites with 200 images, five rounds, as in simulation.py. Every peer trains with the very code of raw_loop.py (same
 network, same first weights, same batches in the same order), so that only its own machinery differs; its final
 parameters are held against the raw loop's. Each peer has an environment of its own in runs/peers/; whole processes, in
-turns, from start to end.
+turns, from start to end. Then the many tiny sites of scale.py through pfl.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from measure import ROOT, Run, in_turns, machine, measured, ratio, spread, tell
+from scale import prepare as prepare_tiny
+from scale import ways as tiny_ways
 from simulation import MODELS, prepare
 
 PEERS = {
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / "peers.json", help="JSON file")
     parser.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--tiny", nargs="*", type=int, default=[1000, 10000], help="numbers of tiny sites, for pfl")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     pythons = {name: environment(name) for name in arguments.only}
@@ -50,7 +54,9 @@ def main() -> None:
         root = Path(folder)
         prepare(root)
         rows = [_row(root, model, pythons, arguments.repeats) for model in arguments.models]
-    tell({"machine": machine(), "names": NAMES, "rows": rows}, arguments.out)
+        counts = arguments.tiny if "pfl" in pythons else []
+        tiny = [_tiny(root / f"tiny-{count}", count, pythons["pfl"], arguments.repeats) for count in counts]
+    tell({"machine": machine(), "names": NAMES, "rows": rows, "tiny": tiny}, arguments.out)
 
 
 def environment(name: str) -> Path:
@@ -96,6 +102,25 @@ def _row(root: Path, model: str, pythons: dict[str, Path], repeats: int) -> dict
             for name in pythons
         },
         "away": away,
+    }
+
+
+def _tiny(root: Path, sites: int, python: Path, repeats: int) -> dict[str, Any]:
+    asked = prepare_tiny(root, sites)
+    words = [str(python), str(HERE / "peer" / PEERS["pfl"][1]), str(root), "small"]
+    ways: dict[str, Callable[[], Run]] = {**tiny_ways(root, sites), "pfl": partial(_quiet, [*words, "-"])}
+    measured([sys.executable, str(HERE / "raw_loop.py"), str(root), "small", "1", str(root / "small-end.npz")])
+    _quiet([*words, str(root / "pfl.npz")])
+    runs = in_turns(ways, repeats if sites <= 1000 else 1, warm=False)
+    later = {name: [float(np.median(run.says["rounds_s"][1:])) for run in part] for name, part in runs.items()}
+    return {
+        "sites": sites,
+        "asked": asked,
+        "wall_s": {name: spread([run.wall_s for run in part]) for name, part in runs.items()},
+        "visit_ms": {name: spread([1e3 * value / asked for value in part]) for name, part in later.items()},
+        "peak_mb": {name: spread([run.says["peak_mb"] for run in part]) for name, part in runs.items()},
+        "slower_than_fedicom": ratio(later["pfl"], later["fedicom"]),
+        "away": _away(root, "small", "pfl"),
     }
 
 

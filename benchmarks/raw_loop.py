@@ -90,13 +90,14 @@ def main() -> None:
     start = np.load(folder / f"{kind}.npz")
     weights = {name: start[name] for name in start.files}
     sites = job["sites"]
+    asked = job.get("asked") or [sites] * job["rounds"]
     rounds_s: list[float] = []
     if processes == 1:
         train = Trainer(folder, kind, job)
         ready = time.perf_counter()
-        for round_ in range(1, job["rounds"] + 1):
+        for round_, these in enumerate(asked, 1):
             at = time.perf_counter()
-            weights = mean(weights, [train(weights, site, round_) for site in sites])
+            weights = mean(weights, [train(weights, site, round_) for site in these])
             rounds_s.append(time.perf_counter() - at)
     else:
         spawn = multiprocessing.get_context("spawn")
@@ -150,19 +151,21 @@ def serve(pipe: Any, folder: Path, kind: str, job: dict[str, Any], sites: list[s
 
 
 class Trainer:
-    """One network for all sites, and their images in memory."""
+    """One network for all sites, and their images in memory; tiny sites make them when they are asked."""
 
     def __init__(self, folder: Path, kind: str, job: dict[str, Any]) -> None:
         self.model = ResNet(**MODELS[kind])  # type: ignore[arg-type]
         self.job = job
-        self.data = {site: np.load(folder / f"{site}.npz") for site in job["sites"]}
-        self.data = {site: (part["x"], part["y"]) for site, part in self.data.items()}
+        self.data = {}
+        for site in [] if "images" in job else job["sites"]:
+            part = np.load(folder / f"{site}.npz")
+            self.data[site] = part["x"], part["y"]
         state = self.model.state_dict()
         self.exchanged = {name: value for name, value in state.items() if value.is_floating_point()}
 
     def __call__(self, weights: dict[str, np.ndarray[Any, Any]], site: str, round_: int) -> dict[str, Any]:
         """One epoch of SGD at one site; the change of the weights."""
-        job, (x_N, y_N) = self.job, self.data[site]
+        job, (x_N, y_N) = self.job, self.data.get(site) or made(site, self.job["images"])
         with torch.no_grad():
             for name, value in self.exchanged.items():
                 value.copy_(torch.tensor(weights[name]))
@@ -174,6 +177,13 @@ class Trainer:
             functional.cross_entropy(logits, torch.from_numpy(y_N[index_B])).backward()
             optimiser.step()
         return {name: value.numpy() - weights[name] for name, value in self.exchanged.items()}
+
+
+def made(site: str, count: int, size: int = 28) -> tuple[Any, Any]:
+    """Images (count, 1, size, size) of two kinds, the same for the same name, and their kinds."""
+    rng = np.random.default_rng(list(site.encode()))
+    y_N = (np.arange(count) % 2).astype(np.int64)
+    return (rng.normal(size=(count, 1, size, size)) + y_N[:, None, None, None]).astype(np.float32), y_N
 
 
 def batches(job: dict[str, Any], site: str, round_: int, count: int) -> list[np.ndarray[Any, Any]]:

@@ -91,10 +91,11 @@ def train(
     augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
     weighted = _weighted(recipe, cohort)
     loss_B = record_loss(weighted)
-    set_weights(model, weights)
     # A team's processes exchange their weights and images as plain arrays.
     order: Any = memory_format(recipe) if team is None else torch.preserve_format
-    model.to(device, memory_format=order).train()  # type: ignore[call-overload]
+    if order is not torch.preserve_format or next(model.parameters()).device != device:
+        model.to(device, memory_format=order)  # type: ignore[call-overload]
+    trained = set_weights(model.train(), weights)
     if team is not None and private is None and _mixes(model):
         raise ConfigError(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
@@ -136,7 +137,7 @@ def train(
                 losses.append(mean_gradient(model, loss_B, x_B, target_B, recipe.training, of=len(x_B)))
             _finish_gradient(model, anchor, recipe.training)
             optimiser.step()
-    delta = change_of(model, weights)
+    delta = change_of(trained, weights)
     if not delta.finite:
         raise TrainingError(
             f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "

@@ -491,7 +491,7 @@ class Settings:
     torchscript: bool = False
     """Also write model.ts.pt."""
     int8: bool = False
-    """Also write model.int8.onnx (2D), where that is at least twice as fast and as good; else the report says why."""
+    """Also write model.int8.onnx, where that is at least twice as fast and as good; else the report says why."""
 
 
 def as_plain(value: Any) -> Any:

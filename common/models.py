@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -95,22 +95,29 @@ def exchanged(model: nn.Module) -> tuple[str, ...]:
     Integer counters never cross. In a partly frozen network a buffer crosses only where its
     own module is trained and its statistics are not frozen.
     """
-    return tuple(_exchanged(model))
+    return tuple(crossing(model))
 
 
-def _exchanged(model: nn.Module) -> dict[str, torch.Tensor]:
+def crossing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What `exchanged` names, in its order: the tensors themselves, until the model moves to another device."""
     modules = list(model.named_modules(remove_duplicate=False))  # a site asks at every visit, so the walk is made once
-    parameters = [value for _, module in modules for value in module._parameters.values() if value is not None]
-    frozen = not all(value.requires_grad for value in parameters)
-    crossing: set[str] = set()
+    frozen = not all(value.requires_grad for _, module in modules for value in _held(module._parameters).values())
+    found: dict[str, torch.Tensor] = {}
     for prefix, module in modules:
-        trained = [name for name, value in module._parameters.items() if value is not None and value.requires_grad]
+        start = f"{prefix}." if prefix else ""
+        trained = {name: value for name, value in _held(module._parameters).items() if value.requires_grad}
+        found |= {start + name: value.detach() for name, value in trained.items()}
         if not adaptation.keeps_statistics(module) and (trained or not frozen):
-            trained += [
-                name for name, value in module._buffers.items() if value is not None and value.is_floating_point()
-            ]
-        crossing.update(f"{prefix}.{name}" if prefix else name for name in trained)
-    return {name: value for name, value in model.state_dict().items() if name in crossing}
+            found |= {
+                start + name: value.detach()
+                for name, value in _held(module._buffers).items()
+                if value.is_floating_point() and name not in module._non_persistent_buffers_set
+            }
+    return found
+
+
+def _held(values: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def buffers(model: nn.Module) -> frozenset[str]:
@@ -122,25 +129,24 @@ def buffers(model: nn.Module) -> frozenset[str]:
 def get_weights(model: nn.Module) -> Weights:
     """A float32 copy on the CPU of what is exchanged; later training does not change it."""
     # .to() gives the same memory back when nothing has to change
-    return Weights({name: value.to("cpu", torch.float32).clone().numpy() for name, value in _exchanged(model).items()})
+    return Weights({name: value.to("cpu", torch.float32).clone().numpy() for name, value in crossing(model).items()})
 
 
-def change_of(model: nn.Module, weights: Weights) -> Weights:
-    """What is exchanged now minus `weights`, float32 on the CPU, without a copy of the whole in between."""
-    exchanged = _exchanged(model)
-    change = room({name: tuple(value.shape) for name, value in exchanged.items()})
-    for name, value in exchanged.items():
+def change_of(now: Mapping[str, torch.Tensor], weights: Weights) -> Weights:
+    """What `crossing` gave minus `weights`, float32 on the CPU, without a copy of the whole in between."""
+    change = room({name: tuple(value.shape) for name, value in now.items()})
+    for name, value in now.items():
         np.subtract(value.to("cpu", torch.float32).numpy(), weights[name], out=change[name])
     return Weights(change)
 
 
-def set_weights(model: nn.Module, weights: Weights) -> None:
-    """Writes the exchanged tensors in place; the model keeps its device and types.
+def set_weights(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor]:
+    """Writes the exchanged tensors in place and returns them (`crossing`); the model keeps its device and types.
 
     Raises:
         ExchangeError: A name is missing, unknown or of another shape; the model is then unchanged.
     """
-    state = _exchanged(model)
+    state = crossing(model)
     missing = sorted(state.keys() - weights.keys())
     unknown = sorted(weights.keys() - state.keys())
     if missing or unknown:
@@ -160,6 +166,7 @@ def set_weights(model: nn.Module, weights: Weights) -> None:
                 np.copyto(target.numpy(), weights[name])  # torch takes no read-only array without copying it first
             else:
                 target.copy_(torch.tensor(weights[name]))
+    return state
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

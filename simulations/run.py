@@ -55,17 +55,19 @@ from simulations.grid import InProcessGrid, Worker
 from simulations.partition import CENTRAL
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
-_OWN_FILES = (
-    "report.html", "model.onnx", "model.ts.pt", "model_card.md", "summary.json", AUDIT_FILE, "run.json",
-)  # fmt: skip
+_MODELS = ("model.onnx", "model.int8.onnx", "model.ts.pt")
+_OWN_FILES = ("report.html", *_MODELS, "model_card.md", "summary.json", AUDIT_FILE, "run.json")
 """What overwrite=true removes, run.json last: while it is there, a half-removed run is still known as one."""
 _KEPT = ("hospitals", "simulation.log")
 _RECORD = "run.json"
 _NO_CAP = 1e6
-_AHEAD = 2
-"""Visits under way in one process: one trains, the other writes its log or is read."""
+_AHEAD, _LARGE = 2, 1_000_000
+"""Visits under way in one process, one training, the other hashing, from so many numbers on; of smaller models the
+bookkeeping is Python's, which would only take turns with the training."""
 _OPEN = 256
 """Sites held open at once; one that was closed is opened again from its files."""
+_LOGS = 4096
+"""Logs held open at once, a few kB each; one that was closed is checked again."""
 _CORES = torch.get_num_threads()
 """Torch's own count before anybody sets another: it knows OMP_NUM_THREADS and the cores of this process."""
 
@@ -84,7 +86,6 @@ class Silent:
     """Shows nothing."""
 
     def step(self, what: str, done: int, total: int) -> None: ...
-
     def round(self, state: ServerState, report: RoundReport) -> None: ...
 
 
@@ -173,7 +174,8 @@ def worker_app(settings_json: str) -> ClientApp:
     out = run_folder(settings)
     logging.getLogger().addHandler(_LogFile(out))
     compute_with(_threads(settings))
-    site_of = _sites(settings, out, {}, _device(settings), ready=True)
+    # The model now: while the coordinator builds its own, not when the first round waits for it.
+    site_of = _sites(settings, out, {}, _device(settings), build(settings.recipe))
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
@@ -197,13 +199,15 @@ def _federate(
         on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)
         return result[0]
     with _workers(settings) as workers:
-        app = None
+        app, ahead = None, 1
         if not workers:
-            site_of = _sites(settings, out, cohorts, device)
+            model = build(settings.recipe)
+            ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
+            site_of = _sites(settings, out, cohorts, device, model)
             for name in names[:_OPEN]:
                 site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
             app = client_app(lambda context: site_of(str(context.node_config["site"])))
-        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=_AHEAD)) as grid:
+        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead)) as grid:
             server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     return result[0]
 
@@ -303,17 +307,12 @@ def _workers(settings: Settings) -> Iterator[list[Worker]]:
 
 
 def _sites(
-    settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device, *, ready: bool = False
+    settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device, model: nn.Module
 ) -> Callable[[str], Site]:
+    """Finds a site by its name. All share the model: every visit overwrites all of it that is exchanged."""
     recipe, turn, door = settings.recipe, threading.Lock(), threading.Lock()
     policy = _policy(recipe, settings.simulation.metrics)
-
-    @functools.cache
-    def model() -> nn.Module:
-        return build(recipe)  # one for all sites of this process: every visit overwrites all that is exchanged
-
-    if ready:
-        model()  # a worker builds it while the coordinator builds its own, not when the first round waits for it
+    log_of = functools.lru_cache(maxsize=_LOGS)(lambda name: _audit(out, name, to_system))
 
     # A secure sum has steps, and what a site keeps between them is in its memory.
     @functools.lru_cache(maxsize=None if recipe.privacy.secure_aggregation else _OPEN)
@@ -323,9 +322,9 @@ def _sites(
             name,
             recipe,
             cohorts.get(name) or _cohort(settings, out, name, Silent()),
-            model,
+            lambda: model,
             folder=folder,
-            audit=_audit(out, name, to_system),
+            audit=log_of(name),
             ledger=_ledger(settings, folder, name),
             device=device,
             policy=policy,

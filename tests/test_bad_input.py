@@ -218,6 +218,8 @@ def test_a_run_that_is_there_needs_resume_or_overwrite_and_is_not_touched_before
     clear(simulate("overwrite=true", hospitals=hospitals), 2, "holds 2 hospitals")
     assert content() == before
 
+    for name in ("model.int8.onnx", "model.ts.pt"):  # of a run that was asked for them
+        (out / name).write_bytes(b"of the earlier weights")
     assert simulate("overwrite=true", "seed=9")[0] == 0
     assert "run resumed" not in (out / "audit" / "server.jsonl").read_text()
     assert content().keys() == before.keys()

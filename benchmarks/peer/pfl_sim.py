@@ -4,8 +4,10 @@ pfl exchanges parameters alone, so the statistics of batch norms stay those of t
 """
 
 import json
+import resource
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,7 +23,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from raw_loop import MODELS, ResNet, batches
+from raw_loop import MODELS, ResNet, Trainer, batches, made
 from torch.nn import functional
 
 folder, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -68,12 +70,14 @@ class Clock(TrainingProcessCallback):
 
 
 def main() -> None:
-    data = {}
-    for site in job["sites"]:
-        part = np.load(folder / f"{site}.npz")
-        data[site] = part["x"], part["y"]
-    sites = iter(job["sites"] * (job["rounds"] + 1))
-    users = FederatedDataset(lambda site: Ordered(raw_data=data[site], user_id=site), lambda: next(sites))
+    trainer = Trainer(folder, kind, job)  # for its images
+    asked = job.get("asked") or [job["sites"]] * job["rounds"]
+    sites = chain(*asked, asked[0])  # pfl looks one ahead
+
+    def data(site):
+        return trainer.data.get(site) or made(site, job["images"])
+
+    users = FederatedDataset(lambda site: Ordered(raw_data=data(site), user_id=site), lambda: next(sites))
     start = np.load(folder / f"{kind}.npz")
     network = Network(**MODELS[kind])
     network.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files}, strict=False)
@@ -82,7 +86,7 @@ def main() -> None:
         lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=job["momentum"]),
         torch.optim.SGD(network.parameters(), lr=1.0),
     )
-    count = len(job["sites"])
+    count = len(asked[0])
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=job["rounds"], evaluation_frequency=10**6, train_cohort_size=count, val_cohort_size=0
@@ -95,7 +99,8 @@ def main() -> None:
     )
     if out != "-":
         np.savez(out, **{name: value.detach().numpy() for name, value in network.named_parameters()})
-    print(json.dumps({"rounds_s": list(np.diff(Clock.ends))}))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"rounds_s": list(np.diff(Clock.ends)), "peak_mb": peak_mb}))
 
 
 main()

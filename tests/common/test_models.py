@@ -531,3 +531,20 @@ def test_levels_run_from_the_stem_over_the_blocks_to_the_head(family, name, size
     assert set(order) == set(range(blocks + 2))
     assert order == sorted(order)
     assert {levels[key] for key in levels if key.startswith(models._head_prefixes(model))} == {blocks + 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size"),
+    [
+        ("timm", "resnet18", (32, 32)), ("timm", "efficientnet_b0", (32, 32)),
+        ("timm", "vit_tiny_patch16_224", (32, 32)),
+        ("monai", "resnet18", (16, 16, 16)), ("monai", "densenet121", (32, 32, 32)), ("monai", "vit", (16, 16, 16)),
+    ],
+)  # fmt: skip
+def test_what_crosses_is_the_state_in_its_order_and_its_memory(family, name, size):
+    model = models.build(recipe(family, name, size))
+    state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    crossing = models.crossing(model)
+    still = {key for key, value in model.named_parameters() if not value.requires_grad}
+    assert list(crossing) == [key for key in state if key not in still]
+    assert all(value.data_ptr() == state[key].data_ptr() for key, value in crossing.items())
