@@ -3,11 +3,13 @@
 MONAI's packages import all their modules when the first of them is asked for, and some of these import further
 libraries: three seconds and 150 MB in each process, to build one network. Their `__init__.py` files hold nothing but
 lists of what comes from which module, so that is read here, and a module is imported when something of it is used.
+What MONAI would download weights with it takes where it is installed; here it is told that it is not (10 MB a process).
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -19,12 +21,24 @@ from types import ModuleType
 from typing import Any
 
 _TOP = "monai"
+_DOWNLOADS = ("gdown", "huggingface_hub", "requests")
 
 
 def ensure_light_monai() -> None:
     """Has MONAI load piece by piece from now on. Call it before the first import; where MONAI is loaded, it stays."""
-    if _TOP not in sys.modules and _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
+    if _TOP in sys.modules or _FINDER in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _FINDER)
+    tools: Any = importlib.import_module(f"{_TOP}.utils.module")
+    asked = tools.optional_import
+
+    @functools.wraps(asked)
+    def optional_import(module: str, *words: Any, **more: Any) -> Any:
+        library = module.partition(".")[0]
+        absent = library in _DOWNLOADS
+        return asked(f"{library}, for Fedicom downloads nothing" if absent else module, *words, **more)
+
+    tools.optional_import = optional_import
 
 
 class _Finder(MetaPathFinder):

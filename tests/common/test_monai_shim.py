@@ -27,7 +27,8 @@ for name, size in (("resnet10", (32, 32)), ("resnet18", (16, 16, 16)), ("densene
     with torch.no_grad():
         built[f"{name} {size}"] = [models.get_weights(network).digest, network(x).double().sum().item()]
 loaded = sorted(name for name in sys.modules if name.partition(".")[0] == "monai")
-print(json.dumps({"built": built, "loaded": loaded}))
+downloads = sorted({"gdown", "huggingface_hub", "requests"} & set(sys.modules))
+print(json.dumps({"built": built, "loaded": loaded, "downloads": downloads}))
 """
 
 
@@ -53,6 +54,20 @@ def test_a_network_loads_its_own_modules_alone(light):
     assert "monai.networks.nets.resnet" in light["loaded"]
     assert len(light["loaded"]) < 50
     assert not {"monai.transforms", "monai.data", "monai.losses"} & set(light["loaded"])
+
+
+def test_a_network_loads_nothing_to_download_with(light):
+    assert light["downloads"] == []
+    code = (
+        "from common.monai_shim import ensure_light_monai; ensure_light_monai()\n"
+        "from monai.utils.module import optional_import\n"
+        "print(optional_import('huggingface_hub.utils')[1], optional_import('numpy')[1])\n"
+        "try: optional_import('requests')[0].get('https://example.org')\n"
+        "except Exception as error: print(error)"
+    )
+    absent, *why = python(code).splitlines()
+    assert absent == "False True"
+    assert "requests, for Fedicom downloads nothing" in why[0]
 
 
 def test_the_rest_of_monai_is_there_when_asked_for():
