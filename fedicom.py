@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
 _VERBS = {
     "simulate": ("simulations.cli", "simulate_verb", "a whole federation on this machine"),
@@ -47,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = parser.parse_args(words[:1]).verb
     room, function, _ = _VERBS[verb]
     from common.errors import FedicomError
+    from common.imports import call
 
     try:
-        code = int(getattr(import_module(room), function)(words[1:]))
+        code = int(call(f"{room}:{function}", words[1:]))
         sys.stdout.flush()
         return code
     except FedicomError as error:

@@ -177,9 +177,12 @@ def federation(root: Path, model: str, workers: int, *, conclusion: bool) -> dic
     began = time.perf_counter()
     settings = settings_of(root, model, workers)
     settings = replace(settings, out=str(root / f"run-{model}-{workers}"))
-    from server import conclude as conclusion_module
-    from simulations import run
-    from simulations.run import Silent
+    from common.imports import importing
+
+    with importing():  # as `fedicom` does
+        from server import conclude as conclusion_module
+        from simulations import run
+        from simulations.run import Silent
 
     concluded: list[float] = []
     whole = conclusion_module.conclude

@@ -19,6 +19,7 @@ from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_nois
 from common.config import Recipe, Training
 from common.errors import ConfigError, FedicomError
 from common.imaging import augmentation
+from common.imports import importing
 from common.models import change_of, parameter_groups, set_weights
 from common.scattering import ScatteringClassifier
 from common.shard import Batches
@@ -307,9 +308,10 @@ def _batch(
 
 def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     groups = parameter_groups(model, training)
-    if training.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=training.lr)
-    return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
+    with importing():  # torch's compiler, with the first optimiser
+        if training.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=training.lr)
+        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
 
 
 def mean_gradient(

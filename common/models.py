@@ -23,6 +23,7 @@ from torch import nn
 from common import adaptation, standardisation
 from common.config import ModelConfig, Recipe, Training
 from common.errors import ConfigError, ExchangeError
+from common.imports import importing
 from common.scattering import ScatteringClassifier
 from common.weights import Weights, room
 
@@ -63,7 +64,7 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
             the weights file is not the approved one or does not fit.
     """
     config = recipe.model
-    with _own_randomness(recipe.seed if seed is None else seed):
+    with importing(), _own_randomness(recipe.seed if seed is None else seed):
         try:
             model = _FAMILIES[config.family](recipe)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:

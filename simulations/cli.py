@@ -14,6 +14,7 @@ from rich.table import Table
 from common.cli import settings_parser
 from common.config import Phantom, Recipe, load_settings
 from common.errors import ConfigError
+from common.imports import importing
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def simulate_verb(words: Sequence[str]) -> int:
     terminal.say(
         f"Recipe {recipe.name} {recipe.id[:12]}: {_count(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
     )
-    from simulations.run import run_folder, simulate
+    with importing():
+        from simulations.run import run_folder, simulate
 
     try:
         with terminal.progress:

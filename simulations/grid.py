@@ -30,6 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
 from common.exchange import RoundPlan, Update
+from common.imports import call
 from common.weights import Weights
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _STOP_S = 0.2
 
 _MOST_BYTES = 1 << 30
 """That are read at once."""
+_SERVE = "simulations.grid:_serve"
 _NO_MESSAGE = b"\n0\n", memoryview(b"")
 
 Progress = Callable[[str], None]
@@ -230,7 +232,7 @@ class Worker:
             make_app: A module-level function, called once in the worker with `settings`.
             settings: Text, so that nothing but a text crosses into the new process.
         """
-        self._make_app, self._settings = make_app, settings
+        self._make_app, self._settings = f"{make_app.__module__}:{make_app.__qualname__}", settings
         self._process: SpawnProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._told: RecordDict | None = None
@@ -281,7 +283,7 @@ class Worker:
             self.stop()
             spawn = multiprocessing.get_context("spawn")
             pipe, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, self._make_app, self._settings), daemon=True)
+            process = spawn.Process(target=call, args=(_SERVE, theirs, self._make_app, self._settings), daemon=True)
             # Ctrl-C reaches every process of the terminal. The worker inherits this mask: its parent ends it.
             resource_tracker.ensure_running()  # by itself it would start under the mask, and lift it
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -299,10 +301,10 @@ def _failed(message: Message, why: str) -> Message:
     return Message(Error(code=_CLIENT_FAILED, reason=why), reply_to=message)
 
 
-def _serve(pipe: Connection[Any, Any], make_app: Callable[[str], ClientApp], settings: str) -> None:
+def _serve(pipe: Connection[Any, Any], make_app: str, settings: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     become_node(1)
-    app = make_app(settings)
+    app = call(make_app, settings)
     contexts: dict[str, Context] = {}
     content = None
     while True:
