@@ -36,8 +36,9 @@ NOT_HERE = """
 - Elsewhere: what the 8-bit file loses on real images ([results.md](results.md#the-8-bit-file-on-real-images)), private
   steps ([results.md](results.md#what-a-private-step-costs)), cost by sites, parameters and images
   ([scaling.md](scaling.md)).
-- A checkpoint stays on the way of a round: a site must never be asked for the next round before this one is safe, or a
-  crash makes it train, and pay, twice.
+- Under privacy, secure aggregation or compression a checkpoint stays on the way of a round: a site must never be asked
+  for the next round before this one is safe, or a crash makes it train, and pay, twice. Elsewhere it is written while
+  the next round is under way.
 """
 HEAD = """# Benchmarks
 

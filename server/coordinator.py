@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -52,14 +53,16 @@ def coordinate(
     """Runs, or finishes, the recipe's rounds with the sites behind `transport`.
 
     After every round TensorBoard, the audit log and the checkpoint are written, in this order:
-    a crash in between repeats the round, whose answers the sites still have.
+    a crash in between repeats the round, whose answers the sites still have. Where a site that is asked for a round
+    once more gives the same answer and pays nothing, the checkpoint is written while the next round is under way, and
+    a crash repeats two.
 
     Args:
         out: Gets `checkpoints/` and `tensorboard/`.
         resume: Go on from the newest checkpoint, if there is one. When all rounds are behind it, no site is asked.
         key: Encrypts the checkpoints.
         ledger_heads: What earlier runs saw of the sites' privacy ledgers, see `ledger_heads_in`.
-        on_round: Called after every round that is safely on disk.
+        on_round: Called after every round.
 
     Raises:
         QuorumError: Too few sites, or too few admitted updates; resume goes on from the round before.
@@ -92,16 +95,21 @@ def coordinate(
             here("sites joined", new)
         return hellos
 
-    with Scalars(out / "tensorboard") as scalars:
+    with Scalars(out / "tensorboard") as scalars, ThreadPoolExecutor(1, "checkpoint") as writer:
         running = rounds.run(
             state, recipe, transport, sites, buffers=buffers(model), audit_head=lambda: audit.head,
             ledger_heads=ledger_heads,
         )  # fmt: skip
         try:
+            saved: Future[Path] | None = None
             for state, report in running:
                 scalars.write(round_line(report))
                 _record(audit, report)
-                checkpoint.write(state, checkpoints, key)
+                if saved is not None:
+                    saved.result()
+                saved = writer.submit(checkpoint.write, state, checkpoints, key)
+                if state.done or not _repeats(recipe):
+                    saved.result()
                 on_round(state, report)
         except QuorumError as error:
             audit.append("round failed", round=state.round + 1, why=str(error))
@@ -133,6 +141,13 @@ def round_line(report: RoundReport) -> RoundLine:
         epsilon={site: done.spent.epsilon for site, done in report.accepted.items() if done.spent is not None},
         seconds=report.seconds,
     )
+
+
+def _repeats(recipe: Recipe) -> bool:
+    """Whether a site that has answered a later round already gives its answer to this one once more, for nothing."""
+    # A private answer is paid for; of what rounding left over, a site keeps what the last round and its own need.
+    privacy = recipe.privacy
+    return not (privacy.active or privacy.secure_aggregation or recipe.federation.compression != "none")
 
 
 def _presence(hellos: Mapping[str, Hello]) -> dict[str, Any]:

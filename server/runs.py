@@ -234,7 +234,7 @@ class RunStatus:
         self.change()
 
     def round_done(self, state: ServerState, report: RoundReport) -> None:
-        """A round is safely on disk."""
+        """A round is over."""
         for name, done in report.accepted.items():
             epsilon = done.spent.epsilon if done.spent is not None else None
             self._site(name, {"state": "answered", "why": "", "round": report.round, "epsilon": epsilon})

@@ -79,7 +79,7 @@ class Show(Protocol):
         """`done` of `total` pieces of `what` are finished."""
 
     def round(self, state: ServerState, report: RoundReport) -> None:
-        """A round is safely on disk."""
+        """A round is over."""
 
 
 class Silent:

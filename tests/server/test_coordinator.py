@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_a_run_killed_in_any_round_and_resumed_ends_with_the_same_bits(tmp_path,
     assert resumed.state.done
 
 
-def test_a_crash_between_audit_and_checkpoint_repeats_the_round(tmp_path, monkeypatch):
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_and_repeats_two_rounds(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole", Fake())
     write = coordinator.checkpoint.write
 
@@ -112,9 +113,12 @@ def test_a_crash_between_audit_and_checkpoint_repeats_the_round(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(coordinator.checkpoint, "write", full)
+        cut = Fake()
         with pytest.raises(StorageError):
-            run(tmp_path / "cut", Fake())
-    assert run(tmp_path / "cut", Fake(), resume=True).state.weights == whole.state.weights
+            run(tmp_path / "cut", cut)
+    again = Fake()
+    assert run(tmp_path / "cut", again, resume=True).state.weights == whole.state.weights
+    assert (cut.asked, again.asked) == ([1, 2, 3, 4], [3, 4, 5])
 
 
 def test_resuming_a_finished_run_asks_for_no_round(tmp_path):
@@ -165,7 +169,17 @@ def test_the_log_tells_the_run_and_anchors_the_sites(tmp_path):
     assert events[-2].facts["after"] == result.state.weights.digest
 
 
-def test_a_round_is_on_disk_before_it_is_shown(tmp_path):
+PAID = replace(RECIPE, privacy=Privacy(mechanism="dp_sgd", epsilon=8, delta=1e-5))
+MASKED = replace(
+    RECIPE,
+    privacy=Privacy(secure_aggregation=True),
+    federation=replace(RECIPE.federation, quorum=3, strategy="fedavg", max_update_norm=100),
+)
+ROUNDED = replace(RECIPE, federation=replace(RECIPE.federation, compression="int8"))
+
+
+def test_a_round_that_no_site_gives_twice_is_on_disk_before_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "_repeats", lambda recipe: False)
     seen = []
     run(
         tmp_path,
@@ -175,6 +189,34 @@ def test_a_round_is_on_disk_before_it_is_shown(tmp_path):
         ),
     )
     assert seen == [True] * 5
+
+
+def test_which_recipes_wait_for_their_checkpoints():
+    assert [coordinator._repeats(recipe) for recipe in (RECIPE, PAID, MASKED, ROUNDED)] == [True, False, False, False]
+
+
+def test_another_round_is_written_while_the_next_one_is_under_way_and_before_the_one_after(tmp_path, monkeypatch):
+    write, asked, late = coordinator.checkpoint.write, threading.Semaphore(0), []
+
+    def waiting(state, folder, key):
+        if state.round < 4:  # the last training round and the evaluation are followed by at most one
+            late.append(not asked.acquire(timeout=20))
+        return write(state, folder, key)
+
+    class Watching(Fake):
+        def ask(self, plan, sites, timeout_s):
+            if plan.round > 1:
+                asked.release()
+            if plan.round > 2:
+                found = coordinator.checkpoint.load(tmp_path / "checkpoints", RECIPE.id)
+                assert found is not None
+                assert found.round >= plan.round - 2
+            return super().ask(plan, sites, timeout_s)
+
+    monkeypatch.setattr(coordinator.checkpoint, "write", waiting)
+    found = run(tmp_path, Watching())
+    assert late == [False] * 3
+    assert coordinator.checkpoint.load(tmp_path / "checkpoints", RECIPE.id) == found.state
 
 
 def test_a_site_that_was_silent_at_the_end_still_shows_what_it_spent(tmp_path):
