@@ -33,6 +33,8 @@ PEERS = {
     "pfl": ("pfl==0.6.0", "pfl_sim.py", ()),
 }
 NAMES = {"flower": "Flower 1.41, Ray, 2 actors", "nvflare": "NVFLARE 2.9 simulator, 2 threads", "pfl": "pfl 0.6"}
+ONCE = ("nvflare",)
+"""Minutes a run: measured once, by the run whose parameters are held against the raw loop's."""
 TORCH = "torch==2.13.0"
 ENVIRONMENTS = ROOT / "runs" / "peers"
 HERE = Path(__file__).resolve().parent
@@ -80,13 +82,15 @@ def _row(root: Path, model: str, pythons: dict[str, Path], repeats: int) -> dict
     for count in (1, 2):
         words = [sys.executable, str(HERE / "simulation.py"), "--one", str(root), model, str(count)]
         ways[f"fedicom, {count}"] = partial(measured, words)
+    first: dict[str, Run] = {}
     for name, python in pythons.items():
         _, script, more = PEERS[name]
         words = [str(python), str(HERE / "peer" / script), str(root), model]
         ways[name] = partial(_quiet, [*words, "-", *more])
-        _quiet([*words, str(root / f"{name}.npz"), *more])
+        first[name] = _quiet([*words, str(root / f"{name}.npz"), *more])
     away = {name: _away(root, model, name) for name in pythons}  # before an hour is spent on other work
-    runs = in_turns(ways, repeats, warm=False)
+    runs = in_turns({name: way for name, way in ways.items() if name not in ONCE}, repeats, warm=False)
+    runs |= {name: [run] for name, run in first.items() if name in ONCE}
     return {
         "model": model,
         "wall_s": {name: spread([run.wall_s for run in part]) for name, part in runs.items()},
@@ -96,7 +100,10 @@ def _row(root: Path, model: str, pythons: dict[str, Path], repeats: int) -> dict
         },
         "slower_than_fedicom": {
             name: {
-                str(count): ratio([run.wall_s for run in runs[name]], [run.wall_s for run in runs[f"fedicom, {count}"]])
+                str(count): ratio(
+                    [run.wall_s for run in runs[name]],
+                    [run.wall_s for run in runs[f"fedicom, {count}"][: len(runs[name])]],
+                )
                 for count in (1, 2)
             }
             for name in pythons
