@@ -34,16 +34,14 @@ font-family="-apple-system, 'Segoe UI', Helvetica, Arial, 'Liberation Sans', san
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
     """The picture: CPU beside training for one question, and peak memory, over the number of sites (logarithmic)."""
-    panels = (
-        ("CPU beside training, ms a question", "beside_cpu_ms"),
-        ("Peak memory of the process, MB", "peak_mb"),
-    )
+    cpu = [(row["sites"], row["beside_cpu_ms"]["median"]) for row in rows]
+    memory = [(row["sites"], row["peak_mb"]["fedicom"]["median"]) for row in rows]
     told = "; ".join(
-        f"{row['sites']} sites: {row['beside_cpu_ms']:.2f} ms a question, {row['peak_mb']:.0f} MB" for row in rows
+        f"{sites} sites: {ms:.2f} ms a question, {mb:.0f} MB" for (sites, ms), (_, mb) in zip(cpu, memory, strict=True)
     )
     parts = [HEAD.format(width=WIDTH, height=HEIGHT, right=WIDTH - 1, bottom=HEIGHT - 1, words=told)]
-    for number, (title, key) in enumerate(panels):
-        parts.append(_panel(LEFT + number * (PANEL + 90), title, [(row["sites"], row[key]) for row in rows]))
+    parts.append(_panel(LEFT, "CPU beside training, ms a question", cpu))
+    parts.append(_panel(LEFT + PANEL + 90, "Peak memory of the process, MB", memory))
     return "".join(parts) + "</svg>\n"
 
 
