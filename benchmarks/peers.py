@@ -125,7 +125,6 @@ def _tiny(root: Path, sites: int, python: Path, repeats: int) -> dict[str, Any]:
         "asked": asked,
         "wall_s": {name: spread([run.wall_s for run in part]) for name, part in runs.items()},
         "visit_ms": {name: spread([1e3 * value / asked for value in part]) for name, part in later.items()},
-        "peak_mb": {name: spread([run.says["peak_mb"] for run in part]) for name, part in runs.items()},
         "slower_than_fedicom": ratio(later["pfl"], later["fedicom"]),
         "away": _away(root, "small", "pfl"),
     }

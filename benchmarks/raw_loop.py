@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import multiprocessing
-import resource
 import sys
 import time
 from multiprocessing.connection import wait
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measure import own_peak_mb
 from torch import nn
 from torch.nn import functional
 
@@ -130,7 +130,7 @@ def main() -> None:
                 "digest": digest(weights),
                 "ready_s": ready - began,
                 "rounds_s": rounds_s,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "peak_mb": own_peak_mb(),
             }
         )
     )

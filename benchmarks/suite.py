@@ -31,7 +31,8 @@ SUITE = {
 NOT_HERE = """
 ## What has no number here
 
-- Anything on a GPU: no card was at hand.
+- Anything on a GPU, unless it is above: no card was at hand. `python benchmarks/gpu.py` measures the steps where there
+  is one.
 - Sites side by side in one vectorised pass: measured, slower for CNNs on a CPU, and not built ([log.md](log.md#speed)).
 - Elsewhere: what the 8-bit file loses on real images ([results.md](results.md#the-8-bit-file-on-real-images)), private
   steps ([results.md](results.md#what-a-private-step-costs)), cost by sites, parameters and images
@@ -62,8 +63,9 @@ def main() -> None:
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
             sys.exit(f"{name} failed")
         found[name] = json.loads(file.read_text())
-    if (OUT / "peers.json").exists():  # of `make bench-peers`
-        found["peers"] = json.loads((OUT / "peers.json").read_text())
+    for name in ("peers", "gpu"):  # of `make bench-peers`, and of gpu.py where there is a card
+        if (OUT / f"{name}.json").exists():
+            found[name] = json.loads((OUT / f"{name}.json").read_text())
     KEPT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     PLOTS.mkdir(exist_ok=True)
     PAGE.write_text(HEAD + "".join(f"\n{RENDER[name](found[name])}" for name in RENDER if name in found) + NOT_HERE)
@@ -216,7 +218,7 @@ def peers(found: Mapping[str, Any]) -> str:
         "network", "by", "whole process, s", "times Fedicom's with one worker", "its 5 rounds, s", "a later round, s",
     )  # fmt: skip
     once = all(part["min"] == part["max"] for row in found["rows"] for part in row["wall_s"].values())
-    single = "One run of each. " if once else ""
+    single = "One run of each. " if once else "NVFLARE, which takes minutes, ran once. "
     _bars("peers", "Whole process over Fedicom's with one worker", ratios, 1.0)
     return (
         "## The same federation through the peers\n\n"
@@ -236,17 +238,37 @@ def _tiny(found: Mapping[str, Any]) -> str:
     lines = [
         (
             f"{row['sites']:,}", f"{row['asked']:,}", shown, _spread(row["wall_s"][name]),
-            _spread(row["visit_ms"][name]), f"{row['peak_mb'][name]['median']:.0f}",
+            _spread(row["visit_ms"][name]),
         )
         for row in rows
         for name, shown in names.items()
     ]  # fmt: skip
-    heads = "sites", "asked a round", "by", "whole process, s", "a visit in a later round, ms", "peak MB"
+    heads = "sites", "asked a round", "by", "whole process, s", "a visit in a later round, ms"
     slower = ", ".join(f"{_spread(row['slower_than_fedicom'])} with {row['sites']:,}" for row in rows)
     return (
         "\nThe many tiny sites through pfl, which asks nobody who it is, keeps no log and no checkpoint, and evaluates "
         f"nothing at the end. A later round takes it {slower} sites of Fedicom's time (above 1: slower).\n\n"
         f"{_table(heads, lines)}\n"
+    )
+
+
+def gpu(found: Mapping[str, Any]) -> str:
+    """Steps on a card."""
+    lines = [
+        (
+            f"{name}, batch {row['batch']}", *(_spread(row["step_ms"][way]) for way in ("plain", "fedicom", "private")),
+            *(_spread(row[key]) for key in ("against_plain", "against_compiled", "private_against_plain")),
+        )
+        for name, row in found["rows"].items()
+    ]  # fmt: skip
+    heads = (
+        "network", "plain step, ms", "Fedicom's", "a private one", "against plain", "against torch.compile",
+        "private against plain",
+    )  # fmt: skip
+    return (
+        "## Steps on a GPU\n\nMade by `python benchmarks/gpu.py --out runs/bench/gpu.json`. bfloat16, channels last; "
+        "the private step is held against a plain one of the same network with group norm. Targets: 1.03, private 1.2. "
+        f"{found['card']}. {_where(found)}\n\n{_table(heads, lines)}\n"
     )
 
 
@@ -256,6 +278,7 @@ RENDER: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "scale": scale,
     "deployed": deployed,
     "peers": peers,
+    "gpu": gpu,
 }
 
 

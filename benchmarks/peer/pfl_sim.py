@@ -4,7 +4,6 @@ pfl exchanges parameters alone, so the statistics of batch norms stay those of t
 """
 
 import json
-import resource
 import sys
 import time
 from itertools import chain
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from measure import own_peak_mb
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -99,8 +99,7 @@ def main() -> None:
     )
     if out != "-":
         np.savez(out, **{name: value.detach().numpy() for name, value in network.named_parameters()})
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"rounds_s": list(np.diff(Clock.ends)), "peak_mb": peak_mb}))
+    print(json.dumps({"rounds_s": list(np.diff(Clock.ends)), "peak_mb": own_peak_mb()}))
 
 
 main()
