@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import machine, ratio, spread, tell
+from measure import cohort, machine, ratio, spread, tell
 
 SHORT, LONG = 4, 24
 """Steps of the two visits."""
@@ -96,17 +96,13 @@ def _images(recipe: Any) -> tuple[Any, Any]:
 
 def _ours(recipe: Any, device: Any) -> Callable[[int], float]:
     """Seconds of a visit of so many steps."""
-    from client.cohort import Cohort
     from client.dp import os_noise
     from client.dp.rules import Sampling
     from client.train import Private, train
     from common.models import build, get_weights
-    from common.samples import Samples
 
     x_N, y_N = _images(recipe)
-    samples = Samples(x_N, y_N, np.arange(len(x_N)), tuple(f"{n:04d}" for n in range(len(x_N))), {}, "")
-    cohort = Cohort(samples, np.repeat("train", len(x_N)), "a" * 64, {})
-    model = build(recipe)
+    site, model = cohort(x_N, y_N), build(recipe)
     weights, batch = get_weights(model), recipe.training.batch_size
 
     def visit(steps: int) -> float:
@@ -118,7 +114,7 @@ def _ours(recipe: Any, device: Any) -> Callable[[int], float]:
             )
         began = time.perf_counter()
         # Its end waits for the device: the weights come back to the processor.
-        done = train(model, weights, cohort, longer, round_=1, site="a", device=device, private=private)
+        done = train(model, weights, site, longer, round_=1, site="a", device=device, private=private)
         assert done.steps == steps
         return time.perf_counter() - began
 

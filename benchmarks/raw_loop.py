@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def main() -> None:
     start = np.load(folder / f"{kind}.npz")
     weights = {name: start[name] for name in start.files}
     sites = job["sites"]
-    asked = job.get("asked") or [sites] * job["rounds"]
+    asked = asked_in(job)
     rounds_s: list[float] = []
     if processes == 1:
         train = Trainer(folder, kind, job)
@@ -156,16 +157,13 @@ class Trainer:
     def __init__(self, folder: Path, kind: str, job: dict[str, Any]) -> None:
         self.model = ResNet(**MODELS[kind])  # type: ignore[arg-type]
         self.job = job
-        self.data = {}
-        for site in [] if "images" in job else job["sites"]:
-            part = np.load(folder / f"{site}.npz")
-            self.data[site] = part["x"], part["y"]
+        self.images_of = images(folder, job)
         state = self.model.state_dict()
         self.exchanged = {name: value for name, value in state.items() if value.is_floating_point()}
 
     def __call__(self, weights: dict[str, np.ndarray[Any, Any]], site: str, round_: int) -> dict[str, Any]:
         """One epoch of SGD at one site; the change of the weights."""
-        job, (x_N, y_N) = self.job, self.data.get(site) or made(site, self.job["images"])
+        job, (x_N, y_N) = self.job, self.images_of(site)
         with torch.no_grad():
             for name, value in self.exchanged.items():
                 value.copy_(torch.tensor(weights[name]))
@@ -177,6 +175,19 @@ class Trainer:
             functional.cross_entropy(logits, torch.from_numpy(y_N[index_B])).backward()
             optimiser.step()
         return {name: value.numpy() - weights[name] for name, value in self.exchanged.items()}
+
+
+def asked_in(job: dict[str, Any]) -> list[list[str]]:
+    """The sites of each round."""
+    return job.get("asked") or [job["sites"]] * job["rounds"]
+
+
+def images(folder: Path, job: dict[str, Any]) -> Callable[[str], tuple[Any, Any]]:
+    """Gives the images and kinds of a site: of its file, read now, or made when it is asked for."""
+    if "images" in job:
+        return lambda site: made(site, job["images"])
+    parts = {site: np.load(folder / f"{site}.npz") for site in job["sites"]}
+    return {site: (part["x"], part["y"]) for site, part in parts.items()}.__getitem__
 
 
 def made(site: str, count: int, size: int = 28) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Run, in_turns, machine, measured, own_peak_mb, spread, tell
+from measure import Run, cohort, in_turns, machine, measured, own_peak_mb, spread, tell
 from raw_loop import made
 
 IMAGES, SIZE, ROUNDS = 20, 28, 3
@@ -136,12 +136,7 @@ class Made(Mapping[str, Any]):
         self._names = names
 
     def __getitem__(self, name: str) -> Any:
-        from client.cohort import Cohort
-        from common.samples import Samples
-
-        x_N, y_N = made(name, IMAGES, SIZE)
-        samples = Samples(x_N, y_N, np.arange(IMAGES), tuple(f"{n:04d}" for n in range(IMAGES)), {}, "")
-        return Cohort(samples, np.repeat("train", IMAGES), "a" * 64, {})
+        return cohort(*made(name, IMAGES, SIZE))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -270,17 +265,14 @@ def _by_size(weights: Any) -> dict[str, float]:
 def _by_images(recipe: Any, count: int) -> dict[str, float]:
     import torch
 
-    from client.cohort import Cohort
     from client.train import train
     from common.models import build, get_weights
-    from common.samples import Samples
 
     targets_N = (np.arange(count) % 2).astype(np.int64)
     x_N = np.random.default_rng(0).normal(size=(count, 1, SIZE, SIZE)).astype(np.float32)
-    samples = Samples(x_N, targets_N, np.arange(count), tuple(f"{n:04d}" for n in range(count)), {}, "")
-    cohort, model = Cohort(samples, np.repeat("train", count), "a" * 64, {}), build(recipe)
+    site, model = cohort(x_N, targets_N), build(recipe)
     weights, cpu = get_weights(model), torch.device("cpu")
-    work_ms = _cpu_ms(lambda: train(model, weights, cohort, recipe, round_=1, site="a", device=cpu), repeats=2)
+    work_ms = _cpu_ms(lambda: train(model, weights, site, recipe, round_=1, site="a", device=cpu), repeats=2)
     return {"images": count, "epoch_ms": work_ms}
 
 

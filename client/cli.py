@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from common.deployment import SiteHome, read_status
 from common.errors import ConfigError, DataError, FedicomError
+from common.imports import call
 
 # The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def site_verb(words: Sequence[str]) -> int:
     )
     parser.add_argument("verb", choices=_VERBS, metavar="verb", help="what to do; `fedicom site VERB --help` says more")
     room, function, _ = _VERBS[parser.parse_args(words[:1]).verb]
-    return int(getattr(import_module(room), function)(words[1:]))
+    return int(call(f"{room}:{function}", words[1:]))
 
 
 # Before the start

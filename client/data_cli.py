@@ -8,9 +8,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from common.imports import call
 
 if TYPE_CHECKING:
     from common.imaging.index import Index
@@ -46,7 +47,7 @@ def data_verb(words: Sequence[str]) -> int:
     parser.add_argument("word", choices=SUBVERBS, metavar="word", help="what to do; `fedicom data word --help`")
     word = parser.parse_args(words[:1]).word
     module, function, _ = SUBVERBS[word]
-    return int(getattr(import_module(module), function)(words[1:]))
+    return int(call(f"{module}:{function}", words[1:]))
 
 
 def index_verb(words: Sequence[str]) -> int:

@@ -126,8 +126,8 @@ def export_onnx(
         privacy=dict(privacy or {}),
     )
     # As bytes, not as the exporter's file: nothing can land in an external data file beside it
-    quick = in_planes(network, torch.from_numpy(_example(reference_x)))
-    data = _graph(_Served(quick, recipe.task.kind, temperature).eval(), reference_x, description)
+    example = torch.from_numpy(_example(reference_x))
+    data = _graph(_Served(in_planes(network, example), recipe.task.kind, temperature).eval(), example, description)
     with _partial(path) as part:
         with storing(path.name):
             _write(part, data)
@@ -217,12 +217,12 @@ def _example(reference_x: Array) -> Array:
     return np.ascontiguousarray(np.resize(reference_x, (2, *reference_x.shape[1:])), dtype=np.float32)
 
 
-def _graph(served: nn.Module, reference_x: Array, description: Description) -> bytes:
+def _graph(served: nn.Module, example: torch.Tensor, description: Description) -> bytes:
     """The ONNX model as bytes that depend on weights, recipe and versions only."""
     with _quiet():
         program = torch.onnx.export(
             served,
-            (torch.from_numpy(_example(reference_x)),),
+            (example,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
             input_names=[INPUT],

@@ -29,8 +29,9 @@ def in_planes(network: nn.Module, example: torch.Tensor) -> nn.Module:
     planes = _Planes(copy.deepcopy(network))
     with torch.no_grad():
         try:
-            _change(planes.network, _depths(planes.network, example))
-            same = torch.allclose(planes(example), network(example), rtol=1e-4, atol=1e-4)
+            depths, expected = _met(planes.network, example)
+            _change(planes.network, depths)
+            same = torch.allclose(planes(example), expected, rtol=1e-4, atol=1e-4)
         except (RuntimeError, ValueError, IndexError):  # shapes that do not meet, in whatever words the layer has
             return network
     return planes if same else network
@@ -116,8 +117,11 @@ def _planes(volume: torch.Tensor) -> torch.Tensor:
     return volume.transpose(1, 2).reshape(-1, volume.shape[1], *volume.shape[3:])
 
 
-def _depths(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int]:
-    """How deep the volume is that each layer is given; layers that are given something else are left out."""
+def _met(network: nn.Module, example: torch.Tensor) -> tuple[dict[nn.Module, int], torch.Tensor]:
+    """How deep the volume is that each layer is given, and what the network gives.
+
+    Layers that are given something else are left out.
+    """
     depths: dict[nn.Module, int] = {}
 
     def note(layer: nn.Module, given: tuple[torch.Tensor, ...], _: object) -> None:
@@ -129,11 +133,11 @@ def _depths(network: nn.Module, example: torch.Tensor) -> dict[nn.Module, int]:
     leaves = (layer for layer in network.modules() if not [*layer.children()] and not isinstance(layer, _EACH_NUMBER))
     hooks = [layer.register_forward_hook(note) for layer in leaves]
     try:
-        network(example)
+        result: torch.Tensor = network(example)
     finally:
         for hook in hooks:
             hook.remove()
-    return depths
+    return depths, result
 
 
 def _change(network: nn.Module, depths: dict[nn.Module, int]) -> None:

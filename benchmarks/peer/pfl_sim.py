@@ -23,7 +23,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from raw_loop import MODELS, ResNet, Trainer, batches, made
+from raw_loop import MODELS, ResNet, asked_in, batches, images
 from torch.nn import functional
 
 folder, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -70,14 +70,9 @@ class Clock(TrainingProcessCallback):
 
 
 def main() -> None:
-    trainer = Trainer(folder, kind, job)  # for its images
-    asked = job.get("asked") or [job["sites"]] * job["rounds"]
+    images_of, asked = images(folder, job), asked_in(job)
     sites = chain(*asked, asked[0])  # pfl looks one ahead
-
-    def data(site):
-        return trainer.data.get(site) or made(site, job["images"])
-
-    users = FederatedDataset(lambda site: Ordered(raw_data=data(site), user_id=site), lambda: next(sites))
+    users = FederatedDataset(lambda site: Ordered(raw_data=images_of(site), user_id=site), lambda: next(sites))
     start = np.load(folder / f"{kind}.npz")
     network = Network(**MODELS[kind])
     network.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files}, strict=False)
