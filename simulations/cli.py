@@ -49,6 +49,7 @@ class Terminal:
                 self._said.add(what)
                 self.say(what)
             return
+        self.progress.start()  # a thread: not before there is something to show, see `simulations.grid.Worker.begin`
         kind = what.rpartition(" ")[0] if what.startswith("Reading ") else what
         if kind not in self._tasks:
             # what a resumed run finds done says nothing about its speed
@@ -87,11 +88,14 @@ def simulate_verb(words: Sequence[str]) -> int:
         f"Recipe {recipe.name} {recipe.id[:12]}: {_count(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
     )
     with importing():
-        from simulations.run import run_folder, simulate
+        from simulations.folder import run_folder
+        from simulations.run import simulate
 
     try:
-        with terminal.progress:
+        try:
             conclusion = simulate(settings, terminal)
+        finally:
+            terminal.progress.stop()
     except KeyboardInterrupt:
         terminal.say("Stopped. The same command with resume=true goes on after the last finished round.")
         raise

@@ -13,6 +13,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from common.imports import call
 from common.weights import Weights
 
 if TYPE_CHECKING:
-    from multiprocessing.context import SpawnProcess
+    from multiprocessing.process import BaseProcess
 
 log = logging.getLogger(__name__)
 
@@ -225,15 +226,18 @@ class _StoppedError(BaseException):
 class Worker:
     """A process that runs the ClientApp of some sites; started again when it died."""
 
-    def __init__(self, make_app: Callable[[str], ClientApp], settings: str) -> None:
+    def __init__(self, make_app: Callable[[str], ClientApp], settings: str, *, fork: bool = False) -> None:
         """Keeps what a process needs; it starts with `begin`, or with the first question.
 
         Args:
             make_app: A module-level function, called once in the worker with `settings`.
-            settings: Text, so that nothing but a text crosses into the new process.
+            settings: Text, so that nothing else has to cross into a new process.
+            fork: `begin` may fork this process, if it has a single thread: the worker then imports nothing again, and
+                shares the memory of all that was imported.
         """
+        self._fork = fork
         self._make_app, self._settings = f"{make_app.__module__}:{make_app.__qualname__}", settings
-        self._process: SpawnProcess | None = None
+        self._process: BaseProcess | None = None
         self._pipe: Connection[Any, Any] | None = None
         self._told: RecordDict | None = None
         """The last message that the process was given."""
@@ -242,7 +246,9 @@ class Worker:
     def begin(self) -> None:
         """Starts the process now, and waits for nothing; else the first question does."""
         with suppress(OSError):  # the first question will meet it again
-            self._ready()
+            # A lock that another thread holds is never freed in a forked process; macOS's own libraries start threads.
+            single = sys.platform == "linux" and threading.active_count() == 1
+            self._ready(fork=self._fork and single)
 
     def ask(self, message: Message, site: str, timeout_s: float | None = None) -> Message:
         """The worker's answer, or an error message when its process died or took too long."""
@@ -276,16 +282,17 @@ class Worker:
         if pipe is not None:
             pipe.close()
 
-    def _ready(self) -> Connection[Any, Any]:
+    def _ready(self, *, fork: bool = False) -> Connection[Any, Any]:
         if self._ended:
             raise OSError("the simulation was stopped")
         if self._pipe is None or self._process is None or not self._process.is_alive():
             self.stop()
-            spawn = multiprocessing.get_context("spawn")
-            pipe, theirs = spawn.Pipe()
-            process = spawn.Process(target=call, args=(_SERVE, theirs, self._make_app, self._settings), daemon=True)
+            new = multiprocessing.get_context("fork") if fork else multiprocessing.get_context("spawn")
+            pipe, theirs = new.Pipe()
+            process = new.Process(target=call, args=(_SERVE, theirs, self._make_app, self._settings), daemon=True)
             # Ctrl-C reaches every process of the terminal. The worker inherits this mask: its parent ends it.
-            resource_tracker.ensure_running()  # by itself it would start under the mask, and lift it
+            if not fork:
+                resource_tracker.ensure_running()  # by itself it would start under the mask, and lift it
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 process.start()

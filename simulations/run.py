@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import threading
@@ -16,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Literal, Protocol, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -33,16 +31,15 @@ from common.audit import AuditLog
 from common.compute import compute_with
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.deployment import Policy
-from common.errors import ConfigError, DataError, StorageError
+from common.errors import ConfigError, DataError
 from common.exchange import NAME_PATTERN, Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer
 from common.installed import package_versions
 from common.models import build
-from common.privacy_audit import FILE as AUDIT_FILE
 from common.privacy_audit import PrivacyAudit
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
-from common.storage import Flush, all_to_disk, private_folder, storing, to_disk, to_system, write_whole
+from common.storage import Flush, all_to_disk, private_folder, storing, to_disk, to_system
 from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
@@ -51,15 +48,19 @@ from server.rounds import RoundReport, ServerState, Transport
 from server.secure import Take
 from simulations import on_ray
 from simulations.baselines import baselines
+from simulations.folder import (
+    LogFile,
+    alone_in,
+    check_folder,
+    earlier_record,
+    log_file,
+    record_of,
+    run_folder,
+    take_folder,
+)
 from simulations.grid import InProcessGrid, Worker
 from simulations.partition import CENTRAL
 
-_OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
-_MODELS = ("model.onnx", "model.int8.onnx", "model.ts.pt")
-_OWN_FILES = ("report.html", *_MODELS, "model_card.md", "summary.json", AUDIT_FILE, "run.json")
-"""What overwrite=true removes, run.json last: while it is there, a half-removed run is still known as one."""
-_KEPT = ("hospitals", "simulation.log")
-_RECORD = "run.json"
 _NO_CAP = 1e6
 _AHEAD, _LARGE = 2, 1_000_000
 """Visits under way in one process, one training, the other hashing, from so many numbers on; of smaller models the
@@ -107,16 +108,16 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
     device = _device(settings)
     if settings.simulation.backend == "ray":
         on_ray.check(settings)
-    _fits(settings, out)
-    with _alone(out), _log_file(out):
+    check_folder(settings, out)
+    with _workers(settings, device) as workers, alone_in(out), log_file(out):
         compute_with(_threads(settings))
         hospitals = _hospitals(settings, out, show)
         names = site_folders(hospitals, recipe)
         cohorts = {name: _cohort(settings, out, name, show) for name in names}
         test = _central(settings, hospitals, show)
-        _begin(settings, out)
+        take_folder(settings, out)
         audit = _audit(out, "server")
-        federated = _federate(settings, out, names, cohorts, audit, device, show)
+        federated = _federate(settings, out, names, cohorts, audit, device, show, workers)
         compared = _compare(settings, cohorts, test, device, show)
         show.step("Evaluating and exporting", 0, 1)
         circumstances = Circumstances(
@@ -135,11 +136,6 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         )  # fmt: skip
         show.step("Evaluating and exporting", 1, 1)
     return conclusion
-
-
-def run_folder(settings: Settings) -> Path:
-    """Where the run writes."""
-    return Path(settings.out) if settings.out is not None else Path("runs") / settings.recipe.name
 
 
 def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
@@ -172,7 +168,7 @@ def worker_app(settings_json: str) -> ClientApp:
     """The ClientApp of a worker process, made from the settings alone."""
     settings = settings_from_json(settings_json)
     out = run_folder(settings)
-    logging.getLogger().addHandler(_LogFile(out))
+    logging.getLogger().addHandler(LogFile(out))
     compute_with(_threads(settings))
     # The model now: while the coordinator builds its own, not when the first round waits for it.
     site_of = _sites(settings, out, {}, _device(settings), build(settings.recipe))
@@ -187,6 +183,7 @@ def _federate(
     audit: AuditLog,
     device: torch.device,
     show: Show,
+    workers: Sequence[Worker] = (),
 ) -> Federated:
     result: list[Federated] = []
     shown = _Shown(show, settings.recipe.rounds, out)
@@ -198,17 +195,16 @@ def _federate(
     if settings.simulation.backend == "ray":
         on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)
         return result[0]
-    with _workers(settings) as workers:
-        app, ahead = None, 1
-        if not workers:
-            model = build(settings.recipe)
-            ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
-            site_of = _sites(settings, out, cohorts, device, model)
-            for name in names[:_OPEN]:
-                site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
-            app = client_app(lambda context: site_of(str(context.node_config["site"])))
-        with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead)) as grid:
-            server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
+    app, ahead = None, 1
+    if not workers:
+        model = build(settings.recipe)
+        ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
+        site_of = _sites(settings, out, cohorts, device, model)
+        for name in names[:_OPEN]:
+            site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
+        app = client_app(lambda context: site_of(str(context.node_config["site"])))
+    with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead)) as grid:
+        server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     return result[0]
 
 
@@ -293,10 +289,14 @@ def _prove(
 
 
 @contextmanager
-def _workers(settings: Settings) -> Iterator[list[Worker]]:
-    count = settings.simulation.workers
-    text = json.dumps(as_plain(settings))
-    workers = [Worker(worker_app, text) for _ in range(count)] if count > 1 else []
+def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]:
+    """The processes that train; begun first, while this one has no threads, locks or data that they must not share."""
+    simulation, workers = settings.simulation, []
+    if simulation.workers > 1 and simulation.backend != "ray":
+        compute_with(1)
+        build(settings.recipe)  # what it imports is imported once for all
+        text, fork = json.dumps(as_plain(settings)), device.type == "cpu"  # CUDA does not outlive a fork
+        workers = [Worker(worker_app, text, fork=fork) for _ in range(simulation.workers)]
     try:
         for worker in workers:
             worker.begin()
@@ -379,123 +379,6 @@ def _audit(out: Path, side: str, flush: Flush = to_disk) -> AuditLog:
     return AuditLog(out / "audit" / f"{side}.jsonl", signer, flush=flush)
 
 
-def _fits(settings: Settings, out: Path) -> None:
-    """Refuses a folder that this run must not write into; changes nothing."""
-    if settings.resume and settings.overwrite:
-        raise ConfigError("resume and overwrite: one goes on with the run, the other removes it; say only one of them")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out: {out} is a file; choose a folder")
-    earlier = _earlier(out)
-    if earlier is None:
-        with storing("the folder of the run"):
-            names = sorted(path.name for path in out.iterdir()) if out.exists() else []
-        if foreign := [name for name in names if name not in _KEPT and not name.startswith(".")]:
-            raise ConfigError(
-                f"out: {out} holds other files ({foreign[0]}) and no run.json; choose an empty folder, or a new name"
-            )
-    elif settings.resume:
-        if changed := _changed(earlier, _record(settings)):
-            raise ConfigError(
-                f"resume: {out} holds a run with other settings (different: {', '.join(changed[:8])}); "
-                "give the same settings, or another out"
-            )
-    elif not settings.overwrite:
-        raise ConfigError(
-            f"out: {out} holds a run of recipe {str(earlier.get('recipe_id'))[:12]} already; say resume=true to go on "
-            "with it, overwrite=true to remove it and start again, or out=... for another folder"
-        )
-
-
-def _begin(settings: Settings, out: Path) -> None:
-    """Removes the run that is to be overwritten, and writes down which run this is."""
-    if settings.overwrite:
-        with storing("the run to be overwritten"):
-            for name in _OWN:
-                if (out / name).exists():
-                    shutil.rmtree(out / name)
-            for name in _OWN_FILES:
-                (out / name).unlink(missing_ok=True)
-    for folder in (out, *(out / name for name in _OWN)):
-        for part in folder.glob(".*.tmp") if folder == out else folder.rglob(".*.tmp"):
-            part.unlink(missing_ok=True)  # of a process that was killed while it wrote
-    for partial in out.glob(".hospitals.partial-*"):
-        shutil.rmtree(partial)
-    write_whole(out / _RECORD, (json.dumps(_record(settings), indent=2, sort_keys=True) + "\n").encode())
-
-
-def _record(settings: Settings) -> dict[str, Any]:
-    """All that decides the weights, as run.json keeps it."""
-    simulation = settings.simulation
-    data: dict[str, Any]
-    if simulation.hospitals is not None:
-        data = {"hospitals": str(Path(simulation.hospitals).resolve())}
-    else:
-        data = {"phantom": as_plain(simulation.phantom), "sites": settings.recipe.federation.sites}
-    return {"recipe_id": settings.recipe.id, "recipe": as_plain(settings.recipe), "simulation": data}
-
-
-def _earlier(out: Path) -> dict[str, Any] | None:
-    record = out / _RECORD
-    try:
-        earlier = json.loads(record.read_text()) if record.exists() else None
-    except (OSError, ValueError):
-        earlier = ()
-    if earlier is not None and not isinstance(earlier, dict):
-        raise StorageError(f"{record} cannot be read; choose another out, or remove that folder to start again")
-    return earlier
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keeps a second simulation out of the folder; the system frees it when this process ends, however it ends."""
-    new = not out.exists()
-    with storing("the folder of the run"):
-        handle = os.open(private_folder(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"out: another simulation is writing into {out}; wait for it, or choose another out"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-        if new and [path.name for path in out.iterdir()] == [".lock"]:  # it failed before it began
-            shutil.rmtree(out)
-
-
-class _LogFile(logging.FileHandler):
-    """What went wrong inside a site, for whoever runs the simulation; never shown, never sent."""
-
-    def __init__(self, out: Path) -> None:
-        super().__init__(out / "simulation.log", delay=True)
-        self.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
-        """A full disk is told by what matters more."""
-
-
-@contextmanager
-def _log_file(out: Path) -> Iterator[None]:
-    handler = _LogFile(out)
-    logging.getLogger().addHandler(handler)
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-def _changed(before: object, now: object, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now} - {"recipe_id"})
-        return [where for key in keys for where in _changed(before.get(key), now.get(key), f"{path}.{key}".strip("."))]
-    return [] if before == now else [path]
-
-
 def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
     simulation = settings.simulation
     if simulation.hospitals is not None:
@@ -519,8 +402,8 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
             f"{recipe.task.dimensions}; say simulation=phantom_{recipe.task.dimensions}d, or "
             "simulation.hospitals=FOLDER for images of your own"
         )
-    earlier = _earlier(out) or {}
-    if settings.overwrite and earlier.get("simulation") != _record(settings)["simulation"]:
+    earlier = earlier_record(out) or {}
+    if settings.overwrite and earlier.get("simulation") != record_of(settings)["simulation"]:
         with storing("the earlier hospitals"), suppress(FileNotFoundError):
             shutil.rmtree(out / "hospitals")
     make_phantoms(

@@ -20,6 +20,7 @@ from client.train import Trained
 from common.config import Phantom
 from common.weights import Weights
 from simulations import run
+from simulations.folder import alone_in
 from simulations.phantoms import make_phantoms
 
 SITES = ("east", "north", "south")
@@ -233,7 +234,7 @@ def test_a_damaged_run_json(simulate: Fedicom, tmp_path: Path, text: str) -> Non
 
 
 def test_two_simulations_do_not_write_into_one_folder(simulate: Fedicom, tmp_path: Path) -> None:
-    with run._alone(tmp_path / "run"):
+    with alone_in(tmp_path / "run"):
         clear(simulate(), 2, "another simulation is writing into")
     assert simulate()[0] == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ from flwr.clientapp import ClientApp
 from common import wire
 from common.exchange import Hello, Question, RoundPlan, Update
 
+MARK = "from the file"
+
 def make(settings):
     app = ClientApp()
 
@@ -51,7 +54,8 @@ def make(settings):
             return Message(RecordDict(), reply_to=message)
         return Message(wire.encode(Hello(
             site=site, recipe_id=wire.decode(message.content, Question).recipe_id,
-            versions={"asked": str(context.state_count)}, patients={"train": os.getpid()}, manifest="0" * 64
+            versions={"asked": str(context.state_count), "mark": MARK}, patients={"train": os.getpid()},
+            manifest="0" * 64
         )), reply_to=message)
 
     seen = []
@@ -238,6 +242,46 @@ def test_an_answer_that_is_none_of_our_messages_fails_its_site_and_ends_no_proce
     before = hello(workers[0].ask(question(grid, "east"), "east")).patients["train"]
     assert workers[0].ask(question(grid, "north"), "north").error.reason == "the site failed"
     assert hello(workers[0].ask(question(grid, "east"), "east")).patients["train"] == before
+
+
+FORKING = """
+import os, sys, threading
+from flwr.app import Message
+from common import wire
+from common.exchange import Hello, Question
+import fedicom_test_worker
+from simulations.grid import Worker, become_node
+
+def asked(worker):
+    content = wire.encode(Question(recipe_id="a" * 64))
+    return wire.decode(worker.ask(Message(content, 1000, "query"), "east").content, Hello)
+
+become_node(1)
+fedicom_test_worker.MARK = "in memory"
+begun = [Worker(fedicom_test_worker.make, "", fork=True) for _ in range(3)]
+begun[0].begin()
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+begun[1].begin()
+first = asked(begun[0])
+begun[0].stop()
+print(first.versions["mark"], asked(begun[0]).versions["mark"], asked(begun[1]).versions["mark"], sep=",")
+assert os.getpid() != first.patients["train"]
+for worker in begun:
+    worker.stop()
+"""
+
+
+def test_a_worker_is_forked_from_a_process_of_one_thread_alone_and_begins_afresh_after_its_death(
+    make: Make, tmp_path: Path
+) -> None:
+    root = str(Path(grid_module.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((root, str(tmp_path)))},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    expected = "in memory,from the file,from the file" if sys.platform == "linux" else ",".join(["from the file"] * 3)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_ctrl_c_in_the_terminal_is_left_to_the_parent(make: Make, workers: list[Worker]) -> None:
