@@ -170,9 +170,9 @@ def _settings(model: str) -> Any:
     import opacus  # noqa: F401
 
     from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
-    from common.torchvision_shim import ensure_torchvision
+    from common.timm_shim import ensure_light_timm
 
-    ensure_torchvision()
+    ensure_light_timm()
     import timm  # noqa: F401
 
     family: Any

@@ -16,10 +16,10 @@ from torch import nn
 
 from client.cohort import Cohort
 from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
+from common.compute import without_compiler
 from common.config import Recipe, Training
 from common.errors import ConfigError, FedicomError
 from common.imaging import augmentation
-from common.imports import importing
 from common.models import change_of, parameter_groups, set_weights
 from common.scattering import ScatteringClassifier
 from common.shard import Batches
@@ -307,11 +307,13 @@ def _batch(
 
 
 def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, training)
-    with importing():  # torch's compiler, with the first optimiser
-        if training.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=training.lr)
-        return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum)
+    groups, optimiser = parameter_groups(model, training), None
+    if training.optimizer == "adamw":
+        optimiser = without_compiler(torch.optim.AdamW)(groups, lr=training.lr)
+    else:
+        optimiser = without_compiler(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
+    assert isinstance(optimiser, torch.optim.Optimizer)
+    return optimiser
 
 
 def mean_gradient(

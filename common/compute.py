@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import sys
+from typing import Any
 
 import torch
 
@@ -29,3 +32,13 @@ def compute_with(threads: int | None) -> None:
     if mallopt is not None:  # musl has none
         for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, 2 * _LARGEST)):
             mallopt(option, value)
+
+
+@functools.cache
+def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
+    """The same optimiser, which does not import torch's compiler only to have itself left alone by it.
+
+    Torch's own ones do, with their first parameters and at every step: half a second and 60 MB in each process.
+    """
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
+    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})

@@ -202,9 +202,9 @@ def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any
 
 
 def _timm(recipe: Recipe) -> nn.Module:
-    from common.torchvision_shim import ensure_torchvision
+    from common.timm_shim import ensure_light_timm
 
-    ensure_torchvision()
+    ensure_light_timm()
     import timm
     from timm.models.resnet import ResNet
 

@@ -695,9 +695,9 @@ class Product(nn.Module):
 
 
 def timm_layer(name: str) -> nn.Module:
-    from common.torchvision_shim import ensure_torchvision
+    from common.timm_shim import ensure_light_timm
 
-    ensure_torchvision()
+    ensure_light_timm()
     import timm.layers
 
     made = getattr(timm.layers, name)(1, 4, 3)

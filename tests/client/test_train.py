@@ -136,9 +136,9 @@ def test_focal_loss_of_one_record_by_hand_and_of_many_labels_as_torchvision() ->
     logits = torch.tensor([[0.0, math.log(3.0)]])  # softmax: 1/4, 3/4
     assert record_loss(recipe_of(training))(logits, torch.tensor([1])).item() == pytest.approx(-math.log(0.75) / 16)
 
-    from common.torchvision_shim import ensure_torchvision
+    from common.timm_shim import ensure_light_timm
 
-    ensure_torchvision()
+    ensure_light_timm()
     from torchvision.ops import sigmoid_focal_loss
 
     many = recipe_of(training, task=Task(kind="multilabel", classes=("a", "b", "c")))

@@ -156,9 +156,9 @@ def test_group_ws_standardises_every_convolution_and_folds_into_the_plain_networ
 
 
 def test_a_standardised_weight_is_that_of_timm():
-    from common.torchvision_shim import ensure_torchvision
+    from common.timm_shim import ensure_light_timm
 
-    ensure_torchvision()
+    ensure_light_timm()
     from timm.layers import ScaledStdConv2d
 
     theirs = ScaledStdConv2d(3, 8, 3)
@@ -203,7 +203,7 @@ def test_initial_weights_are_equal_in_another_process_which_imports_timm_only_to
         "torch.manual_seed(7); torch.rand(5);"
         "r = Recipe(name='x', data=Preprocessing(size=(32, 32)));"
         "print(models.get_weights(models.build(r, seed=3)).digest);"
-        "from common.torchvision_shim import ensure_torchvision; ensure_torchvision();"
+        "from common.timm_shim import ensure_light_timm; ensure_light_timm();"
         "import torchvision; print(torchvision.transforms.Normalize([0.5], [0.5])(torch.ones(1, 2, 2)).sum().item())"
     )
     root = Path(__file__).parents[2]
