@@ -168,7 +168,7 @@ class Trainer:
             for name, value in self.exchanged.items():
                 value.copy_(torch.tensor(weights[name]))
         self.model.train()
-        optimiser = torch.optim.SGD(self.model.parameters(), lr=job["lr"], momentum=job["momentum"])
+        optimiser = torch.optim.SGD(self.model.parameters(), lr=job["lr"], momentum=job["momentum"], fused=True)
         for index_B in batches(job, site, round_, len(x_N)):
             optimiser.zero_grad()
             logits = self.model(torch.from_numpy(x_N[index_B]))

@@ -16,7 +16,7 @@ from torch import nn
 
 from client.cohort import Cohort
 from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
-from common.compute import without_compiler
+from common.compute import fused
 from common.config import Recipe, Training
 from common.errors import ConfigError, FedicomError
 from common.imaging import augmentation
@@ -307,13 +307,13 @@ def _batch(
 
 
 def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    groups, optimiser = parameter_groups(model, training), None
+    groups = parameter_groups(model, training)
     if training.optimizer == "adamw":
-        optimiser = without_compiler(torch.optim.AdamW)(groups, lr=training.lr)
+        made = fused(torch.optim.AdamW)(groups, lr=training.lr)
     else:
-        optimiser = without_compiler(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
-    assert isinstance(optimiser, torch.optim.Optimizer)
-    return optimiser
+        made = fused(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
 
 
 def mean_gradient(

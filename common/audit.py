@@ -214,9 +214,10 @@ class AuditLog:
 
     def _stamp(self) -> _Stamp | None:
         with storing("the audit log"):
-            if not self._path.exists():
+            try:
+                found = self._path.stat()
+            except FileNotFoundError:
                 return None
-            found = self._path.stat()
         return _Stamp(found.st_dev, found.st_ino, found.st_size)
 
     @contextmanager

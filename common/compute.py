@@ -35,10 +35,24 @@ def compute_with(threads: int | None) -> None:
 
 
 @functools.cache
-def without_compiler(kind: type[torch.optim.Optimizer]) -> Any:
-    """The same optimiser, which does not import torch's compiler only to have itself left alone by it.
+def fused(kind: type[torch.optim.Optimizer]) -> Any:
+    """The optimiser with its steps fused: one pass over parameters and moments, a third of AdamW's time on a CPU.
 
-    Torch's own ones do, with their first parameters and at every step: half a second and 60 MB in each process.
+    The same numbers with any count of threads. Gradients may lie in memory in another way than their parameters
+    (channels last), which torch's own fused steps take for other numbers without a word. And torch's compiler stays
+    away: torch's own optimisers import it with their first parameters, and call it at every step, only to be left
+    alone by it, half a second and 60 MB in each process.
     """
     plain = {name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "zero_grad")}
-    return type(kind.__name__, (kind,), {**plain, "step": torch.no_grad()(inspect.unwrap(kind.step))})
+    inner = inspect.unwrap(kind.step)
+
+    @torch.no_grad()
+    def step(self: torch.optim.Optimizer) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is not None and grad.stride() != parameter.stride():
+                    parameter.grad = torch.empty_like(parameter).copy_(grad)
+        inner(self)
+
+    return functools.partial(type(kind.__name__, (kind,), {**plain, "step": step}), fused=True)

@@ -109,7 +109,8 @@ class Weights(Mapping[str, Array]):
     def norm(self) -> float:
         """L2 norm over all numbers; infinite or NaN when one of them is."""
         if self._norm is None:
-            self._norm = math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._norm = math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
         return self._norm
 
     @property
@@ -159,9 +160,8 @@ def room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
 
 def _square_sum(array: Array) -> float:
     flat, total = array.ravel(), 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, flat.size, _CHUNK):
-            # float64: 10^7 float32 squares lose the small ones, and 10^20 has none
-            wide = flat[start : start + _CHUNK].astype(np.float64)
-            total += float(wide @ wide)
+    for start in range(0, flat.size, _CHUNK):
+        # float64: 10^7 float32 squares lose the small ones, and 10^20 has none
+        wide = flat[start : start + _CHUNK].astype(np.float64)
+        total += float(wide @ wide)
     return total

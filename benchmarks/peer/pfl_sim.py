@@ -78,7 +78,7 @@ def main() -> None:
     network.load_state_dict({name: torch.from_numpy(start[name]) for name in start.files}, strict=False)
     model = PyTorchModel(
         network,
-        lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=job["momentum"]),
+        lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=job["momentum"], fused=True),
         torch.optim.SGD(network.parameters(), lr=1.0),
     )
     count = len(asked[0])
