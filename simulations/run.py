@@ -171,8 +171,14 @@ def worker_app(settings_json: str) -> ClientApp:
     logging.getLogger().addHandler(LogFile(out))
     compute_with(_threads(settings))
     # The model now: while the coordinator builds its own, not when the first round waits for it.
-    site_of = _sites(settings, out, {}, _device(settings), build(settings.recipe))
+    site_of = _sites(settings, out, {}, _device(settings), _network(settings_json))
     return client_app(lambda context: site_of(str(context.node_config["site"])))
+
+
+@functools.lru_cache(maxsize=1)
+def _network(settings_json: str) -> nn.Module:
+    """What a worker trains, built before it was forked where it was."""
+    return build(settings_from_json(settings_json).recipe)
 
 
 def _federate(
@@ -293,13 +299,14 @@ def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]
     """The processes that train; begun first, while this one has no threads, locks or data that they must not share."""
     simulation, workers = settings.simulation, []
     if simulation.workers > 1 and simulation.backend != "ray":
-        compute_with(1)
-        build(settings.recipe)  # what it imports is imported once for all
         text, fork = json.dumps(as_plain(settings)), device.type == "cpu"  # CUDA does not outlive a fork
         workers = [Worker(worker_app, text, fork=fork) for _ in range(simulation.workers)]
+        compute_with(1)
+        _network(text)  # imported and built once for all
     try:
         for worker in workers:
             worker.begin()
+        _network.cache_clear()
         yield workers
     finally:
         for worker in workers:
