@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -149,13 +152,38 @@ class Weights(Mapping[str, Array]):
 
 def room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Arrays to be written, which lie one after the other (`Weights.flat`)."""
-    whole, start = np.empty(sum(map(math.prod, shapes.values())), np.float32), 0
+    whole, start = _block(sum(map(math.prod, shapes.values()))), 0
     made: dict[str, Array] = {}
     for name, shape in shapes.items():
         end = start + math.prod(shape)
         made[name] = whole[start:end].reshape(shape)
         start = end
     return made
+
+
+_MAPPED = (32 << 20) // 4
+"""Numbers from which a C library gives freed memory back to the system whatever one asks of it."""
+_free: deque[Array] = deque(maxlen=2)
+"""Large blocks that nothing refers to any more; appended to and popped from by any thread."""
+
+
+def _block(size: int) -> Array:
+    """One array; a large one is used again when it, and all that was cut from it, is gone.
+
+    The system makes the pages of new memory: 7 to 100 ms for 45 MB, as often as not more than what is written there.
+    """
+    if size < _MAPPED:
+        return np.empty(size, np.float32)
+    store = None
+    with suppress(IndexError):
+        while store is None or store.size != size:  # one of another size is of another model, and goes
+            store = _free.popleft()
+    if store is None or store.size != size:
+        store = np.empty(size, np.float32)
+    whole = np.frombuffer(memoryview(store), np.float32)  # type: ignore[arg-type]
+    # What is cut from an array that does not own its memory keeps that array, so this comes after the last of it.
+    weakref.finalize(whole, _free.append, store).atexit = False
+    return whole
 
 
 def _square_sum(array: Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from common import weights as weights_module
 from common.weights import Weights
 
 SHAPES = st.dictionaries(
@@ -163,3 +165,37 @@ def test_the_flat_bytes_of_a_sum_are_no_copy_and_those_of_some_other_selection_a
     part = Weights({"b": whole["b"], "a": whole["a"]})
     assert part.flat == whole["b"].tobytes() + whole["a"].tobytes()
     assert not np.shares_memory(np.frombuffer(part.flat, np.float32), whole["a"])
+
+
+def test_a_large_block_is_used_again_when_all_that_was_cut_from_it_is_gone_and_never_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights_module, "_MAPPED", 100)
+    monkeypatch.setattr(weights_module, "_free", deque(maxlen=2))
+    one = Weights({"a": np.arange(90, dtype=np.float32), "b": np.ones((4, 5), np.float32)})
+
+    def place(weights: Weights) -> int:
+        return weights["a"].ctypes.data
+
+    first, second = one + one, one * 3.0
+    assert place(first) != place(second)
+    part, wire = second["b"][1:3], memoryview(first.flat)
+    places = [place(first), place(second)]
+    del first, second
+    third = one - one
+    assert place(third) not in places  # a row of one and the bytes of the other are still in use
+    assert part.tolist() == [[3.0] * 5] * 2
+    assert np.frombuffer(wire, np.float32)[1:90].tolist() == [2.0 * n for n in range(1, 90)]
+    del part
+    assert place(one + one) == places[1]
+    fourth = one + one
+    del wire
+    fifth = one * 2.0
+    assert [place(fourth), place(fifth)] == [places[1], places[0]]
+    assert fourth.digest == fifth.digest == (one * 2.0).digest
+    small = Weights({"a": np.ones(3, np.float32)}) * 2.0
+    assert small["a"].tolist() == [2.0] * 3
+    del third, fourth, fifth
+    other = Weights({"a": np.ones(200, np.float32)}) * 2.0  # of another size: what is kept for the former goes
+    assert not weights_module._free
+    assert float(other["a"].sum()) == 400.0
