@@ -41,6 +41,8 @@ _AGAIN_S = 600.0
 _CARDS_S = 10.0
 _AWAY_S = 45.0
 """Without a connection for so long, the gateway counts as away; in a long visit the SuperNode calls every 30 s."""
+_LOOK_S = 5.0
+"""So long a connection that was seen is not looked for again: the system walks all of its connections each time."""
 
 Say = Callable[[str, str], None]
 """Told (line, style): one line for each change; style "" or "yellow"."""
@@ -263,6 +265,8 @@ class _Node:
     def _connected(self, supernode: int | None) -> bool | None:
         """Whether the SuperNode has the gateway at the other end; None where this cannot be told."""
         now, config = time.monotonic(), self._config
+        if self._connected_at is not None and now - self._connected_at < _LOOK_S:
+            return True
         proxy = proxy_of(config, os.environ)
         there = (
             connected(supernode, (proxy_address(proxy) if proxy else split_address(config.gateway))[1])
