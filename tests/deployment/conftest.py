@@ -49,11 +49,15 @@ PLAN = Plan(
 
 @pytest.fixture(scope="session")
 def expected(tmp_path_factory) -> str:
-    """Digest of the weights that the simulation of the same recipe ends with."""
+    """Digest of the weights that the simulation of the usual recipe ends with."""
+    return simulated((f"federation.quorum={PLAN.quorum}",), tmp_path_factory.mktemp("simulated") / "run")
+
+
+def simulated(words: tuple[str, ...], out: Path) -> str:
+    """Digest of the weights that the simulation of the recipe ends with, changed by these words."""
     phantom = [f"simulation.phantom.{key}={getattr(PHANTOM, key)}" for key in ("patients", "central_patients", "size")]
-    out = tmp_path_factory.mktemp("simulated") / "run"
-    words = [*PLAN.recipe, *phantom, f"federation.sites={PLAN.count}", f"federation.quorum={PLAN.quorum}", f"out={out}"]
-    return str(simulate(load_settings(words)).summary["weight_digest"])
+    settings = load_settings([*PLAN.recipe, *phantom, f"federation.sites={PLAN.count}", *words, f"out={out}"])
+    return str(simulate(settings).summary["weight_digest"])
 
 
 @pytest.fixture(scope="module")
