@@ -6,12 +6,15 @@ import ctypes
 import functools
 import inspect
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 
 # Of glibc's malloc.h; sizes in bytes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_PAUSE_HARD = 2  # of OpenMP 5
 _LARGEST = 32 << 20
 """glibc takes no more: half of a heap."""
 
@@ -32,6 +35,23 @@ def compute_with(threads: int | None) -> None:
     if mallopt is not None:  # musl has none
         for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, 2 * _LARGEST)):
             mallopt(option, value)
+
+
+def may_fork() -> bool:
+    """Whether a fork of this process can do all that it can do; ends the threads that torch computes with.
+
+    A lock that another thread holds is never freed in the fork, and the threads of an OpenMP pool, which the fork
+    would wait for at its next large operation, are not there. A new pool comes by itself, here and there. On macOS the
+    system's own libraries start threads.
+    """
+    if sys.platform != "linux" or threading.active_count() > 1:
+        return False
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    pools = {line.split(maxsplit=5)[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
+    try:
+        return not any(ctypes.CDLL(pool).omp_pause_resource_all(_PAUSE_HARD) for pool in pools)
+    except (AttributeError, OSError):  # before OpenMP 5
+        return False
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -30,6 +29,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
+from common.compute import may_fork
 from common.exchange import RoundPlan, Update
 from common.imports import call
 from common.weights import Weights
@@ -232,8 +232,8 @@ class Worker:
         Args:
             make_app: A module-level function, called once in the worker with `settings`.
             settings: Text, so that nothing else has to cross into a new process.
-            fork: `begin` may fork this process, if it has a single thread: the worker then imports nothing again, and
-                shares the memory of all that was imported.
+            fork: `begin` forks this process, where it may: the worker then imports nothing again, and shares the memory
+                of all that was imported.
         """
         self._fork = fork
         self._make_app, self._settings = f"{make_app.__module__}:{make_app.__qualname__}", settings
@@ -246,9 +246,7 @@ class Worker:
     def begin(self) -> None:
         """Starts the process now, and waits for nothing; else the first question does."""
         with suppress(OSError):  # the first question will meet it again
-            # A lock that another thread holds is never freed in a forked process; macOS's own libraries start threads.
-            single = sys.platform == "linux" and threading.active_count() == 1
-            self._ready(fork=self._fork and single)
+            self._ready(fork=self._fork and may_fork())
 
     def ask(self, message: Message, site: str, timeout_s: float | None = None) -> Message:
         """The worker's answer, or an error message when its process died or took too long."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,39 @@ def test_a_thread_gets_its_freed_memory_again_without_asking_the_system():
     assert plain[0] > 100_000  # each round anew
     assert kept[0] < 40_000  # once, and what torch needs for itself
     assert kept[1] == 2
+
+
+# Threads of a pool, a fork, and an operation that wants the pool in both; the fork is killed if it waits for ever.
+FORK = """
+import os, signal, sys, threading, torch
+from common.compute import may_fork
+torch.set_num_threads(2)
+x = torch.ones(1 << 20)
+(x + 1).sum()
+if "thread" in sys.argv:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+if "asked" in sys.argv:
+    print(may_fork())
+pid = os.fork()
+if not pid:
+    signal.alarm(5)
+    os._exit(int((x + 1).sum() != 2 << 20))
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int((x + 1).sum()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="may_fork says no")
+def test_a_fork_that_was_asked_for_computes_in_threads_and_so_does_who_was_forked():
+    def said(*words: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", FORK, *words], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert said("asked") == ["True", "0", str(2 << 20)]
+    assert said()[0] == str(-signal.SIGALRM)  # what would come of it
+    assert said("asked", "thread")[0] == "False"
 
 
 SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
