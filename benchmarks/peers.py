@@ -38,8 +38,9 @@ ONCE = ("nvflare",)
 TORCH = "torch==2.13.0"
 ENVIRONMENTS = ROOT / "runs" / "peers"
 HERE = Path(__file__).resolve().parent
-_FAR = 1e-3
-"""Largest distance of a peer's final parameters from the raw loop's, over the way that they went."""
+_FAR = 1e-2
+"""Largest distance of a peer's final parameters from the raw loop's, over the way that they went. A site left out of
+one round is 5e-2 away; peers that send whole weights were up to 3.4e-3."""
 
 
 def main() -> None:

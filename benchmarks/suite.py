@@ -222,7 +222,8 @@ def peers(found: Mapping[str, Any]) -> str:
     return (
         "## The same federation through the peers\n\n"
         "Made by `make bench-peers`. 8 sites x 200 images, 5 rounds; every peer trains with the code of raw_loop.py, "
-        "and ends with its parameters within rounding. Target: faster than each (above 1). "
+        "and ends at its parameters within a hundredth of the way (a site left out of one round: a twentieth). Target: "
+        "faster than each (above 1). "
         f"{single}"
         f"{_where(found)}\n\n"
         f"{_table(heads, lines)}\n\n![Peers](benchmarks/peers.svg)\n{_tiny(found)}"
