@@ -27,7 +27,7 @@ from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.errors import ConfigError, FedicomError
 from common.prometheus import Family, serve_metrics
-from common.storage import private_folder, storing, to_system, write_whole
+from common.storage import held_alone, private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port, stop_on_signal
 
 SUPERNODE, RUNNER = "supernode", "runner"
@@ -100,21 +100,17 @@ def only_one(home: SiteHome) -> Iterator[None]:
     Raises:
         ConfigError: A node runs in this home.
     """
-    with storing("the lock of the node"):
-        handle = os.open(_lock_file(home), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"a node runs in this home already (process {running(home) or 'unknown'}); `fedicom site status` shows "
-                "it, `fedicom site stop` ends it"
-            ) from None
+
+    def busy() -> ConfigError:
+        return ConfigError(
+            f"a node runs in this home already (process {running(home) or 'unknown'}); `fedicom site status` shows "
+            "it, `fedicom site stop` ends it"
+        )
+
+    with held_alone(_lock_file(home), "the lock of the node", busy) as handle:
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
-    finally:
-        os.close(handle)
 
 
 def running(home: SiteHome) -> int | None:

@@ -309,11 +309,8 @@ def _batch(
 def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
     groups = parameter_groups(model, training)
     if training.optimizer == "adamw":
-        made = fused(torch.optim.AdamW)(groups, lr=training.lr)
-    else:
-        made = fused(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
-    assert isinstance(made, torch.optim.Optimizer)
-    return made
+        return fused(torch.optim.AdamW)(groups, lr=training.lr)
+    return fused(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
 
 
 def mean_gradient(

@@ -7,8 +7,8 @@ import functools
 import inspect
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,7 +55,7 @@ def may_fork() -> bool:
 
 
 @functools.cache
-def fused(kind: type[torch.optim.Optimizer]) -> Any:
+def fused(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """The optimiser with its steps fused: one pass over parameters and moments, a third of AdamW's time on a CPU.
 
     The same numbers with any count of threads. Gradients may lie in memory in another way than their parameters

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import StorageError
+from common.errors import FedicomError, StorageError
 
 Flush = Callable[[int], None]
 """Called with an open file, or a folder, whose bytes or entries must last before anybody is told of them."""
@@ -114,6 +114,29 @@ def locked(folder: Path) -> Iterator[None]:
         with storing("a lock file"):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def held_alone(path: Path, what: str, busy: Callable[[], FedicomError]) -> Iterator[int]:
+    """Holds a lock file against every other process; the system frees it when this one ends, however it ends.
+
+    Args:
+        what: The lock's name in a `StorageError`.
+        busy: The error when another process holds it.
+
+    Returns:
+        The file, open.
+    """
+    with storing(what):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy() from None
+        yield handle
     finally:
         os.close(handle)
 

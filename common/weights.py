@@ -174,16 +174,19 @@ def _block(size: int) -> Array:
     """
     if size < _MAPPED:
         return np.empty(size, np.float32)
-    store = None
-    with suppress(IndexError):
-        while store is None or store.size != size:  # one of another size is of another model, and goes
-            store = _free.popleft()
-    if store is None or store.size != size:
-        store = np.empty(size, np.float32)
+    store = _stored(size)
     whole = np.frombuffer(memoryview(store), np.float32)  # type: ignore[arg-type]
     # What is cut from an array that does not own its memory keeps that array, so this comes after the last of it.
     weakref.finalize(whole, _free.append, store).atexit = False
     return whole
+
+
+def _stored(size: int) -> Array:
+    with suppress(IndexError):
+        while (store := _free.popleft()).size != size:
+            pass  # it is of another model, and goes
+        return store
+    return np.empty(size, np.float32)
 
 
 def _square_sum(array: Array) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ from common.installed import code_hashes
 from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
 from common.signed import parse_recipe
-from common.storage import full, private_folder, storing, to_system, write_whole
+from common.storage import full, held_alone, private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port
 from server.blobs import clear
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
@@ -517,18 +516,12 @@ def alone(home: ServerHome) -> Iterator[None]:
     Raises:
         ConfigError: One runs.
     """
-    with storing("the folder of the coordinator"):
-        handle = os.open(private_folder(home.run) / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"a coordinator runs in {home.path.name} already; `fedicom server status` shows it"
-            ) from None
+
+    def busy() -> ConfigError:
+        return ConfigError(f"a coordinator runs in {home.path.name} already; `fedicom server status` shows it")
+
+    with held_alone(private_folder(home.run) / ".lock", "the folder of the coordinator", busy):
         yield
-    finally:
-        os.close(handle)
 
 
 def _child(run: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from common.config import validate_json
 from common.deployment import Name, ServerHome, read_status
 from common.errors import ConfigError, FedicomError, StorageError
 from common.exchange import NAME_PATTERN, Digest
-from common.storage import private_folder, storing, to_disk, to_system, write_whole
+from common.storage import held_alone, private_folder, storing, to_disk, to_system, write_whole
 
 if TYPE_CHECKING:
     from common.config import Recipe
@@ -147,16 +145,12 @@ class Run:
         Raises:
             BusyError: Another one is at work.
         """
-        with storing("the folder of the run"):
-            handle = os.open(private_folder(self.path) / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(f"another process works on run {self.name}; wait until it has ended") from None
+
+        def busy() -> BusyError:
+            return BusyError(f"another process works on run {self.name}; wait until it has ended")
+
+        with held_alone(private_folder(self.path) / ".lock", "the folder of the run", busy):
             yield
-        finally:
-            os.close(handle)
 
 
 def run_names(home: ServerHome) -> tuple[str, ...]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from typing import Any
 from common.config import Settings, as_plain
 from common.errors import ConfigError, StorageError
 from common.privacy_audit import FILE as AUDIT_FILE
-from common.storage import private_folder, storing, write_whole
+from common.storage import held_alone, private_folder, storing, write_whole
 
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
 _MODELS = ("model.onnx", "model.int8.onnx", "model.ts.pt")
@@ -31,7 +29,12 @@ def run_folder(settings: Settings) -> Path:
 
 
 def check_folder(settings: Settings, out: Path) -> None:
-    """Refuses a folder that this run must not write into; changes nothing."""
+    """Refuses a folder that this run must not write into; changes nothing.
+
+    Raises:
+        ConfigError: It holds something else, another run, or one that nobody said to go on with or to overwrite.
+        StorageError: It cannot be read.
+    """
     if settings.resume and settings.overwrite:
         raise ConfigError("resume and overwrite: one goes on with the run, the other removes it; say only one of them")
     if out.exists() and not out.is_dir():
@@ -86,6 +89,11 @@ def record_of(settings: Settings) -> dict[str, Any]:
 
 
 def earlier_record(out: Path) -> dict[str, Any] | None:
+    """What run.json of an earlier run says (`record_of`); None where there is none.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
     record = out / _RECORD
     try:
         earlier = json.loads(record.read_text()) if record.exists() else None
@@ -100,18 +108,15 @@ def earlier_record(out: Path) -> dict[str, Any] | None:
 def alone_in(out: Path) -> Iterator[None]:
     """Keeps a second simulation out of the folder; the system frees it when this process ends, however it ends."""
     new = not out.exists()
-    with storing("the folder of the run"):
-        handle = os.open(private_folder(out) / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    lock = private_folder(out) / ".lock"
+
+    def busy() -> ConfigError:
+        return ConfigError(f"out: another simulation is writing into {out}; wait for it, or choose another out")
+
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"out: another simulation is writing into {out}; wait for it, or choose another out"
-            ) from None
-        yield
+        with held_alone(lock, "the folder of the run", busy):
+            yield
     finally:
-        os.close(handle)
         if new and [path.name for path in out.iterdir()] == [".lock"]:  # it failed before it began
             shutil.rmtree(out)
 
@@ -129,6 +134,7 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def log_file(out: Path) -> Iterator[None]:
+    """Sends the log, and what libraries warn of, to the run's file while this is open."""
     handler = LogFile(out)
     logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)

@@ -171,14 +171,12 @@ def worker_app(settings_json: str) -> ClientApp:
     logging.getLogger().addHandler(LogFile(out))
     compute_with(_threads(settings))
     # The model now: while the coordinator builds its own, not when the first round waits for it.
-    site_of = _sites(settings, out, {}, _device(settings), _network(settings_json))
+    site_of = _sites(settings, out, {}, _device(settings), _network(settings.recipe))
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
-@functools.lru_cache(maxsize=1)
-def _network(settings_json: str) -> nn.Module:
-    """What a worker trains, built before it was forked where it was."""
-    return build(settings_from_json(settings_json).recipe)
+_network = functools.lru_cache(maxsize=1)(build)
+"""Gives what a worker trains; where it was forked, built before that."""
 
 
 def _federate(
@@ -302,7 +300,7 @@ def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]
         text, fork = json.dumps(as_plain(settings)), device.type == "cpu"  # CUDA does not outlive a fork
         workers = [Worker(worker_app, text, fork=fork) for _ in range(simulation.workers)]
         compute_with(1)
-        _network(text)  # imported and built once for all
+        _network(settings.recipe)  # imported and built once for all
     try:
         for worker in workers:
             worker.begin()
