@@ -26,14 +26,14 @@ SUITE = {
     "simulation": ("simulation.py", "--repeats", "5"),
     "parts": ("parts.py", "--turns", "5"),
     "scale": ("scale.py",),
+    "abreast": ("abreast.py",),
     "deployed": ("deployed_round.py", "--models", "resnet18"),
 }
 NOT_HERE = """
 ## What has no number here
 
 - Anything on a GPU, unless it is above: no card was at hand. `python benchmarks/gpu.py` measures the steps where there
-  is one.
-- Sites side by side in one vectorised pass: measured, slower for CNNs on a CPU, and not built ([log.md](log.md#speed)).
+  is one, and `python benchmarks/abreast.py --device cuda` many small sites.
 - Elsewhere: what the 8-bit file loses on real images ([results.md](results.md#the-8-bit-file-on-real-images)), private
   steps ([results.md](results.md#what-a-private-step-costs)), cost by sites, parameters and images
   ([scaling.md](scaling.md)).
@@ -63,7 +63,7 @@ def main() -> None:
         if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
             sys.exit(f"{name} failed")
         found[name] = json.loads(file.read_text())
-    for name in ("peers", "gpu"):  # of `make bench-peers`, and of gpu.py where there is a card
+    for name in ("peers", "gpu", "abreast_gpu"):  # of `make bench-peers`, and of gpu.py where there is a card
         if (OUT / f"{name}.json").exists():
             found[name] = json.loads((OUT / f"{name}.json").read_text())
     KEPT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -176,6 +176,29 @@ def scale(found: Mapping[str, Any]) -> str:
     )
 
 
+def abreast(found: Mapping[str, Any]) -> str:
+    """Many small sites in one vectorised pass."""
+    lines = [
+        (
+            row["case"], *(_spread(row["visit_ms"][name]) for name in ("one", "abreast")), _spread(row["pass_faster"]),
+            _spread(row["faster"]), f"{row['peak_mb']['one']['median']:.0f}, {row['peak_mb']['abreast']['median']:.0f}",
+        )
+        for row in found["rows"]
+    ]  # fmt: skip
+    heads = (
+        "network", "one after another, ms a visit", "abreast asked for, ms a visit", "speed in the trial",
+        "speed of a whole round", "peak MB",
+    )  # fmt: skip
+    return (
+        f"## Many small sites abreast{', on a GPU' if found['device'] == 'cuda' else ''}\n\n"
+        f"{found['sites']} sites of 40 images, a patient each; `simulation.abreast={found['width']}` trains so many in "
+        "one vectorised pass where a trial at the start finds that 1.2 times as fast, and one after another where not. "
+        "Whole rounds, with messages, checks, signed logs and checkpoint. Both end at the same weights but for "
+        f"rounding (a thousandth of the way at most, else the benchmark fails). Target: 2. {_where(found)}\n\n"
+        f"{_table(heads, lines)}\n"
+    )
+
+
 def deployed(found: Mapping[str, Any]) -> str:
     """A round between real processes."""
     row = found["resnet18"]
@@ -276,9 +299,11 @@ RENDER: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "simulation": simulation,
     "parts": parts,
     "scale": scale,
+    "abreast": abreast,
     "deployed": deployed,
     "peers": peers,
     "gpu": gpu,
+    "abreast_gpu": abreast,
 }
 
 

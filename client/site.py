@@ -23,7 +23,7 @@ from client.noised_scores import histogram, noised, scores
 from client.outbox import Outbox
 from client.policy import check_budget, objections, score_event, told, visit_event
 from client.secure import Sums, noise_norm
-from client.train import Private, site_noise, train
+from client.train import Private, Trained, Trainer, site_noise, train
 from common.accounting import Event, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy
@@ -89,6 +89,7 @@ class Site:
         sums: Sums | None = None,
         now: Callable[[], datetime] = datetime.now,
         turn: AbstractContextManager[object] = nullcontext(),
+        trainer: Trainer | None = None,
         flush: Flush = to_disk,
     ) -> None:
         """Wires a site.
@@ -105,12 +106,13 @@ class Site:
             sums: This site's secure sums; None where no recipe asks for one.
             now: The local time, for the opening hours.
             turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
+            trainer: Trains in the place of this site alone, and takes the turn itself; None: this site, alone.
             flush: Has a kept reply last before it is paid for; see `common.storage`.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
-        self._model, self._now, self._turn = model, now, turn
+        self._model, self._now, self._turn, self._trainer = model, now, turn, trainer or self._alone
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
         self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
@@ -226,21 +228,18 @@ class Site:
 
         return team_of(self.recipe, self._devices, self.policy.gpu_memory_fraction)
 
+    def _alone(self, weights: Weights, cohort: Cohort, *, round_: int, site: str, private: Private | None) -> Trained:
+        with self._turn:
+            return train(
+                self._model(), weights, cohort, self.recipe, round_=round_, site=site, device=self.device,
+                private=private, team=self._team(),
+            )  # fmt: skip
+
     def _train(self, plan: RoundPlan) -> Update:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
         with self._turn:
             validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
-            trained = train(
-                self._model(),
-                plan.weights,
-                self.cohort,
-                self.recipe,
-                round_=plan.round,
-                site=self.name,
-                device=self.device,
-                private=private,
-                team=self._team(),
-            )
+        trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(
             site=self.name,

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,14 @@ class Trained:
     """After the last step; None without privacy."""
 
 
+class Trainer(Protocol):
+    """`train` for a site whose network, recipe and device are known."""
+
+    def __call__(
+        self, weights: Weights, cohort: Cohort, *, round_: int, site: str, private: Private | None
+    ) -> Trained: ...
+
+
 def train(
     model: nn.Module,
     weights: Weights,
@@ -88,8 +96,6 @@ def train(
     Raises:
         TrainingError: The weights became NaN or infinite.
     """
-    rng = np.random.default_rng(seed_of("train", recipe, round_, site))
-    augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
     weighted = _weighted(recipe, cohort)
     loss_B = record_loss(weighted)
     # A team's processes exchange their weights and images as plain arrays.
@@ -97,36 +103,21 @@ def train(
     if order is not torch.preserve_format or next(model.parameters()).device != device:
         model.to(device, memory_format=order)  # type: ignore[call-overload]
     trained = set_weights(model.train(), weights)
-    if team is not None and private is None and _mixes(model):
+    if team is not None and private is None and mixes(model):
         raise ConfigError(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
             "of the batch; train on one device, or ask for a recipe with model.norm=group"
         )
     anchor = [value.detach().clone() for value in _trainable(model)] if recipe.training.proximal_mu else []
-    optimiser = _optimiser(model, recipe.training)
-    if private is None:
-        steps, batches = _epochs(cohort, recipe.training, rng, at_least=2 if _mixes(model) else 1)
-        engine = None
-    else:
-        steps, batches = private.sampling.steps, private_batches(cohort, private, rng, recipe.privacy.views)
-        engine = private_gradient(model, loss_B, recipe, private)
-    # Where the first layers never change and the images neither, the batches are cut from what those layers give.
-    fixed = augment is None and isinstance(model, ScatteringClassifier)
-    x_N = cohort.scattered if fixed else cohort.samples.x_N
+    optimiser = optimiser_of(parameter_groups(model, recipe.training), recipe.training)
+    course = Course(model, cohort, recipe, round_=round_, site=site, device=device, private=private, order=order)
+    engine = private_gradient(model, loss_B, recipe, private) if private is not None else None
     losses: list[torch.Tensor] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        _seed(int(rng.integers(2**63)), device)  # dropout
+        _seed(course.dropout_seed, device)
         if team is not None:
             team.begin(model, weighted, seed_of("dropout of the others", recipe, round_, site))
-        samples = Batches(x_N)
-        for step, index_B in enumerate(batches):
-            x_B, target_B = _batch(cohort, samples, index_B, device)
-            if x_B.dim() == 2 + recipe.task.dimensions:  # not the fixed features
-                x_B = x_B.to(memory_format=order)
-            if augment is not None and len(index_B):
-                x_B = augment(x_B)
-            progress = (round_ - 1 + step / steps) / recipe.rounds
-            lr = recipe.training.lr * rate(recipe.training, progress, recipe.rounds)
+        for x_B, target_B, lr in course:
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             optimiser.zero_grad()
@@ -138,18 +129,76 @@ def train(
                 losses.append(mean_gradient(model, loss_B, x_B, target_B, recipe.training, of=len(x_B)))
             _finish_gradient(model, anchor, recipe.training)
             optimiser.step()
-    delta = change_of(trained, weights)
+    loss = torch.stack(losses) if losses else None
+    return outcome(change_of(trained, weights), course, loss, engine.clip_norm if engine else None)
+
+
+class Course:
+    """One round at one site, step by step: the samples of each step, changed as the recipe says, and its learning rate.
+
+    Everything is drawn in one order, so a course is walked once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cohort: Cohort,
+        recipe: Recipe,
+        *,
+        round_: int,
+        site: str,
+        device: torch.device,
+        private: Private | None = None,
+        order: torch.memory_format = torch.preserve_format,
+    ) -> None:
+        """Plans the round; the arguments are those of `train`.
+
+        Args:
+            model: In training mode; batch norms decide how small a batch may be.
+            order: How the images lie in memory.
+        """
+        rng = np.random.default_rng(seed_of("train", recipe, round_, site))
+        self.round, self._recipe, self._cohort, self._device, self._order = round_, recipe, cohort, device, order
+        self._augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
+        self.dropout_seed = int(rng.integers(2**63))
+        if private is None:
+            self.steps, self._batches = _epochs(cohort, recipe.training, rng, at_least=2 if mixes(model) else 1)
+        else:
+            self.steps = private.sampling.steps
+            self._batches = private_batches(cohort, private, rng, recipe.privacy.views)
+        # Where the first layers never change and the images neither, the batches are cut from what those layers give.
+        fixed = self._augment is None and isinstance(model, ScatteringClassifier)
+        self._x_N = cohort.scattered if fixed else cohort.samples.x_N
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Images (B, C, ...) and targets of a step, on the device and overwritten by the next one's; learning rate."""
+        recipe, samples = self._recipe, Batches(self._x_N)
+        for step, index_B in enumerate(self._batches):
+            x_B, target_B = _batch(self._cohort, samples, index_B, self._device)
+            if x_B.dim() == 2 + recipe.task.dimensions:  # not the fixed features
+                x_B = x_B.to(memory_format=self._order)
+            if self._augment is not None and len(index_B):
+                x_B = self._augment(x_B)
+            progress = (self.round - 1 + step / self.steps) / recipe.rounds
+            yield x_B, target_B, recipe.training.lr * rate(recipe.training, progress, recipe.rounds)
+
+
+def outcome(delta: Weights, course: Course, losses: torch.Tensor | None, clip_norm: float | None) -> Trained:
+    """What a course came to.
+
+    Args:
+        losses: Of each step; None under privacy.
+
+    Raises:
+        TrainingError: The weights are not finite.
+    """
     if not delta.finite:
         raise TrainingError(
-            f"round {round_}: the trained weights are not finite after {steps} steps; lower training.lr or set "
-            "training.gradient_clip"
+            f"round {course.round}: the trained weights are not finite after {course.steps} steps; lower training.lr "
+            "or set training.gradient_clip"
         )
-    return Trained(
-        delta=delta,
-        steps=steps,
-        loss=float(torch.stack(losses).double().mean()) if losses else None,
-        clip_norm=engine.clip_norm if engine else None,
-    )
+    loss = float(losses.double().mean()) if losses is not None else None
+    return Trained(delta=delta, steps=course.steps, loss=loss, clip_norm=clip_norm)
 
 
 # What a private round is made of; `client.dp.mechanism` tests these very functions.
@@ -189,14 +238,16 @@ def private_batches(
     """
     indices = cohort.indices("train")
     patient_n = cohort.samples.patient_N[indices]
-    of_patient = [indices[patient_n == patient] for patient in np.unique(patient_n)]
+    indices = indices[np.argsort(patient_n, kind="stable")]
+    _, starts, counts = np.unique(np.sort(patient_n), return_index=True, return_counts=True)
+    of_patient = np.split(indices, starts[1:])
     for _ in range(private.sampling.steps):
         drawn = poisson_patients(len(of_patient), private.sampling.rate, private.noise)
-        yield np.array([_views(of_patient[patient], views, rng) for patient in drawn], dtype=np.int64).reshape(-1)
-
-
-def _views(samples: npt.NDArray[np.int64], views: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    return rng.choice(samples, 1) if views == 1 else np.resize(rng.permutation(samples), views)
+        if views == 1:
+            yield indices[starts[drawn] + rng.integers(counts[drawn])]
+        else:
+            parts = [np.resize(rng.permutation(of_patient[patient]), views) for patient in drawn]
+            yield np.array(parts, dtype=np.int64).reshape(-1)
 
 
 def seed_of(purpose: str, recipe: Recipe, round_: int, site: str) -> int:
@@ -252,30 +303,40 @@ def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
     Args:
         cohort: Counted when `class_weights` is `balanced`: samples / (classes x samples of the class), as scikit-learn.
     """
-    if cohort is not None:
-        recipe = _weighted(recipe, cohort)
-    training, multilabel = recipe.training, recipe.task.kind == "multilabel"
-    weights = training.class_weights
-    assert weights != "balanced"
-    weight_C = torch.tensor(weights) if weights is not None else None
-    gamma = training.focal_gamma if training.loss == "focal" else 0.0
+    weight_C = class_weights(recipe, cohort)
 
     def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        class_weight = weight_C.to(logits) if weight_C is not None else None
-        if multilabel:
-            entropy_BC = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-            if gamma:
-                entropy_BC = entropy_BC * (1 - torch.exp(-entropy_BC)) ** gamma
-            if class_weight is not None:
-                entropy_BC = entropy_BC * class_weight
-            return entropy_BC.mean(dim=1)
-        entropy_B = functional.cross_entropy(logits, target, reduction="none", label_smoothing=training.label_smoothing)
-        if gamma:
-            true_B = torch.softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
-            entropy_B = entropy_B * (1 - true_B) ** gamma
-        return entropy_B if class_weight is None else entropy_B * class_weight[target]
+        return losses_of(recipe, logits, target, weight_C)
 
     return loss
+
+
+def class_weights(recipe: Recipe, cohort: Cohort | None = None) -> torch.Tensor | None:
+    """(classes,) factors on the loss, those of this cohort where they are to balance it; None for none."""
+    weights = (recipe if cohort is None else _weighted(recipe, cohort)).training.class_weights
+    assert weights != "balanced"
+    return torch.tensor(weights) if weights is not None else None
+
+
+def losses_of(
+    recipe: Recipe, logits: torch.Tensor, target: torch.Tensor, weight_C: torch.Tensor | None
+) -> torch.Tensor:
+    """`record_loss` with these class weights; (B,)."""
+    training = recipe.training
+    gamma = training.focal_gamma if training.loss == "focal" else 0.0
+    class_weight = weight_C.to(logits) if weight_C is not None else None
+    if recipe.task.kind == "multilabel":
+        entropy_BC = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        if gamma:
+            entropy_BC = entropy_BC * (1 - torch.exp(-entropy_BC)) ** gamma
+        if class_weight is not None:
+            entropy_BC = entropy_BC * class_weight
+        return entropy_BC.mean(dim=1)
+    entropy_B = functional.cross_entropy(logits, target, reduction="none", label_smoothing=training.label_smoothing)
+    if gamma:
+        true_B = torch.softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
+        entropy_B = entropy_B * (1 - true_B) ** gamma
+    return entropy_B if class_weight is None else entropy_B * class_weight[target]
 
 
 def _epochs(
@@ -306,8 +367,8 @@ def _batch(
     return x_B.to(device, non_blocking=True), target_B.to(device, non_blocking=True)
 
 
-def _optimiser(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, training)
+def optimiser_of(groups: list[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
+    """The recipe's optimiser over `common.models.parameter_groups`."""
     if training.optimizer == "adamw":
         return fused(torch.optim.AdamW)(groups, lr=training.lr)
     return fused(torch.optim.SGD)(groups, lr=training.lr, momentum=training.momentum)
@@ -353,7 +414,7 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _mixes(model: nn.Module) -> bool:
+def mixes(model: nn.Module) -> bool:
     """Whether some layer takes its statistics from the batch."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
 

@@ -8,10 +8,11 @@ Gaussian mechanism under adding or removing one patient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, wraps
+from threading import RLock
+from typing import Any, ParamSpec, cast
 
 import numpy as np
 
@@ -23,6 +24,25 @@ _INTERVALS = (1e-2, 2.5e-3, 6.25e-4, 1.5625e-4, 3.90625e-5, 1e-5)
 _SETTLED = 1e-3
 _FINEST_POINTS = 4e6  # of a composed distribution; beyond it the last (larger) epsilon stands
 _LOWEST_NOISE, _HIGHEST_NOISE = 0.05, 1e6
+
+
+_P = ParamSpec("_P")
+
+
+def _once(maxsize: int) -> Callable[[Callable[_P, float]], Callable[_P, float]]:
+    """`lru_cache` for what takes long: of many threads that ask the same, one computes and the others wait for it."""
+
+    def wrap(function: Callable[_P, float]) -> Callable[_P, float]:
+        kept, door = cast("Callable[_P, float]", lru_cache(maxsize)(function)), RLock()
+
+        @wraps(function)
+        def asked(*words: _P.args, **more: _P.kwargs) -> float:
+            with door:
+                return kept(*words, **more)
+
+        return asked
+
+    return wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +171,7 @@ def _checked(delta: float) -> float:
     return float(delta)
 
 
-@lru_cache(maxsize=1024)
+@_once(maxsize=1024)
 def _epsilon_pld(events: tuple[Event, ...], delta: float) -> float:
     if not events:
         return 0.0
@@ -223,7 +243,7 @@ def _epsilon_rdp(events: tuple[Event, ...], delta: float) -> float:
     return float(accountant.get_epsilon(delta, alphas=orders))
 
 
-@lru_cache(maxsize=256)
+@_once(maxsize=256)
 def _solve_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
     def cost(noise: float) -> float:
         """Log of the share of the budget that this noise spends; falls with the noise."""

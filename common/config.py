@@ -466,6 +466,9 @@ class Simulation:
     """Of a Ray cluster that is running (`auto`, or as Ray writes it); null starts one on this machine for the run."""
     workers: Annotated[int, Ge(1), Le(64)] = 1
     """Sites that train at the same time, each in a process of its own."""
+    abreast: Annotated[int, Ge(1), Le(256)] = 1
+    """Sites of equal size that train in one vectorised pass, where that is measured to be faster (small networks, a
+    GPU); their weights are then those of one after another but for rounding."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each worker; 0 shares the cores out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

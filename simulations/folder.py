@@ -15,9 +15,11 @@ from common.errors import ConfigError, StorageError
 from common.privacy_audit import FILE as AUDIT_FILE
 from common.storage import held_alone, private_folder, storing, write_whole
 
+ABREAST_FILE = "abreast.json"
+"""Of `simulations.abreast`: what it measured."""
 _OWN = ("audit", "checkpoints", "keys", "sites", "tensorboard")
 _MODELS = ("model.onnx", "model.int8.onnx", "model.ts.pt")
-_OWN_FILES = ("report.html", *_MODELS, "model_card.md", "summary.json", AUDIT_FILE, "run.json")
+_OWN_FILES = ("report.html", *_MODELS, "model_card.md", "summary.json", AUDIT_FILE, ABREAST_FILE, "run.json")
 """What overwrite=true removes, run.json last: while it is there, a half-removed run is still known as one."""
 _KEPT = ("hospitals", "simulation.log")
 _RECORD = "run.json"

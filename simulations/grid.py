@@ -37,6 +37,8 @@ from common.weights import Weights
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from simulations.abreast import Abreast
+
 log = logging.getLogger(__name__)
 
 _FIRST_NODE = 1000
@@ -68,6 +70,7 @@ class InProcessGrid(Grid):
         workers: Sequence[Worker] = (),
         done: Progress | None = None,
         ahead: int = 1,
+        abreast: Abreast | None = None,
     ) -> None:
         """Gives every site a node id.
 
@@ -77,8 +80,9 @@ class InProcessGrid(Grid):
             done: Told the site's name after each of its answers.
             ahead: Visits under way at once in this process, each in a thread of its own. Above 1 only where sites that
                 share a model take turns with it (`client.site.Site`'s `turn`): else they train on each other's weights.
+            abreast: What trains sites together; told who begins a visit and who ends one. Then as many are under way.
         """
-        self._ahead = ahead
+        self._ahead, self._abreast = abreast.width if abreast is not None else ahead, abreast
         self._sites = {_FIRST_NODE + number: site for number, site in enumerate(sites)}
         self._app, self._workers, self._done = app, list(workers), done
         self._run = Run.create_empty(run_id=1)
@@ -114,7 +118,9 @@ class InProcessGrid(Grid):
         takes longer is ended. Without workers nothing can end a site.
         """
         self._begin()
-        ids = []
+        ids, messages = [], list(messages)
+        if self._abreast is not None:
+            self._abreast.expect([self._sites[message.metadata.dst_node_id] for message in messages])
         for message in messages:
             message.metadata.__dict__["_message_id"] = uuid4().hex
             ids.append(message.metadata.message_id)
@@ -174,15 +180,19 @@ class InProcessGrid(Grid):
 
     def _ended(self, message: Message, answer: Callable[[Message], Message]) -> Message | BaseException:
         """The answer, or what ends the whole run (Ctrl-C): raised again where the answer is waited for."""
+        site = self._sites[message.metadata.dst_node_id]
         try:
             reply = answer(message)
             if self._done is not None:
                 with self._telling:
-                    self._done(self._sites[message.metadata.dst_node_id])
+                    self._done(site)
         except _StoppedError:
             raise
         except BaseException as end:
             return end
+        finally:
+            if self._abreast is not None:
+                self._abreast.left(site)
         return reply
 
     def close(self) -> None:

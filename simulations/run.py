@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import torch
 from flwr.app import Context, RecordDict
@@ -60,6 +60,9 @@ from simulations.folder import (
 )
 from simulations.grid import InProcessGrid, Worker
 from simulations.partition import CENTRAL
+
+if TYPE_CHECKING:
+    from simulations.abreast import Abreast
 
 _NO_CAP = 1e6
 _AHEAD, _LARGE = 2, 1_000_000
@@ -108,6 +111,11 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
     device = _device(settings)
     if settings.simulation.backend == "ray":
         on_ray.check(settings)
+    if settings.simulation.abreast > 1 and (settings.simulation.workers > 1 or settings.simulation.backend == "ray"):
+        raise ConfigError(
+            f"simulation.abreast is {settings.simulation.abreast}, which trains sites together in one process; say "
+            "simulation.workers=1 and simulation.backend=process, or simulation.abreast=1"
+        )
     check_folder(settings, out)
     with _workers(settings, device) as workers, alone_in(out), log_file(out):
         compute_with(_threads(settings))
@@ -127,7 +135,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             versions=package_versions(),
             baselines=compared,
             refused_files={name: cohort.refused for name, cohort in cohorts.items()},
-            notes=("The baselines were trained without privacy.",) if compared and recipe.privacy.active else (),
+            notes=_notes(settings, out, baselines=compared is not None),
         )
         conclusion = conclude(
             federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
@@ -171,7 +179,7 @@ def worker_app(settings_json: str) -> ClientApp:
     logging.getLogger().addHandler(LogFile(out))
     compute_with(_threads(settings))
     # The model now: while the coordinator builds its own, not when the first round waits for it.
-    site_of = _sites(settings, out, {}, _device(settings), _network(settings.recipe))
+    site_of = _sites(settings, out, {}, _device(settings), _network(settings.recipe), threading.Lock())
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
@@ -199,15 +207,17 @@ def _federate(
     if settings.simulation.backend == "ray":
         on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)
         return result[0]
-    app, ahead = None, 1
+    app, ahead, abreast = None, 1, None
     if not workers:
         model = build(settings.recipe)
         ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
-        site_of = _sites(settings, out, cohorts, device, model)
+        turn = threading.Lock()
+        abreast = _abreast(settings, model, device, turn, out)
+        site_of = _sites(settings, out, cohorts, device, model, turn, abreast)
         for name in names[:_OPEN]:
             site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
         app = client_app(lambda context: site_of(str(context.node_config["site"])))
-    with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead)) as grid:
+    with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead, abreast=abreast)) as grid:
         server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
     return result[0]
 
@@ -311,11 +321,36 @@ def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]
             worker.stop()
 
 
+def _notes(settings: Settings, out: Path, *, baselines: bool) -> tuple[str, ...]:
+    notes = ["The baselines were trained without privacy."] if baselines and settings.recipe.privacy.active else []
+    if settings.simulation.abreast > 1:
+        from simulations.abreast import told
+
+        notes.append(told(out))
+    return tuple(notes)
+
+
+def _abreast(
+    settings: Settings, model: nn.Module, device: torch.device, turn: threading.Lock, out: Path
+) -> Abreast | None:
+    if settings.simulation.abreast == 1:
+        return None
+    from simulations.abreast import Abreast
+
+    return Abreast(model, settings.recipe, device, width=settings.simulation.abreast, turn=turn, out=out)
+
+
 def _sites(
-    settings: Settings, out: Path, cohorts: Mapping[str, Cohort], device: torch.device, model: nn.Module
+    settings: Settings,
+    out: Path,
+    cohorts: Mapping[str, Cohort],
+    device: torch.device,
+    model: nn.Module,
+    turn: threading.Lock,
+    abreast: Abreast | None = None,
 ) -> Callable[[str], Site]:
     """Finds a site by its name. All share the model: every visit overwrites all of it that is exchanged."""
-    recipe, turn, door = settings.recipe, threading.Lock(), threading.Lock()
+    recipe, door = settings.recipe, threading.Lock()
     policy = _policy(recipe, settings.simulation.metrics)
     log_of = functools.lru_cache(maxsize=_LOGS)(lambda name: _audit(out, name, to_system))
 
@@ -335,6 +370,7 @@ def _sites(
             policy=policy,
             sums=_sums(out, name, folder) if recipe.privacy.secure_aggregation else None,
             turn=turn,
+            trainer=abreast.train if abreast is not None else None,
             flush=to_system,  # until the round is over, see `_Shown.ask`
         )
 

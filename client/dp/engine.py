@@ -153,9 +153,7 @@ class PrivateGradient:
 
     def sums(self, x_B: torch.Tensor, target_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The clipped sums and the norms before the clip, as `step` has them before the noise; private."""
-        if not self._tested and len(x_B):
-            self.self_test(x_B, target_B)
-        settle_norms(self.model)
+        self.prepare(x_B, target_B)
         sums: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
         with _buffers_unchanged(self.model):
@@ -172,6 +170,12 @@ class PrivateGradient:
             sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
             norms = [sums[0].new_zeros(0)]
         return sums, torch.cat(norms)
+
+    def prepare(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
+        """What comes before the sums of a step: the self-test, with the first records, and no layer that mixes."""
+        if not self._tested and len(x_B):
+            self.self_test(x_B, target_B)
+        settle_norms(self.model)
 
     def release(self, sums: list[torch.Tensor], norms_P: torch.Tensor) -> None:
         """Sets `.grad` to these sums (taken over) with noise, over the public denominator."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from common import accounting
 from common.accounting import Event, accounts, epsilon_pld, epsilon_prv, epsilon_rdp, merge, solve_noise
 from common.errors import PrivacyError
 
@@ -167,3 +170,21 @@ def test_a_budget_that_no_noise_reaches_is_refused() -> None:
         solve_noise(1.0, 1e-5, 0.1, 0)
     with pytest.raises(PrivacyError, match="reaches epsilon"):
         solve_noise(1e-9, 1e-12, 1.0, 10**9)
+
+
+def test_of_many_threads_that_ask_the_same_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    real = accounting._epsilon_at
+
+    def slow(*words: Any) -> float:
+        calls.append(words[2])
+        time.sleep(0.05)
+        return real(*words)
+
+    monkeypatch.setattr(accounting, "_epsilon_at", slow)
+    events = [Event(noise_multiplier=1.2345, sampling_rate=0.123, steps=7)]
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(lambda _: epsilon_pld(events, 1e-4), range(8)))
+    assert len(found) == 1
+    assert calls
+    assert len(calls) == len(set(calls))  # each grid once
