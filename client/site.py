@@ -23,7 +23,7 @@ from client.noised_scores import histogram, noised, scores
 from client.outbox import Outbox
 from client.policy import check_budget, objections, score_event, told, visit_event
 from client.secure import Sums, noise_norm
-from client.train import Private, Trained, Trainer, site_noise, train
+from client.train import DivergedError, Private, Trained, Trainer, site_noise, train
 from common.accounting import Event, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy
@@ -239,7 +239,15 @@ class Site:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
         with self._turn:
             validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
-        trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
+        try:
+            trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
+            if self._secure:
+                self.recipe.fixed_point.check(trained.delta, self._weight)
+        except (DivergedError, SecureAggregationError):
+            # This answer tells of the noise that was drawn: it is paid for, or it could be had again and again.
+            if reserved is not None:
+                self._budget.settle(reserved, reserved.event.steps)
+            raise
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(
             site=self.name,
@@ -248,14 +256,12 @@ class Site:
             base=plan.weights.digest,
             delta=self._remainders.rounded(plan, trained.delta),
             compression=self.recipe.federation.compression,
-            weight=float(self.cohort.patients("train")) if self.recipe.federation.site_weights == "patients" else 1.0,
+            weight=float(self._weight),
             steps=trained.steps,
             train_loss=trained.loss,
             validation=validation,
             spent=spent,
         )
-        if self._secure:
-            self.recipe.fixed_point.check(update.delta, round(update.weight))
         # First kept, then settled, then sent: a crash at any point costs no second training and no second epsilon.
         path = self._store(plan, update, reserved) if self._keep else None
         if reserved is not None:
@@ -532,6 +538,10 @@ class Site:
         return probabilities(logits(model, x_N, indices, device=self.device), task.kind)
 
     @property
+    def _weight(self) -> int:
+        return self.cohort.patients("train") if self.recipe.federation.site_weights == "patients" else 1
+
+    @property
     def _min_cell(self) -> int:
         return max(self.policy.min_cell, self.recipe.evaluation.min_cell)
 
@@ -581,12 +591,5 @@ def _side(error: FedicomError) -> Code:
 
 
 def _code(error: FedicomError) -> Code:
-    match error:
-        case ConfigError():
-            return "recipe"
-        case PrivacyError():
-            return "budget"
-        case DataError():
-            return "data"
-        case _:
-            return "training"
+    kinds: tuple[tuple[type, Code], ...] = ((ConfigError, "recipe"), (PrivacyError, "budget"), (DataError, "data"))
+    return next((code for kind, code in kinds if isinstance(error, kind)), "training")

@@ -35,6 +35,10 @@ class TrainingError(FedicomError):
     """Local training gave no usable weights."""
 
 
+class DivergedError(TrainingError):
+    """The trained weights are not finite; under privacy this tells of the noise that was drawn."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Private:
     """What a private round needs beside the recipe; all of it the site's own."""
@@ -85,7 +89,8 @@ def train(
     privacy each step takes a Poisson sample of the patients and `privacy.views` random samples of each. The proximal
     term, weight decay and momentum act on the gradient after noise.
 
-    Given recipe, round, site and weights the result on a CPU is the same to the bit, unless noise is secret.
+    Given recipe, round, site and weights the result on a CPU is the same to the bit, unless noise is secret; then so is
+    all else that is drawn.
 
     Args:
         model: Of `common.models.build`; overwritten.
@@ -116,7 +121,7 @@ def train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _seed(course.dropout_seed, device)
         if team is not None:
-            team.begin(model, weighted, seed_of("dropout of the others", recipe, round_, site))
+            team.begin(model, weighted, course.team_seed)
         for x_B, target_B, lr in course:
             for group in optimiser.param_groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -137,6 +142,9 @@ class Course:
     """One round at one site, step by step: the samples of each step, changed as the recipe says, and its learning rate.
 
     Everything is drawn in one order, so a course is walked once.
+
+    Under privacy all that is drawn must be as secret as the noise: with a seed that others know, one patient more would
+    give every later one other images, other changes and another dropout, and the noise covers one patient's gradient.
     """
 
     def __init__(
@@ -157,10 +165,13 @@ class Course:
             model: In training mode; batch norms decide how small a batch may be.
             order: How the images lie in memory.
         """
-        rng = np.random.default_rng(seed_of("train", recipe, round_, site))
+        secret = private is not None and private.noise.secret
+        rng = np.random.default_rng(None if secret else seed_of("train", recipe, round_, site))  # None: os.urandom
         self.round, self._recipe, self._cohort, self._device, self._order = round_, recipe, cohort, device, order
         self._augment = augmentation(recipe.data, recipe.task.laterality_sensitive, seed=int(rng.integers(2**63)))
         self.dropout_seed = int(rng.integers(2**63))
+        self.team_seed = self.dropout_seed if secret else seed_of("dropout of the others", recipe, round_, site)
+        """Of dropout in the other processes of a team, which each add their own number to it."""
         if private is None:
             self.steps, self._batches = _epochs(cohort, recipe.training, rng, at_least=2 if mixes(model) else 1)
         else:
@@ -190,10 +201,10 @@ def outcome(delta: Weights, course: Course, losses: torch.Tensor | None, clip_no
         losses: Of each step; None under privacy.
 
     Raises:
-        TrainingError: The weights are not finite.
+        DivergedError: The weights are not finite.
     """
     if not delta.finite:
-        raise TrainingError(
+        raise DivergedError(
             f"round {course.round}: the trained weights are not finite after {course.steps} steps; lower training.lr "
             "or set training.gradient_clip"
         )

@@ -187,6 +187,11 @@ def _private_gradients(
     """
     for engine, x_B, target_B in zip(engines, x, target, strict=True):
         engine.prepare(x_B, target_B)
+    if not any(map(len, x)):  # nobody was drawn anywhere: noise alone
+        for value in parameters.values():
+            value.grad = torch.zeros_like(value)
+        _release(model, parameters, engines, torch.zeros(len(x), 0, device=x[0].device), [0] * len(x))
+        return
     views = engines[0].views
     patients = torch.tensor([len(x_B) // views for x_B in x], device=x[0].device)
     present_SP = torch.arange(max(map(len, x)) // views, device=x[0].device) < patients[:, None]
@@ -210,9 +215,20 @@ def _private_gradients(
     for name, g in gradients.items():
         whole = g if factors.rows is None else g.nan_to_num(0, 0, 0)
         parameters[name].grad = torch.einsum("sp,sp...->s...", factor_SP, whole)
+    _release(model, parameters, engines, norm_SP, [len(x_B) // views for x_B in x])
+
+
+def _release(
+    model: nn.Module,
+    parameters: Values,
+    engines: Sequence[PrivateGradient],
+    norm_SP: torch.Tensor,
+    patients: Sequence[int],
+) -> None:
+    """Each site's noise, in place."""
     for number, engine in enumerate(engines):
         sums = [_grad(value)[number] for value in parameters.values()]
-        engine.release(sums, norm_SP[number, : int(patients[number])])  # in place, so that `.grad` has it
+        engine.release(sums, norm_SP[number, : patients[number]])
     for value in trainable(model).values():
         value.grad = None
 

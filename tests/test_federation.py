@@ -285,9 +285,12 @@ def test_what_the_sites_wrote_is_on_the_disk_before_a_checkpoint_counts_on_it(
     monkeypatch.setattr(run, "all_to_disk", told("on disk", run.all_to_disk))
     monkeypatch.setattr(checkpoint, "write", told("checkpoint", checkpoint.write))
     simulate(settings_of(tmp_path / "run", hospitals))
-    assert happened.count("checkpoint") == 3
-    lasting = [what for what, _ in itertools.groupby(happened)]
-    assert lasting == ["a site wrote", "on disk", *["a site wrote", "on disk", "checkpoint"] * 3]
+    sites = [what for what, _ in itertools.groupby(what for what in happened if what != "checkpoint")]
+    assert sites == ["a site wrote", "on disk"] * 4  # who they are, two rounds, the closing evaluation
+    # A checkpoint may be written while the next round is under way.
+    before = [happened[:at].count("on disk") for at, what in enumerate(happened) if what == "checkpoint"]
+    assert len(before) == 3
+    assert all(count >= number for number, count in enumerate(before, 2))
 
 
 # Killed and resumed

@@ -92,8 +92,9 @@ class _KeystreamNoise:
         values = torch.empty(like.numel(), dtype=like.dtype)
         for start in range(0, like.numel(), _BLOCK):
             part = values[start : start + _BLOCK]
-            # Half a step up: 0 would become minus infinity. The grid ends 8.2 standard deviations out.
-            uniform = torch.from_numpy(self.uniform(len(part))).add_(2.0**-54)
+            # Half a step up: 0 would become minus infinity, and the last one rounds to 1. The grid ends 8.2 standard
+            # deviations out.
+            uniform = torch.from_numpy(self.uniform(len(part))).add_(2.0**-54).clamp_(max=1 - 2.0**-53)
             part.copy_(torch.special.ndtri(uniform))
         return values.view(like.shape).to(like.device)
 

@@ -448,6 +448,21 @@ def test_the_comparison_runs_once_for_each_kind_of_model_and_again_for_another_o
     assert seen[5:] == ["Mixing", "Mixing"]
 
 
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 0, 1]])
+def test_whether_the_self_test_passes_says_nothing_of_the_patients_labels(
+    labels: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dp_engine, "_PASSED", {})
+    model = small()
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():  # weights of a coordinator that wants to know: no patient of class 0 has a gradient
+        head.weight.zero_()
+        head.bias.zero_()
+        head.bias[0] = 200.0
+    x, _ = batch(4)
+    engine(model).step(x, torch.tensor(labels))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_loss_that_is_not_one_number_a_record_is_refused(fast: bool) -> None:
     with pytest.raises(PrivacyError, match=r"reduction='none'"):

@@ -137,3 +137,10 @@ def test_no_patients_and_a_delta_of_one_in_the_patients_are_refused() -> None:
     check_delta(1e-3, 500)
     with pytest.raises(PrivacyError, match="delta"):
         check_delta(1e-3, 1000)
+
+
+def test_the_last_number_of_the_grid_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = keystream_noise()
+    for value in (0.0, 1 - 2.0**-53):
+        monkeypatch.setattr(type(noise), "uniform", lambda self, count, value=value: np.full(count, value))
+        assert torch.isfinite(noise.normal(torch.empty(3, dtype=torch.float64))).all()

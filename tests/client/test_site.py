@@ -26,11 +26,11 @@ from client.dp import sampling
 from client.ledger import Ledger, Reservation
 from client.policy import ledger_policy
 from client.site import Site
-from client.train import Trained, TrainingError
+from client.train import DivergedError, Trained, TrainingError
 from common import wire
 from common.accounting import Event, epsilon_pld
 from common.audit import AuditLog, verify, verify_against
-from common.config import Evaluation, ModelConfig, Preprocessing, Privacy, Recipe, Training
+from common.config import Evaluation, Federation, ModelConfig, Preprocessing, Privacy, Recipe, Training
 from common.deployment import Policy
 from common.errors import DataError, StorageError
 from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Update
@@ -318,6 +318,40 @@ def test_a_death_while_training_takes_the_reservation_over(
             house.open().visit(house.plan())
     assert isinstance(house.open().visit(house.plan()), Update)
     assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+
+
+def test_an_answer_that_tells_of_the_noise_is_paid_for_and_asked_again_is_paid_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverged(*_: object, **__: object) -> Trained:
+        raise DivergedError("the trained weights are not finite")
+
+    monkeypatch.setattr(module, "train", diverged)
+    for times in (1, 2):
+        refused(house.open().visit(house.plan()), "training", house)
+        assert (house.entries("reserve"), house.entries("settle")) == (times, times)
+
+
+def test_an_update_that_is_too_large_for_a_secure_sum_is_paid_for(tmp_path: Path, trained: list[Any]) -> None:
+    privacy = Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-3, secure_aggregation=True)
+    federation = Federation(sites=3, quorum=3, max_update_norm=100.0)  # what "training" gives is beyond
+    training = Training(batch_size=5, local_epochs=2.0, optimizer="sgd", lr=1e-3)
+    house = House(tmp_path, recipe_of(privacy, federation=federation, training=training))
+    site = house.open(metrics="none")
+    site._sums = object()  # type: ignore[assignment]
+    for times in (1, 2):
+        assert "the update has norm" in refused(site.visit(house.plan()), "training", house)
+        assert (house.entries("reserve"), house.entries("settle")) == (times, times)
+
+
+def test_an_error_that_tells_of_no_noise_costs_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Trained:
+        raise RuntimeError("the card is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", broken)
+        refused(house.open().visit(house.plan()), "training", house)
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 0)
 
 
 def test_an_update_that_somebody_else_settled_never_leaves(

@@ -14,7 +14,7 @@ from torch import nn
 
 from client import train as module
 from client.cohort import Cohort
-from client.dp import Sampling, os_noise, seeded_noise
+from client.dp import Noise, Sampling, os_noise, seeded_noise
 from client.train import Private, TrainingError, record_loss, train
 from common import wire
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Task, Training
@@ -441,3 +441,26 @@ def test_bfloat16_trains_close_to_float32_and_auto_is_float32_on_a_cpu(is_privat
     low = once(is_private, replace(SGD, precision="bfloat16"))
     assert {array.dtype for array in low.values()} == {np.dtype(np.float32)}
     assert 1e-4 < np.linalg.norm(flat(low) - flat(usual)) / np.linalg.norm(flat(usual)) < 0.3
+
+
+# What privacy rests on beside the noise
+
+
+def drawn(noise: Noise, patients: int) -> tuple[list[bytes], int]:
+    """The images of a private course's steps, as bytes, and the seed of its dropout."""
+    augmented = replace(Preprocessing(size=(16, 16)), augmentation=NOISY)
+    recipe = recipe_of(data=augmented, privacy=Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-3))
+    model = build(recipe).train()
+    given = Private(sampling=Sampling(rate=1.0, steps=2), noise_multiplier=1.0, noise=noise)
+    course = module.Course(
+        model, cohort_of(patients, 4), recipe, round_=1, site="north", device=CPU, private=given
+    )  # fmt: skip
+    return [x_B.numpy().tobytes() for x_B, _, _ in course], course.dropout_seed
+
+
+def test_with_secret_noise_nobody_else_can_tell_which_images_were_taken_and_how_they_were_changed() -> None:
+    # With a seed that others know, one patient more gives all later ones other images: more than one clipped gradient.
+    one, other = drawn(os_noise(), 6), drawn(os_noise(), 6)
+    assert one[1] != other[1]
+    assert not set(one[0]) & set(other[0])
+    assert drawn(seeded_noise(1), 6) == drawn(seeded_noise(1), 6)

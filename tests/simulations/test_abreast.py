@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from client.cohort import Cohort
 from client.dp import Sampling, seeded_noise
-from client.train import Private, Trained, TrainingError, mixes, train
+from client.train import DivergedError, Private, Trained, mixes, train
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Simulation, Task, Training
 from common.errors import ConfigError
 from common.models import build, get_weights
@@ -143,7 +143,23 @@ def test_one_that_leaves_the_finite_numbers_fails_alone() -> None:
     visits = [visit_of(recipe, weights, site) for site in range(3)]
     visits[1].cohort.samples.x_N[3] = np.inf  # type: ignore[index]
     found = train_abreast(build(recipe), recipe, visits, CPU)
-    assert [type(result) for result in found] == [Trained, TrainingError, Trained]
+    assert [type(result) for result in found] == [Trained, DivergedError, Trained]
+
+
+def test_a_private_step_in_which_no_site_draws_anybody_is_noise_alone() -> None:
+    recipe = recipe_of(privacy=PRIVATE)
+    weights = get_weights(build(recipe))
+
+    def visits() -> list[Visit]:
+        found = [visit_of(recipe, weights, site) for site in range(2)]
+        nobody = Sampling(rate=1e-9, steps=2)
+        return [replace(v, private=replace(v.private, sampling=nobody)) for v in found]  # type: ignore[type-var]
+
+    together = train_abreast(build(recipe), recipe, visits(), CPU)
+    for v, result in zip(visits(), together, strict=True):
+        alone = train(build(recipe), weights, v.cohort, recipe, round_=2, site=v.site, device=CPU, private=v.private)
+        assert isinstance(result, Trained)
+        assert away(result.delta, alone.delta) < 1e-6
 
 
 # Who trains with whom
