@@ -135,7 +135,7 @@ def run(case: str, abreast: int, device: str, ends: Path) -> dict[str, Any]:
     told = json.loads(chosen.read_text()) if chosen.exists() else {}
     return {
         "rounds_s": list(np.diff(show.ends[: ROUNDS + 1])),
-        "faster": told.get(str(WIDTH), 0.0),
+        "faster": told.get(str(WIDTH), [0.0])[0],
         "peak_mb": own_peak_mb(),
         "digest": weights.digest,
     }

@@ -467,8 +467,8 @@ class Simulation:
     workers: Annotated[int, Ge(1), Le(64)] = 1
     """Sites that train at the same time, each in a process of its own."""
     abreast: Annotated[int, Ge(1), Le(256)] = 1
-    """Sites of equal size that train in one vectorised pass, where that is measured to be faster (small networks, a
-    GPU); their weights are then those of one after another but for rounding."""
+    """Sites with equally many steps that train in one vectorised pass, where that is measured to be faster (small
+    networks, a GPU); their weights are then those of one after another but for rounding."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each worker; 0 shares the cores out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

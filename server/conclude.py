@@ -33,6 +33,8 @@ from server.report import Baselines, ExportLine, RunReport, SiteSummary, write_r
 from server.rounds import ServerState
 
 _REFERENCE_SAMPLES = 64
+_SAME, _MOSTLY = 0.99, 0.9
+"""Shares of the test images: called one class, and of that class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ def _report(
         ),
         audit=audited,
         unaudited=unaudited,
-        notes=(*_notes(recipe, audited, unaudited), *circumstances.notes),
+        notes=(*_notes(recipe, audited, unaudited), *_one_class(recipe, result), *circumstances.notes),
     )
 
 
@@ -236,6 +238,24 @@ def _notes(recipe: Recipe, audited: PrivacyAudit | None, unaudited: str | None) 
     if audited is not None and unaudited is not None:
         return (f"The privacy audit does not hold: {unaudited}. Do not release this model.",)
     return ()
+
+
+def _one_class(recipe: Recipe, result: CentralResult | None) -> tuple[str, ...]:
+    """A model that ranks well may still call everybody the same."""
+    confusion = np.array(result.metrics.confusion if result is not None else ())
+    if result is None or not confusion.size:
+        return ()
+    called, true = confusion.sum(axis=0) / confusion.sum(), confusion.sum(axis=1) / confusion.sum()
+    most = int(called.argmax())
+    if called[most] < _SAME or true[most] > _MOSTLY:
+        return ()
+    threshold = result.metrics.threshold
+    point = f"the operating point ({threshold:.3g}) or " if threshold is not None else ""
+    return (
+        f"By its most probable class the model calls {called[most]:.0%} of the central test images "
+        f"'{recipe.task.classes[most]}', and {true[most]:.0%} are. Use {point}a threshold that was chosen on your own "
+        "images.",
+    )
 
 
 def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:

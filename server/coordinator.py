@@ -138,7 +138,7 @@ def round_line(report: RoundReport) -> RoundLine:
         accepted=tuple(accepted),
         refused=report.refused,
         update_norms={site: done.update_norm for site, done in accepted.items()},
-        epsilon={site: done.spent.epsilon for site, done in report.accepted.items() if done.spent is not None},
+        epsilon={site: done.spent.epsilon for site, done in accepted.items() if done.spent is not None},
         seconds=report.seconds,
     )
 

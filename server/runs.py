@@ -229,9 +229,10 @@ class RunStatus:
 
     def round_done(self, state: ServerState, report: RoundReport) -> None:
         """A round is over."""
+        number = min(report.round, self.plain["rounds"])  # the closing evaluation is none to whoever looks
         for name, done in report.accepted.items():
             epsilon = done.spent.epsilon if done.spent is not None else None
-            self._site(name, {"state": "answered", "why": "", "round": report.round, "epsilon": epsilon})
+            self._site(name, {"state": "answered", "why": "", "round": number, "epsilon": epsilon})
         for name, why in report.refused.items():
             told = self.plain["sites"].get(name, {}).get("state")
             self._site(name, {"state": told if told in _SILENT else "refused", "why": why[:500]})

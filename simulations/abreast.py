@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -304,7 +304,7 @@ class Abreast:
         self._of: dict[str, _Group] = {}
         with storing("what was measured of sites abreast"):
             text = self._file.read_text() if self._file.exists() else "{}"
-        self._faster: dict[int, float] = {int(sites): factor for sites, factor in json.loads(text).items()}
+        self._trials: dict[int, _Trial] = {int(sites): _Trial(*found) for sites, found in json.loads(text).items()}
 
     def expect(self, sites: Sequence[str]) -> None:
         """These sites' visits begin in this order, `width` of them at once."""
@@ -324,7 +324,8 @@ class Abreast:
     def train(self, weights: Weights, cohort: Cohort, *, round_: int, site: str, private: Private | None) -> Trained:
         """As `client.train.train`; returns when the whole group is trained."""
         visit = Visit(weights=weights, cohort=cohort, round=round_, site=site, private=private)
-        if self._faster.get(_about(self.width), _WORTH) < _WORTH:  # nobody waits for anybody
+        known = self._trials.get(_about(self.width))
+        if known is not None and known.times_as_fast < _WORTH:  # nobody waits for anybody
             with self._turn:
                 return self._alone(self._recipe, visit)
         with self._door:
@@ -375,18 +376,12 @@ class Abreast:
     def _wins(self, visits: Sequence[Visit]) -> bool:
         """Whether about so many sites abreast are faster than one after another, measured once in a run."""
         about = _about(len(visits))
-        if about not in self._faster:
-            factor, why = self._measured(visits)
-            self._faster[about] = factor
-            log.info(
-                "%d sites abreast: %.2f times as fast as one after another%s%s",
-                len(visits), factor, "" if factor >= _WORTH else ", so they train one after another", why,
-            )  # fmt: skip
-            write_whole(self._file, (json.dumps(self._faster, indent=2) + "\n").encode())
-        return self._faster[about] >= _WORTH
+        if about not in self._trials:
+            self._trials[about] = self._measured(visits)
+            write_whole(self._file, (json.dumps(self._trials, indent=2) + "\n").encode())
+        return self._trials[about].times_as_fast >= _WORTH
 
-    def _measured(self, visits: Sequence[Visit]) -> tuple[float, str]:
-        """How many times as fast, 0 where it cannot be; and why, in words."""
+    def _measured(self, visits: Sequence[Visit]) -> _Trial:
         recipe, trial = _short(self._recipe, visits)
         try:
             few = len(visits[:_TRIAL_SITES])
@@ -399,12 +394,18 @@ class Abreast:
             reference = self._alone(plain, trial(noised=False)[0]).delta
             found = train_abreast(self._model, plain, trial(noised=False), self._device)[0]
         except (RuntimeError, NotImplementedError, ValueError, TrainingError) as error:
-            log.info("sites cannot train abreast", exc_info=error)
-            return 0.0, f" ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+            log.warning("sites cannot train abreast", exc_info=error)
+            return _Trial(0.0, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
         away = (found.delta - reference).norm / reference.norm if isinstance(found, Trained) else float("inf")
         if not away <= _FAR:
-            return 0.0, f" (the first site's update is {away:.1e} of its length away from the one trained alone)"
-        return alone / few * len(visits) / together, ""
+            return _Trial(0.0, f"its update was {away:.1e} of its length away from one that was trained alone")
+        return _Trial(round(alone / few * len(visits) / together, 3), "")
+
+
+class _Trial(NamedTuple):
+    times_as_fast: float
+    """0 where it cannot be."""
+    why: str
 
 
 def _about(sites: int) -> int:
@@ -413,15 +414,22 @@ def _about(sites: int) -> int:
 
 
 def told(out: Path) -> str:
-    """What the report says of a run with sites abreast."""
-    faster = json.loads((out / ABREAST_FILE).read_text()) if (out / ABREAST_FILE).exists() else {}
-    won = {int(sites): factor for sites, factor in faster.items() if factor >= _WORTH}
+    """What became of the wish to train sites abreast, in a sentence."""
+    text = (out / ABREAST_FILE).read_text() if (out / ABREAST_FILE).exists() else "{}"
+    trials = {int(sites): _Trial(*found) for sites, found in json.loads(text).items()}
+    if not trials:
+        return (
+            "No sites trained abreast: no two that were asked together take equally many steps, or, with batch norms, "
+            "have equally many images."
+        )
+    won = [sites for sites, trial in trials.items() if trial.times_as_fast >= _WORTH]
+    most = max(won or trials)
+    if trials[most].why:
+        return f"No sites trained abreast, for this network cannot: {trials[most].why}."
+    speed = f"{trials[most].times_as_fast:.1f} times as fast as one after another in a short trial"
     if not won:
-        return "No sites trained abreast: none could, or it was not faster (simulation.log says which)."
-    return (
-        f"Up to {max(won)} sites trained abreast, {won[max(won)]:.1f} times as fast as one after another in a short "
-        "trial; the weights are those of one after another but for rounding."
-    )
+        return f"No sites trained abreast: up to {most} would be {speed}, and {_WORTH} is worth it."
+    return f"Up to {most} sites trained abreast, {speed}; the weights are those of one after another but for rounding."
 
 
 class _Group:

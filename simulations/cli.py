@@ -88,9 +88,11 @@ def simulate_verb(words: Sequence[str]) -> int:
         f"Recipe {recipe.name} {recipe.id[:12]}: {_count(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
     )
     with importing():
-        from simulations.folder import run_folder
+        from simulations.folder import earlier_record, run_folder
         from simulations.run import simulate
 
+    if settings.resume and earlier_record(run_folder(settings)) is None:
+        terminal.say(f"resume: {run_folder(settings)} holds no run yet; this one begins at round 1.", style="yellow")
     try:
         try:
             conclusion = simulate(settings, terminal)
@@ -100,6 +102,10 @@ def simulate_verb(words: Sequence[str]) -> int:
         terminal.say("Stopped. The same command with resume=true goes on after the last finished round.")
         raise
     show_conclusion(conclusion, run_folder(settings), console)
+    if settings.simulation.abreast > 1:
+        from simulations.abreast import told
+
+        terminal.say(told(run_folder(settings)))
     return 0
 
 

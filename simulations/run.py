@@ -119,6 +119,8 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
     check_folder(settings, out)
     with _workers(settings, device) as workers, alone_in(out), log_file(out):
         compute_with(_threads(settings))
+        if not workers:
+            _network(recipe)  # now: what cannot be built is told before an hour of reading
         hospitals = _hospitals(settings, out, show)
         names = site_folders(hospitals, recipe)
         cohorts = {name: _cohort(settings, out, name, show) for name in names}
@@ -135,7 +137,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             versions=package_versions(),
             baselines=compared,
             refused_files={name: cohort.refused for name, cohort in cohorts.items()},
-            notes=_notes(settings, out, baselines=compared is not None),
+            notes=("The baselines were trained without privacy.",) if compared and recipe.privacy.active else (),
         )
         conclusion = conclude(
             federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
@@ -155,9 +157,12 @@ def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
     if not hospitals.is_dir():
         raise ConfigError(f"simulation.hospitals: {hospitals} is no folder; make one with `fedicom hospitals`")
     names = tuple(sorted(path.parent.name for path in hospitals.glob("*/labels.csv") if path.parent.name != CENTRAL))
+    bare = sorted(path.parent.name for path in hospitals.glob("*/dicom") if not (path.parent / "labels.csv").exists())
+    lacking = f"; {', '.join(bare[:8])}: no labels.csv beside dicom/, add it" if bare else ""
     if not names:
         raise ConfigError(
-            f"simulation.hospitals: {hospitals} holds no hospital; expected one folder each with labels.csv and dicom/"
+            f"simulation.hospitals: {hospitals} holds no hospital; expected one folder each with labels.csv and "
+            f"dicom/{lacking}"
         )
     if odd := [name for name in names if name == "server" or not re.fullmatch(NAME_PATTERN, name)]:
         raise ConfigError(
@@ -166,8 +171,9 @@ def site_folders(hospitals: Path, recipe: Recipe) -> tuple[str, ...]:
         )
     if len(names) != recipe.federation.sites:
         raise ConfigError(
-            f"federation.sites is {recipe.federation.sites}, but {hospitals} holds {len(names)} hospitals "
-            f"({', '.join(names[:8])}); say federation.sites={len(names)}"
+            f"federation.sites is {recipe.federation.sites}, but {hospitals} holds {len(names)} "
+            f"hospital{'s' * (len(names) != 1)} ({', '.join(names[:8])}){lacking}; or say "
+            f"federation.sites={len(names)}"
         )
     return names
 
@@ -184,7 +190,7 @@ def worker_app(settings_json: str) -> ClientApp:
 
 
 _network = functools.lru_cache(maxsize=1)(build)
-"""Gives what a worker trains; where it was forked, built before that."""
+"""Gives what a run trains; built before anything is read, and before a worker is forked."""
 
 
 def _federate(
@@ -209,7 +215,8 @@ def _federate(
         return result[0]
     app, ahead, abreast = None, 1, None
     if not workers:
-        model = build(settings.recipe)
+        model = _network(settings.recipe)
+        _network.cache_clear()  # a run trains a network of its own
         ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
         turn = threading.Lock()
         abreast = _abreast(settings, model, device, turn, out)
@@ -319,15 +326,6 @@ def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]
     finally:
         for worker in workers:
             worker.stop()
-
-
-def _notes(settings: Settings, out: Path, *, baselines: bool) -> tuple[str, ...]:
-    notes = ["The baselines were trained without privacy."] if baselines and settings.recipe.privacy.active else []
-    if settings.simulation.abreast > 1:
-        from simulations.abreast import told
-
-        notes.append(told(out))
-    return tuple(notes)
 
 
 def _abreast(

@@ -111,7 +111,14 @@ def test_a_hospital_without_images(simulate: Fedicom, hospitals: Path, tmp_path:
 
 def test_a_hospital_without_labels_is_not_one(simulate: Fedicom, hospitals: Path, tmp_path: Path) -> None:
     (hospitals / "north" / "labels.csv").unlink()
-    clear(simulate(hospitals=hospitals), 2, "federation.sites is 3", "holds 2 hospitals", "federation.sites=2")
+    clear(
+        simulate(hospitals=hospitals),
+        2,
+        "federation.sites is 3",
+        "holds 2 hospitals",
+        "north: no labels.csv",
+        "federation.sites=2",
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -31,9 +31,12 @@ from common.config import (
     Training,
     as_plain,
 )
+from common.errors import ConfigError
+from common.metrics import Metrics
 from common.weights import Weights
-from server import checkpoint
+from server import checkpoint, conclude
 from server.conclude import Conclusion
+from server.evaluate import CentralResult
 from simulations import run
 from simulations.phantoms import make_phantoms
 from simulations.run import simulate
@@ -443,3 +446,33 @@ def test_workers_whose_coordinator_is_killed_die_with_it_and_end_with_the_same_b
     assert nursery.live(one) == 0
     assert weights_of(one).digest == golden[1].summary["weight_digest"]
     logs_hold(tmp_path / "run")
+
+
+def test_a_model_that_calls_everybody_the_same_is_named_first(tmp_path: Path, hospitals: Path) -> None:
+    recipe = settings_of(tmp_path, hospitals).recipe
+    nothing = np.zeros((0, 2), np.float32)
+    for rows, said in (
+        (((12, 0), (8, 0)), "100% of the central test images 'no nodule', and 60% are. Use the operating point (0.03"),
+        (((12, 0), (7, 1)), ""),
+        (((95, 0), (5, 0)), ""),  # nearly all are of it
+        ((), ""),
+    ):
+        metrics = Metrics(patients=20, confusion=rows, threshold=0.03)
+        result = CentralResult(
+            metrics=metrics, subgroups={}, logits_NC=nothing, probabilities_NC=nothing, temperature=None
+        )  # fmt: skip
+        found = conclude._one_class(recipe, result)
+        assert len(found) == bool(said)
+        assert said in "".join(found)
+    assert conclude._one_class(recipe, None) == ()
+
+
+def test_what_cannot_be_built_is_told_before_any_image_is_read_and_leaves_the_folder_free(
+    tmp_path: Path, hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_cohort", lambda *_: pytest.fail("an image was read"))
+    model = ModelConfig(family="monai", name="resnet10", weights_file="/nowhere", weights_sha256="a" * 64)
+    settings = settings_of(tmp_path / "run", hospitals, model=model)
+    with pytest.raises(ConfigError, match="cannot read /nowhere"):
+        simulate(settings)
+    assert not (tmp_path / "run" / "run.json").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import threading
 import time
 from contextlib import suppress
@@ -166,7 +165,8 @@ def test_a_private_step_in_which_no_site_draws_anybody_is_noise_alone() -> None:
 
 
 def trainer(tmp_path: Path, recipe: Recipe, width: int = 4, **faster: float) -> Abreast:
-    (tmp_path / "abreast.json").write_text(json.dumps({key.removeprefix("of"): value for key, value in faster.items()}))
+    known = {key.removeprefix("of"): (value, "") for key, value in faster.items()}
+    (tmp_path / "abreast.json").write_text(json.dumps(known))
     return Abreast(build(recipe), recipe, CPU, width=width, turn=threading.Lock(), out=tmp_path)
 
 
@@ -236,14 +236,13 @@ def test_a_pass_that_fails_fails_for_each_of_its_sites_and_nobody_waits(
     ("recipe", "why"),
     [
         (recipe_of(model=ModelConfig(family="scattering", name="linear", dropout=0.5)), "random"),
-        (recipe_of(), "away from the one trained alone"),
+        (recipe_of(), "away from one that was trained alone"),
     ],
     ids=["dropout", "other numbers"],
 )
 def test_where_it_cannot_be_right_they_train_one_after_another(
-    recipe: Recipe, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    recipe: Recipe, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
     if "away" in why:
 
         def wrong(parameters: Any, anchor: Any, recipe: Any) -> None:
@@ -257,8 +256,10 @@ def test_where_it_cannot_be_right_they_train_one_after_another(
     for visit in visits:
         alone = train(build(recipe), weights, visit.cohort, recipe, round_=2, site=visit.site, device=CPU)
         assert results[visit.site].delta.digest == alone.delta.digest
-    assert json.loads((tmp_path / "abreast.json").read_text()) == {"2": 0.0}
-    assert why in caplog.text
+    ((factor, reason),) = json.loads((tmp_path / "abreast.json").read_text()).values()
+    assert factor == 0
+    assert why in reason
+    assert why in module.told(tmp_path)
 
 
 def test_where_a_trial_has_found_no_gain_nobody_waits_for_anybody(tmp_path: Path) -> None:
@@ -269,6 +270,13 @@ def test_where_a_trial_has_found_no_gain_nobody_waits_for_anybody(tmp_path: Path
     result = found.train(weights, visit.cohort, round_=2, site="s0", private=None)
     alone = train(build(recipe), weights, visit.cohort, recipe, round_=2, site="s0", device=CPU)
     assert result.delta.digest == alone.delta.digest
+
+
+def test_it_is_told_what_became_of_the_wish(tmp_path: Path) -> None:
+    assert "no two" in module.told(tmp_path)
+    for factor, said in ((0.4, "would be 0.4 times as fast"), (1.9, "Up to 4 sites trained abreast, 1.9 times")):
+        (tmp_path / "abreast.json").write_text(json.dumps({"4": (factor, "")}))
+        assert said in module.told(tmp_path)
 
 
 def test_what_a_trial_draws_comes_from_no_site(tmp_path: Path) -> None:
@@ -299,7 +307,7 @@ def test_a_federation_abreast_ends_with_the_weights_of_one_after_another(
 ) -> None:
     # 8, 12 and 20 patients: two of them take equally many steps
     parts = {"training": Training(optimizer="sgd", lr=0.05, batch_size=20), "model": replace(SMALL, norm="group")}
-    monkeypatch.setattr(Abreast, "_measured", lambda self, visits: (2.0, ""))  # as if it won
+    monkeypatch.setattr(Abreast, "_measured", lambda self, visits: module._Trial(2.0, ""))  # as if it won
     passes: list[int] = []
     real = module.train_abreast
 
