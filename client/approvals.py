@@ -133,13 +133,18 @@ class Approvals:
             StorageError: The record cannot be removed, or the log not written.
         """
         path = self._file(recipe_id)
-        if not _ID.fullmatch(recipe_id) or not path.is_file():
+        aside = path.with_suffix(".withdrawn")
+        if not _ID.fullmatch(recipe_id) or not (path.is_file() or aside.is_file()):
             raise ConfigError(f"recipe {ascii(recipe_id)[1:13]} is not approved here; nothing was changed")
-        # First gone, then logged: a crash between the two trains nothing.
+        # First aside, then logged, then gone: from a crash or a full disk on nothing trains, and asked for again it is
+        # logged: where the log does not say so, a record that is put back from a backup would hold.
         with storing("the record of an approval"):
-            path.unlink()
+            if path.is_file():
+                path.replace(aside)
         self.forget(recipe_id)
         log.append("approval withdrawn", recipe_id=recipe_id, by=by)
+        with storing("the record of an approval"):
+            aside.unlink(missing_ok=True)
 
     def forget(self, recipe_id: str) -> None:
         """Removes the replies that were kept to be sent again, and what rounding left out of them.
@@ -149,8 +154,13 @@ class Approvals:
         """
         with storing("a kept reply"):
             for folder in ("outbox", "remainders"):
-                for kept in (self._home.state / folder).glob(f"{recipe_id[:16]}-*"):
-                    kept.unlink()
+                for name in (f"{recipe_id[:16]}-*", f".{recipe_id[:16]}-*.tmp"):
+                    for kept in (self._home.state / folder).glob(name):
+                        kept.unlink()
+
+    def withdrawing(self) -> tuple[str, ...]:
+        """Recipes whose withdrawal was cut off before the log had it; withdrawn again they go."""
+        return tuple(sorted(path.stem for path in self._home.approved.glob("*.withdrawn") if _ID.fullmatch(path.stem)))
 
     def ids(self) -> tuple[str, ...]:
         """Recipes that have a record, whether it holds or not."""

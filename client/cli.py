@@ -501,7 +501,8 @@ def _identify(home: SiteHome, named: str) -> str:
 
     if Path(named).is_file():
         return read_recipe(Path(named), None).recipe.id
-    found = [recipe_id for recipe_id in Approvals(home).ids() if recipe_id.startswith(named.lower())]
+    known = {*Approvals(home).ids(), *Approvals(home).withdrawing()}
+    found = [recipe_id for recipe_id in sorted(known) if recipe_id.startswith(named.lower())]
     if not re.fullmatch(rf"[0-9a-fA-F]{{{_LEAST_PREFIX},64}}", named) or not found:
         raise ConfigError(
             f"there is no file {named}, and no approved recipe of that hash; `fedicom site approvals` lists them"

@@ -145,7 +145,7 @@ def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None
     if config.data is None:
         raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
     return open_cohort(
-        Path(config.data),
+        home.path / config.data,
         recipe,
         cache=home.cache,
         key=read_private(home.cohort_key, "a cohort key"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 from client.approvals import Approval, Approvals
 from client.ledger import Ledger
@@ -220,7 +219,7 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
     if config.data is None:
         yield Line(level="FAIL", what="images", says="site.yaml names no data folder", fix="set data in site.yaml")
         return
-    folder = Path(config.data)
+    folder = home.path / config.data
     if not (folder / "labels.csv").is_file():
         yield Line(
             level="FAIL",

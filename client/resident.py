@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -89,6 +90,32 @@ class State:
     refusals: int = 0
 
 
+class _Hushed:
+    """The site's log, in which a refusal that is given again and again stands once an hour."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._said: OrderedDict[str, float] = OrderedDict()
+        """Refusals that were logged, the latest last, and until when they are not logged again."""
+
+    @property
+    def head(self) -> str:
+        return self._log.head
+
+    def append(self, kind: str, **facts: Any) -> str:
+        if not kind.endswith(" refused"):
+            return self._log.append(kind, **facts)
+        said = json.dumps([kind, facts], sort_keys=True)
+        if time.monotonic() < self._said.get(said, 0.0):
+            return self._log.head
+        head = self._log.append(kind, **facts)
+        self._said[said] = time.monotonic() + _SAID_S
+        self._said.move_to_end(said)
+        while len(self._said) > _SAID:
+            self._said.popitem(last=False)
+        return head
+
+
 class Resident:
     """Answers messages for a site until it is stopped; implements `client.app.Node`."""
 
@@ -113,7 +140,7 @@ class Resident:
         self._name = home.config.site
         self._signer = Signer.load(home.signing_key)
         self._audit_file = home.audit_file
-        self._log: Log = SharedLog(self._audit_file, self._signer)
+        self._log: Log = _Hushed(SharedLog(self._audit_file, self._signer))
         self._approvals = Approvals(home)
         # Outlives the site of one recipe: two recipes may have sums under way side by side.
         self._sums = Sums(self._name, home.state / "sums", self._signer, self._members)
@@ -121,8 +148,6 @@ class Resident:
         self._ledger_head = GENESIS
         self._site: Site | None = None
         self._loaded: tuple[object, ...] = ()
-        self._said: dict[tuple[object, ...], float] = {}
-        """Refusals that were logged, and until when they are not logged again."""
         self.state = State()
 
     # From the first message to the last
@@ -135,6 +160,10 @@ class Resident:
             ConfigError: The configuration does not hold.
             StorageError: The log or the ledger cannot be read, trusted or written.
         """
+        with storing("what a stop in the middle of a write left"):
+            for folder in ("outbox", "remainders", "sums"):
+                for part in (self._home.state / folder).rglob(".*.tmp"):
+                    part.unlink(missing_ok=True)
         events = self._events()
         heads = [str(event.facts["ledger_head"]) for event in events if event.facts.get("ledger_head")]
         self._ledger_head = heads[-1] if heads else GENESIS
@@ -421,13 +450,8 @@ class Resident:
             facts |= {"recipe_id": recipe_id, "round": round_}
         if kind == "recipe refused":
             facts["code"] = code
-        said = (kind, recipe_id, round_, code, why)
         try:
-            if time.monotonic() < self._said.get(said, 0.0):
-                head = self._log.head
-            else:
-                head = self._log.append(kind, **facts)
-                self._said = {said: time.monotonic() + _SAID_S, **dict(list(self._said.items())[:_SAID])}
+            head = self._log.append(kind, **facts)
         except FedicomError:  # a full disk, or a log that does not hold: the coordinator shall still hear why
             log.exception("the refusal could not be logged")
             head = ""

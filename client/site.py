@@ -237,9 +237,9 @@ class Site:
 
     def _train(self, plan: RoundPlan) -> Update:
         private, reserved = self._reserve(plan) if self.recipe.privacy.active else (None, None)
-        with self._turn:
-            validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
         try:
+            with self._turn:
+                validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
             trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
             if self._secure:
                 self.recipe.fixed_point.check(trained.delta, self._weight)
@@ -247,6 +247,10 @@ class Site:
             # This answer tells of the noise that was drawn: it is paid for, or it could be had again and again.
             if reserved is not None:
                 self._budget.settle(reserved, reserved.event.steps)
+            raise
+        except Exception:  # a card that is full, mostly: nothing of what was drawn is told, so it costs nothing
+            if reserved is not None:
+                self._budget.settle(reserved, 0)
             raise
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(

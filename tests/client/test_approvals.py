@@ -57,6 +57,29 @@ def test_a_withdrawn_approval_is_gone_with_the_reply_that_was_kept(house: House)
         approvals.withdraw(mine, by="Dr Roe", log=house.log)
 
 
+def test_a_withdrawal_that_could_not_be_logged_holds_and_is_logged_when_it_is_asked_for_again(house: House) -> None:
+    mine, approvals = approve(house), Approvals(house.home)
+    outbox = house.home.state / "outbox"
+    outbox.mkdir(parents=True)
+    (outbox / f".{mine[:16]}-000001-abc.bin.77.tmp").write_bytes(b"update, cut off while it was written")
+
+    class Full:
+        head = ""
+
+        def append(self, kind: str, **facts: Any) -> str:
+            raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError):
+        approvals.withdraw(mine, by="Dr Roe", log=Full())
+    assert approvals.find(mine) is None
+    assert (approvals.ids(), approvals.withdrawing()) == ((), (mine,))
+    assert verify(house.home.audit_file)[-1].kind == "recipe approved"
+    approvals.withdraw(mine, by="Dr Roe", log=house.log)
+    assert verify(house.home.audit_file)[-1].kind == "approval withdrawn"
+    assert approvals.withdrawing() == ()
+    assert list(outbox.iterdir()) == []
+
+
 def test_a_recipe_of_another_coordinator_cannot_be_approved(house: House) -> None:
     foreign = sign_recipe(recipe_of(), Signer.temporary())
     with pytest.raises(ConfigError, match="trusts coordinator"):

@@ -471,6 +471,25 @@ def test_the_same_refusal_is_logged_once_in_a_while_and_given_every_time(house: 
     assert node.resident.state.refusals == 4
 
 
+def test_a_refusal_that_goes_on_for_hours_is_logged_once_an_hour(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("client.resident.time.monotonic", lambda: now[0])
+    node = Node(house, approve=False)
+    for _ in range(3 * 120):  # a coordinator asks every half minute
+        node.hello()
+        now[0] += 30.0
+    assert node.kinds().count("recipe refused") == 3
+
+
+def test_what_a_stop_in_the_middle_of_a_write_left_goes_at_the_next_start(house: House) -> None:
+    outbox = house.home.state / "outbox"
+    outbox.mkdir(parents=True)
+    (outbox / ".abc-000001-def.0.bin.77.tmp").write_bytes(b"half an update")
+    (outbox / "abc-000001-def.0.bin").write_bytes(b"an update")
+    Node(house, approve=False)
+    assert [path.name for path in outbox.iterdir()] == ["abc-000001-def.0.bin"]
+
+
 def test_a_message_that_is_none_of_ours_is_refused_and_logged(house: House) -> None:
     node = Node(house, approve=False)
     refused(node.resident.misunderstood("the message is not signed"), "message", node, "message refused")

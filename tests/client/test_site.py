@@ -351,7 +351,8 @@ def test_an_error_that_tells_of_no_noise_costs_nothing(house: House, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(module, "train", broken)
         refused(house.open().visit(house.plan()), "training", house)
-    assert (house.entries("reserve"), house.entries("settle")) == (1, 0)
+    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+    assert house.ledger.spent() == 0
 
 
 def test_an_update_that_somebody_else_settled_never_leaves(
