@@ -441,6 +441,28 @@ class _Bench:
                     false_alarm=1e-9,
                 )
             )
+        seeds = []
+        for _ in range(2):
+            private = work.Private(
+                sampling=plan.sampling, noise_multiplier=plan.noise_multiplier, noise=work.site_noise(recipe, 1, "a")
+            )
+            with _world(recipe.seed):
+                _seed_all(recipe.seed)
+                model = build(recipe).train()
+                course = work.Course(
+                    model, _made_up(recipe, 1), recipe, round_=1, site="a", device=self.device, private=private
+                )  # fmt: skip
+                seeds.append(course.dropout_seed)
+        checks.append(
+            Check(
+                name="images and their changes are secret",
+                passed=seeds[0] != seeds[1],
+                found=f"equal seeds gave {'another' if seeds[0] != seeds[1] else 'an equal'} stream of images, "
+                "augmentation and dropout",
+                expected="another stream: with a known one, one patient more would change what all others give",
+                false_alarm=1e-9,
+            )
+        )
         return checks
 
     def _alone(self, source: Noise) -> torch.Tensor:

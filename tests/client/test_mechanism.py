@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def blind_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_engine_as_it_is_passes_every_check() -> None:
     checks = self_tests(recipe_of(), {"north": 40, "south": 25, "west": 8})  # west takes everyone in every step
     assert [check.name for check in checks if not check.passed] == []
-    assert len(checks) == 3 * 5 - 1 + 7
+    assert len(checks) == 3 * 5 - 1 + 8
     assert sum(check.false_alarm for check in checks) <= FALSE_ALARM
 
 
@@ -128,6 +129,16 @@ def test_noise_from_a_seed_that_the_server_knows_is_caught(monkeypatch: pytest.M
 
     monkeypatch.setattr(work, "site_noise", from_the_recipe)
     assert {"noise is secret and fresh", "draws are secret"} <= failed()
+
+
+def test_a_stream_of_images_that_a_server_could_repeat_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known(work.Course):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            self.dropout_seed = work.seed_of("train", given[2], named["round_"], named["site"])
+
+    monkeypatch.setattr(work, "Course", Known)
+    assert failed() == {"images and their changes are secret"}
 
 
 def test_noise_from_the_global_generator_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
