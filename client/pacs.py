@@ -125,6 +125,8 @@ def _study(
         instances = source.instances(study, series.uid)
         before = store.missing(study, series.uid, instances)
         pulled.already += len(instances) - len(before)
+        if instances and not before:
+            store.release(study, series.uid)
         if not instances or (before and _series(source, store, patience, study, series, instances, pulled, told)):
             gone = True
             pulled.problems.append((study, series.uid, "vanished"))
@@ -146,7 +148,10 @@ def _series(
     source: Source, store: Store, patience: Patience, study: str, series: FoundSeries,
     instances: Sequence[FoundInstance], pulled: Pulled, told: Callable[[], None],
 ) -> bool:  # fmt: skip
-    """One series, until all of it is here or nothing more comes; True if some of it has vanished."""
+    """One series, until all of it is here or nothing more comes; True if some of it has vanished.
+
+    Training sees it only when all that the PACS announced of it is here.
+    """
     gone: set[str] = set()
     failed = 0
     missing = store.missing(study, series.uid, instances)
@@ -176,6 +181,8 @@ def _series(
             break
         if missing:
             patience.pause(failed, busy.wait_s if busy is not None else None)
+    if not gone and not missing:
+        store.release(study, series.uid)
     return bool(gone)
 
 
@@ -202,6 +209,11 @@ def _summary(pulled: Pulled, store: Store) -> None:
     if pulled.body_part_unknown:
         print(  # noqa: T201
             f"{pulled.body_part_unknown:,} series left out: the PACS does not say which part of the body they show"
+        )
+    if waiting := store.waiting():
+        print(  # noqa: T201
+            f"{waiting:,} series are not whole and wait in pull/partial, where no training reads them; run the same "
+            "command again"
         )
     if pulled.problems:
         print("which ones: pull/report.csv in the folder of --out; it names studies, keep it there")  # noqa: T201

@@ -1,11 +1,13 @@
 """Where pulled images lie: every file whole and verified, and a journal that a kill cannot confuse.
 
-    DIR/dicom/<study>/<series>/<instance>.dcm     named by keyed pseudonyms
-    DIR/pull/journal.sqlite                       what is done
-    DIR/pull/report.csv, labels.csv               what is not, and what has no label; 0600
+    DIR/dicom/<study>/<series>/<instance>.dcm            whole series, named by keyed pseudonyms
+    DIR/pull/partial/<study>/<series>/<instance>.dcm     series of which something is still to come
+    DIR/pull/journal.sqlite                              what is done
+    DIR/pull/report.csv, labels.csv                      what is not, and what has no label; 0600
 
 A file gets its name only after it was checked and flushed; its row in the journal follows. A kill in between leaves a
-good file without a row, which the next run takes over.
+good file without a row, which the next run takes over. The first slices of a series look like a whole volume, so a
+series enters `dicom/`, and leaves it when the PACS has more of it, by one rename of its folder.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from client.pacs_source import FoundInstance, Pace
@@ -24,7 +27,7 @@ from common.errors import StorageError
 from common.imaging.received import Received, examine
 from common.imaging.refusal import Refusal
 from common.pseudonyms import pseudonym
-from common.storage import commit, private_folder, storing
+from common.storage import commit, flush_folder, private_folder, storing
 
 MOST_INSTANCE_BYTES = 2**33
 _DIGITS = 32
@@ -49,6 +52,7 @@ class Store:
         private_folder(folder)
         self.images = private_folder(folder / "dicom")
         self.state = private_folder(folder / "pull")
+        self.partial = private_folder(self.state / "partial")
         self._key, self._pace, self._sleep = key, pace, sleep
         self._lock = _only_one(self.state)
         self.fetched = self.fetched_bytes = self.bad = 0
@@ -82,13 +86,40 @@ class Store:
 
     def missing(self, study: str, series: str, instances: Sequence[FoundInstance]) -> list[FoundInstance]:
         """Those that are not here, whole."""
-        folder = self._series(study, series)
+        here = self._series(self.images, study, series)
+        folder = here if here.is_dir() else self._series(self.partial, study, series)
         return [each for each in instances if not self._has(folder, each.uid)]
+
+    def hold(self, study: str, series: str) -> None:
+        """Takes a series of which something is missing out of `dicom/`, with all that is here of it."""
+        here, aside = (self._series(root, study, series) for root in (self.images, self.partial))
+        with storing("a pulled series"):
+            if here.is_dir():
+                _forget(aside)  # only where somebody brought `here` back; `missing` went by what is there
+                _move(here, aside)
+        private_folder(aside)
+
+    def release(self, study: str, series: str) -> None:
+        """Puts a series of which nothing is missing into `dicom/`."""
+        here, aside = (self._series(root, study, series) for root in (self.images, self.partial))
+        with storing("a pulled series"):
+            if here.is_dir():
+                _forget(aside)
+            else:
+                _move(aside, here)
+
+    def waiting(self) -> int:
+        """Series that are not whole, of this pull and earlier ones."""
+        return sum(1 for _ in self.partial.glob("*/*/"))
 
     @contextmanager
     def taking(self, study: str, series: str, wanted: Iterable[FoundInstance]) -> Iterator[Callable[..., None]]:
-        """Gives the function that takes what arrives of this series, and counts as bad what was not asked for."""
-        folder = private_folder(self._series(study, series))
+        """Gives the function that takes what arrives of this series, and counts as bad what was not asked for.
+
+        The series is held until `release`.
+        """
+        self.hold(study, series)
+        folder = self._series(self.partial, study, series)
         open_ = {each.uid for each in wanted}
 
         def take(chunks: Iterable[bytes]) -> None:
@@ -112,23 +143,28 @@ class Store:
             finally:
                 part.unlink(missing_ok=True)
 
-        yield take
+        try:
+            yield take
+        finally:
+            _drop_if_empty(folder)
 
     def rows(self) -> Iterator[Mapping[str, str]]:
-        """Pseudonyms of study, series, patient and accession number of all series here."""
+        """Pseudonyms of study, series, patient and accession number of all series in `dicom/`."""
         kinds = ("study", "series", "patient", "accession")
         with _journalling():
             found = self._journal.execute(f"SELECT DISTINCT {', '.join(kinds)} FROM done").fetchall()  # noqa: S608
         for row in found:
-            yield dict(zip(kinds, row, strict=True))
+            named = dict(zip(kinds, row, strict=True))
+            if (self.images / named["study"] / named["series"]).is_dir():
+                yield named
 
     def count(self) -> int:
         """Instances in the journal."""
         with _journalling():
             return int(self._journal.execute("SELECT COUNT(*) FROM done").fetchone()[0])
 
-    def _series(self, study: str, series: str) -> Path:
-        return self.images / self.name("study", study) / self.name("series", series)
+    def _series(self, root: Path, study: str, series: str) -> Path:
+        return root / self.name("study", study) / self.name("series", series)
 
     def _file(self, instance: str) -> str:
         return self.name("instance", instance) + ".dcm"
@@ -180,6 +216,31 @@ class Store:
         )
         with _journalling():
             self._journal.execute(f"INSERT OR REPLACE INTO done ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)  # noqa: S608
+
+
+def _move(old: Path, new: Path) -> None:
+    """Gives a series' folder another place in one step, which is on the disk before anything else happens to it.
+
+    Were it not, a power cut could bring a series back that was taken out, with some of what came since.
+    """
+    private_folder(new.parent)
+    old.replace(new)
+    for folder in (new.parent, new.parent.parent, old.parent):
+        flush_folder(folder)
+    _drop_if_empty(old)
+
+
+def _forget(aside: Path) -> None:
+    if aside.is_dir():
+        shutil.rmtree(aside)
+        _drop_if_empty(aside)
+
+
+def _drop_if_empty(series: Path) -> None:
+    """Removes the folder of a series and that of its study, where nothing is in them."""
+    for folder in (series, series.parent):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _examined(path: Path) -> Received | None:

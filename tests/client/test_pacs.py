@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -21,6 +22,7 @@ from client.pacs import pull, pull_verb
 from client.pacs_source import Asked, Busy, FoundInstance, Pace, PacsError, Patience, WebPacs, read_pacs
 from client.pacs_store import Store
 from common.errors import ConfigError, StorageError
+from common.imaging import read_folder
 from common.imaging.received import examine
 from common.imaging.refusal import Refusal
 
@@ -264,6 +266,61 @@ def test_a_file_without_its_end_is_not_whole(tmp_path, cut):
         examine(tmp_path / "a")
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*.dcm")}
+
+
+def test_a_series_enters_the_data_folder_whole_and_leaves_it_when_the_pacs_has_more_of_it(tmp_path):
+    out = tmp_path / "out"
+    opened = store(out)
+    with opened.taking(STUDY, SERIES, wanted(1, 2)) as take:
+        take([encoded(1)])
+        take([encoded(2)])
+    assert (len(names(out / "dicom")), len(names(out / "pull" / "partial"))) == (0, 2)
+    assert (opened.waiting(), list(opened.rows())) == (1, [])
+    opened.release(STUDY, SERIES)
+    assert (len(names(out / "dicom")), len(names(out / "pull" / "partial"))) == (2, 0)
+    assert (opened.waiting(), len(list(opened.rows()))) == (0, 1)
+    with opened.taking(STUDY, SERIES, opened.missing(STUDY, SERIES, wanted(1, 2, 3))) as take:
+        assert names(out / "dicom") == set()
+        take([encoded(3)])
+    assert names(out / "dicom") == set()
+    assert opened.missing(STUDY, SERIES, wanted(1, 2, 3)) == []
+    opened.release(STUDY, SERIES)
+    assert len(names(out / "dicom")) == 3
+    opened.release(STUDY, SERIES)  # once more
+    assert (len(names(out / "dicom")), opened.waiting()) == (3, 0)
+    opened.close()
+
+
+def test_a_series_that_was_brought_back_by_hand_counts_and_what_waited_of_it_does_not(tmp_path):
+    opened = store(tmp_path / "out")
+    for numbers in ((1, 2), (3,)):
+        with opened.taking(STUDY, SERIES, wanted(*numbers)) as take:
+            for number in numbers:
+                take([encoded(number)])
+        waiting = opened._series(opened.partial, STUDY, SERIES)
+        if numbers == (1, 2):
+            waiting.rename(tmp_path / "copy")
+    here = opened._series(opened.images, STUDY, SERIES)
+    here.parent.mkdir()
+    (tmp_path / "copy").rename(here)
+    assert opened.missing(STUDY, SERIES, wanted(1, 2)) == []
+    assert opened.missing(STUDY, SERIES, wanted(1, 2, 3)) == wanted(3)
+    opened.hold(STUDY, SERIES)
+    assert (len(names(waiting)), here.exists()) == (2, False)
+    opened.close()
+
+
+def test_a_series_of_which_nothing_came_does_not_wait(tmp_path):
+    opened = store(tmp_path / "out")
+    with opened.taking(STUDY, SERIES, wanted(1)):
+        pass
+    assert opened.waiting() == 0
+    assert list((tmp_path / "out" / "pull" / "partial").iterdir()) == []
+    opened.close()
+
+
 # --- a server that misbehaves as Orthanc cannot
 
 
@@ -378,6 +435,76 @@ def test_an_answer_that_breaks_off_is_gone_on_with_where_it_broke(serve, tmp_pat
     assert (opened.fetched, pulled.refused) == (3, 0)
     asked_again = [path[-1] for path in server.calls if path.startswith(f"{series}/instances/")]
     assert asked_again == ["2", "3"]
+
+
+def ct(number: int) -> bytes:
+    """A slice of a volume that is a valid one however many slices are left out at its end."""
+    made = dcmread(BytesIO(encoded(number)))
+    made.Modality, made.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
+    made.FrameOfReferenceUID = "1.2.3.4"
+    made.PixelSpacing, made.SliceThickness = [1.0, 1.0], 2.0
+    made.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    made.ImagePositionPatient = [0.0, 0.0, 2.0 * number]
+    made.RescaleSlope, made.RescaleIntercept, made.InstanceNumber = 1, -1024, number
+    out = BytesIO()
+    made.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("how", ["not delivered", "broken off", "vanished"])
+def test_a_volume_without_its_last_slices_is_not_trained_from_until_they_come(serve, tmp_path, how):
+    series, out = f"/studies/{STUDY}/series/{SERIES}", tmp_path / "out"
+    slices, short, seen = [ct(number) for number in range(10)], True, set()
+
+    def answer(path: str, asked: dict[str, str], call: int) -> tuple[int, dict[str, str], bytes]:
+        seen.update(names(out / "dicom"))
+        if path == series:
+            return 200, FILES, multipart(slices[:7])
+        if path.startswith(f"{series}/instances/"):
+            if short:
+                return {"not delivered": 200, "broken off": 503, "vanished": 404}[how], FILES, multipart([])
+            return 200, FILES, multipart([slices[int(path.rsplit(".", 1)[1])]])
+        return json_answer(listing(path, asked, range(10)))
+
+    server = serve(answer)
+    if how == "broken off":
+        with pytest.raises(PacsError, match="what was pulled is kept"):
+            run(server, out)
+    else:
+        pulled, _, _ = run(server, out)
+        assert (pulled.refused, pulled.vanished) == ((3, 0) if how == "not delivered" else (0, 1))
+    assert read_folder(out / "dicom").volumes == ()
+    cut_short = read_folder(out / "pull" / "partial").volumes
+    assert [volume.values_ZYX.shape for volume in cut_short] == [(7, 8, 8)]  # nothing else would notice
+    short = False
+    server.calls.clear()
+    _, opened, _ = run(server, out)
+    assert opened.fetched == 3
+    assert series not in server.calls
+    assert [volume.values_ZYX.shape for volume in read_folder(out / "dicom").volumes] == [(10, 8, 8)]
+    assert list((out / "pull" / "partial").iterdir()) == []
+    assert seen == set()
+
+
+def test_a_series_that_an_earlier_version_left_half_is_taken_out_and_comes_back_whole(serve, tmp_path):
+    series, out = f"/studies/{STUDY}/series/{SERIES}", tmp_path / "out"
+    opened = store(out)
+    with opened.taking(STUDY, SERIES, wanted(1, 2)) as take:
+        take([encoded(1)])
+        take([encoded(2)])
+    opened.release(STUDY, SERIES)
+    opened.close()
+    during = []
+
+    def answer(path: str, asked: dict[str, str], call: int) -> tuple[int, dict[str, str], bytes]:
+        if path.startswith(f"{series}/instances/"):
+            during.append(len(names(out / "dicom")))
+            return 200, FILES, multipart([encoded(int(path[-1]))])
+        return json_answer(listing(path, asked, range(1, 4)))
+
+    pulled, opened, _ = run(serve(answer), out)
+    assert (pulled.already, opened.fetched, during) == (2, 1, [0])
+    assert len(names(out / "dicom")) == 3
 
 
 def test_too_many_requests_is_waited_for_as_long_as_the_pacs_says(serve, tmp_path):

@@ -181,6 +181,11 @@ def files(out: Path) -> list[Path]:
     return sorted((out / "dicom").rglob("*.dcm"))
 
 
+def received(out: Path) -> list[Path]:
+    """Also of series that are not whole."""
+    return sorted(path for folder in ("dicom", "pull/partial") for path in (out / folder).rglob("*.dcm"))
+
+
 def pulled(out: Path) -> dict[str, str]:
     return pixels([dcmread(path) for path in files(out)])
 
@@ -342,8 +347,8 @@ def test_a_study_deleted_between_search_and_fetch_is_reported_and_the_other_arri
     own.load([each for made in studies.values() for each in made])
     out = tmp_path / "out"
     running = start(own.net, home_for(tmp_path / "home", own), out, way, "--rate", "0.05")
-    until(lambda: files(out))
-    first = dcmread(files(out)[0]).StudyInstanceUID
+    until(lambda: received(out))
+    first = dcmread(received(out)[0]).StudyInstanceUID
     (other,) = set(studies) - {first}
     found = own.rest("POST", "/tools/lookup", other.encode())
     assert own.rest("DELETE", json.loads(found.stdout)[0]["Path"]).returncode == 0
@@ -363,7 +368,7 @@ def journal(out: Path) -> dict[str, str]:
 
 
 def marks(out: Path) -> dict[str, tuple[int, int]]:
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files(out)}
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in received(out)}
 
 
 def check_whole(out: Path, wanted: list[Dataset], before: dict[str, tuple[int, int]]) -> None:
@@ -381,9 +386,10 @@ def test_a_server_that_dies_and_comes_back_loses_nothing_and_sends_nothing_twice
     own.load(wanted)
     out = tmp_path / "out"
     running = start(own.net, home_for(tmp_path / "home", own), out, way, "--rate", "3")
-    until(lambda: len(files(out)) >= 5)
+    until(lambda: len(received(out)) >= 5)
     own.kill()
     before = marks(out)
+    assert files(out) == []  # the series is not whole
     assert len(before) < 24
     own.start()
     said, errors = running.communicate(timeout=400)
@@ -398,12 +404,13 @@ def test_a_server_that_stays_dead_ends_the_pull_and_the_next_one_goes_on(own, tm
     own.load(wanted)
     out, home_ = tmp_path / "out", home_for(tmp_path / "home", own)
     running = start(own.net, home_, out, way, "--rate", "3")
-    until(lambda: len(files(out)) >= 5)
+    until(lambda: len(received(out)) >= 5)
     own.kill()
     _, errors = running.communicate(timeout=400)
     assert running.returncode == 1
     assert "tried 2 times in a row; what was pulled is kept" in errors
     before = marks(out)
+    assert files(out) == []  # the series is not whole
     own.start()
     done = pull(own.net, home_, out, way)
     assert done.stdout.startswith(f"1 studies: {24 - len(before)} images fetched"), done.stdout + done.stderr
@@ -417,10 +424,11 @@ def test_a_client_killed_at_any_moment_goes_on_where_it_was(own, tmp_path, way):
     out, home_ = tmp_path / "out", home_for(tmp_path / "home", own)
     for least in (4, 9):
         running = start(own.net, home_, out, way, "--rate", "3")
-        until(lambda least=least: len(files(out)) >= least)
+        until(lambda least=least: len(received(out)) >= least)
         running.send_signal(signal.SIGKILL)  # nsenter becomes the client
         running.communicate()
     before = marks(out)
+    assert files(out) == []  # the series is not whole
     assert 9 <= len(before) < 24
     done = pull(own.net, home_, out, way)
     assert done.stdout.startswith(f"1 studies: {24 - len(before)} images fetched"), done.stdout + done.stderr
@@ -433,7 +441,8 @@ def test_a_full_disk_is_named_and_what_was_pulled_stays(own, tmp_path):
     out, home_ = tmp_path / "out", home_for(tmp_path / "home", own)
     out.mkdir()
     mount = (
-        'mount -t tmpfs -o size=300k,mode=700 tmpfs "$0" && "$@"; code=$?; ls -R "$0/dicom" | grep -c dcm; exit $code'
+        'mount -t tmpfs -o size=300k,mode=700 tmpfs "$0" && "$@"; code=$?; '
+        'ls -R "$0/pull/partial" | grep -c dcm; exit $code'
     )
     inside = command(own.net, home_, out, "web")
     at = len(own.net.inside)
