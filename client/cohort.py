@@ -104,7 +104,8 @@ def open_cohort(
         progress: Told (steps done, steps in all); two steps a file.
         state: The site's folder for what must survive; a version of the cohort that is new is recorded there for
             `fedicom data diff`, which reads all prepared samples once. None: it is not.
-        storage, secret: How samples are kept, see `common.samples.prepare_folder`.
+        storage, secret: How samples are kept, see `common.samples.prepare_folder`; records of versions are encrypted
+            with the secret too. The manifest is not: who loses the secret makes the rest anew, but not a split.
 
     Raises:
         DataError: The folder is no cohort, or too small a one: fewer than
@@ -129,7 +130,7 @@ def open_cohort(
         if split != known:
             _write(path, split, recipe, key)
         if state is not None:
-            record(state, cohort, split, recipe, key)
+            record(state, cohort, split, recipe, key, secret)
     return cohort
 
 

@@ -1,6 +1,7 @@
 """What each version of a cohort was made of, so that a site can say what changed between two of them.
 
 A record stays in the site's state folder: pseudonyms, keyed hashes of prepared images, labels and sides of the split.
+It is encrypted where the site's cache is.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import Recipe, as_plain
 from common.errors import ConfigError, DataError, StorageError
+from common.shard import open_text, seal_text
 from common.storage import private_folder, storing, write_whole
 
 if TYPE_CHECKING:
     from client.cohort import Cohort
 
 _FOLDER = "versions"
+_PLAIN, _ENCRYPTED = ".json", ".sealed"
 _HASH = 32
 _LEAST_PREFIX = 6
 
@@ -94,22 +97,28 @@ class Difference:
         return asdict(self)
 
 
-def record(state: Path, cohort: Cohort, split: Mapping[str, str], recipe: Recipe, key: bytes) -> Path:
+def record(
+    state: Path, cohort: Cohort, split: Mapping[str, str], recipe: Recipe, key: bytes, secret: bytes | None = None
+) -> Path:
     """Keeps what a version is made of; one that is known is left as it is, and its samples are not read.
 
     Args:
         state: The site's folder for what must survive.
         split: Pseudonym -> side, at least of the cohort's patients.
         key: The site's secret.
+        secret: 32 bytes with which the cache is encrypted, and then the records, also those of before; None: neither.
 
     Raises:
         StorageError: It cannot be written.
     """
     samples = cohort.samples
-    path = private_folder(private_folder(state) / _FOLDER) / f"{cohort.manifest}.json"
+    folder = private_folder(private_folder(state) / _FOLDER)
+    if secret is not None:
+        _encrypt_plain_ones(folder, secret)
     with storing("a record of the cohort"):
-        if path.exists():
-            return path
+        for suffix in (_ENCRYPTED, _PLAIN):
+            if (path := folder / f"{cohort.manifest}{suffix}").exists():
+                return path
     found: dict[str, list[tuple[str, Any, tuple[str, ...]]]] = {name: [] for name in samples.patients}
     columns = list(samples.subgroups.values())
     for row, (at, target) in enumerate(zip(samples.patient_N.tolist(), samples.targets_N.tolist(), strict=True)):
@@ -128,8 +137,17 @@ def record(state: Path, cohort: Cohort, split: Mapping[str, str], recipe: Recipe
             for name, images in found.items()
         },
     }
-    write_whole(path, json.dumps({**plain, "seal": _seal(plain, key)}).encode())
+    text = json.dumps({**plain, "seal": _seal(plain, key)}).encode()
+    path = folder / f"{cohort.manifest}{_PLAIN if secret is None else _ENCRYPTED}"
+    write_whole(path, text if secret is None else seal_text(text, secret))
     return path
+
+
+def _encrypt_plain_ones(folder: Path, secret: bytes) -> None:
+    with storing("the records of the cohort"):
+        for path in sorted(folder.glob(f"*{_PLAIN}")):
+            write_whole(path.with_suffix(_ENCRYPTED), seal_text(path.read_bytes(), secret))
+            path.unlink()
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
@@ -139,18 +157,20 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
     return {"task": as_plain(recipe.task), "data": data}
 
 
-def known(state: Path, key: bytes) -> tuple[Version, ...]:
+def known(state: Path, key: bytes, secret: bytes | None = None) -> tuple[Version, ...]:
     """All versions, the oldest first.
+
+    Args:
+        key, secret: As `record`.
 
     Raises:
         StorageError: One cannot be read, or was changed.
     """
-    with storing("the records of the cohort"):
-        paths = sorted((state / _FOLDER).glob("*.json")) if (state / _FOLDER).is_dir() else []
-    return tuple(sorted((_read(path, key) for path in paths), key=lambda each: (each.recorded, each.manifest)))
+    found = (_read(path, key, secret) for path in _paths(state))
+    return tuple(sorted(found, key=lambda each: (each.recorded, each.manifest)))
 
 
-def find(state: Path, key: bytes, prefix: str) -> Version:
+def find(state: Path, key: bytes, prefix: str, secret: bytes | None = None) -> Version:
     """The version whose manifest begins so.
 
     Raises:
@@ -161,13 +181,12 @@ def find(state: Path, key: bytes, prefix: str) -> Version:
     prefix = prefix.lower()
     if len(prefix) < _LEAST_PREFIX or not set(prefix) <= set("0123456789abcdef"):
         raise ConfigError(f"a version is named by the first {_LEAST_PREFIX} or more digits of its manifest hash")
-    with storing("the records of the cohort"):
-        paths = sorted((state / _FOLDER).glob(f"{prefix}*.json")) if (state / _FOLDER).is_dir() else []
+    paths = _paths(state, prefix)
     if len(paths) > 1:
         raise ConfigError(f"{len(paths)} versions begin with {prefix}; give more digits")
     if not paths:
         raise DataError(f"no version begins with {prefix}; `fedicom data diff` without names lists all")
-    return _read(paths[0], key)
+    return _read(paths[0], key, secret)
 
 
 def difference(old: Version, new: Version) -> Difference:
@@ -249,9 +268,31 @@ def _changed(old: Any, new: Any, at: str = "") -> dict[str, tuple[Any, Any]]:
     return {} if old == new else {at: (old, new)}
 
 
-def _read(path: Path, key: bytes) -> Version:
+def _paths(state: Path, prefix: str = "") -> list[Path]:
+    """Of the records whose manifest begins so, each once: a kill may leave one in both forms."""
+    found: dict[str, Path] = {}
+    with storing("the records of the cohort"):
+        for suffix in (_PLAIN, _ENCRYPTED):
+            found |= {path.stem: path for path in (state / _FOLDER).glob(f"{prefix}*{suffix}")}
+    return [found[name] for name in sorted(found)]
+
+
+def _read(path: Path, key: bytes, secret: bytes | None) -> Version:
     with storing("a record of the cohort"):
         data = path.read_bytes()
+    if path.suffix == _ENCRYPTED:
+        if secret is None:
+            raise StorageError(
+                f"the record of version {path.stem[:12]} is encrypted and there is no key; name the site with --site, "
+                "and give site.yaml the cache.key that it had"
+            )
+        try:
+            data = open_text(data, secret)
+        except (StorageError, ValueError):
+            raise StorageError(
+                f"the record of version {path.stem[:12]} cannot be decrypted: cache.key is another one, or the record "
+                "was changed; give the right key, or restore or remove the record"
+            ) from None
     try:
         plain = json.loads(data)
         seal = str(plain.pop("seal"))

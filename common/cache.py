@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def make_room(cache: Path, keep: Path | None = None) -> int:
     return freed
 
 
+def forget(cache: Path, names: Iterable[str]) -> None:
+    """Removes these sets of prepared samples, where they are there."""
+    with storing("the cache"):
+        for name in names:
+            if (cache / name).is_dir():
+                _remove(cache / name)
+
+
 def purge(cache: Path) -> int:
     """Removes all prepared samples and indexes; the split of the patients stays.
 
@@ -156,7 +165,8 @@ def _folder_bytes(folder: Path) -> int:
 
 def _remove(folder: Path) -> None:
     with locked(folder):  # a preparation that is going on ends first
-        shutil.rmtree(folder)
+        if folder.is_dir():  # nobody else was first
+            shutil.rmtree(folder)
 
 
 def _limit(cache: Path) -> int | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from common.cache import make_room, used
+from common.cache import forget, make_room, used
 from common.config import Preprocessing, Task, as_plain
 from common.errors import ConfigError, DataError
 from common.labels import need_two_classes, read_labels
@@ -95,7 +95,8 @@ def prepare_folder(
         jobs: Processes that read and prepare, each with one series in memory; None: one for each core where it is
             worth it.
         storage: float16 takes half the room and rounds to one of 2,048 grey levels or finer.
-        secret: 32 bytes with which samples and labels are encrypted on disk; None: they are not.
+        secret: 32 bytes with which samples and labels are encrypted on disk; None: they are not. Plain ones of the
+            same preprocessing, from before there was a secret, are removed.
 
     Returns:
         Samples sorted by keyed pseudonym, and the count of unused files by reason: the codes of
@@ -151,6 +152,8 @@ def prepare_folder(
             found = _open(place, before, task, form)
         used(place)
     assert found is not None, "what was just written can be read"
+    if secret is not None:  # only now: until they are encrypted, a site without them would prepare anew
+        forget(cache, (_folder_name(wanted, Form(form.shape, each)) for each in ("float32", "float16")))
     make_room(cache, keep=place)
     need_two_classes(_as_labels(found.samples), task, "the folder (images with their labels)")
     return found

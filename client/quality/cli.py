@@ -160,15 +160,15 @@ def diff_verb(words: Sequence[str]) -> int:
     from client.versions import difference, find, known
 
     _, key = _place(arguments)
-    state = _state(arguments)
+    state, secret = _state(arguments), _secret(arguments)
     if arguments.old is None:
-        versions = known(state, key)
+        versions = known(state, key, secret)
         if arguments.json:
             print(json.dumps([_line(each) for each in versions], indent=1))  # noqa: T201
         else:
             _show_versions(versions)
         return 0
-    found = difference(find(state, key, arguments.old), find(state, key, arguments.new))
+    found = difference(find(state, key, arguments.old, secret), find(state, key, arguments.new, secret))
     if arguments.json:
         print(json.dumps(found.plain(), indent=1))  # noqa: T201
     else:

@@ -100,6 +100,15 @@ def test_the_key_of_site_yaml_encrypts_what_the_node_keeps_of_its_images(house: 
     kinds = {path.suffix for path in house.home.cache.rglob("*") if path.is_file() and path.name != ".lock"}
     assert ".sealed" in kinds
     assert ".npy" not in kinds
+    (version,) = known(house.home.state, house.home.cohort_key.read_bytes(), bytes(range(32)))
+    assert version.manifest == sealed.manifest
+    shown = {
+        path.name
+        for path in house.home.state.rglob("*")
+        if path.is_file() and any(name.encode() in path.read_bytes() for name in version.members)
+    }
+    assert shown == {"cohort_manifest.json"}
+    assert data_verb(["diff", "--site", str(house.home.path)]) == 0
     assert isinstance(node.visit(), Update)
     (house.home.keys / "cache.key").chmod(0o644)
     node.restart()

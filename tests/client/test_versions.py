@@ -21,6 +21,7 @@ from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
 
 KEY = b"v" * 32
+SECRET = bytes(range(32))
 RECIPE = Recipe(
     name="versions", data=Preprocessing(size=(8, 8), intensity="window", low=0, high=255),
     evaluation=Evaluation(validation_fraction=0.25, test_fraction=0.25),
@@ -118,6 +119,50 @@ def test_records_are_private_and_hold_no_identifier(folder: Path) -> None:
     text = path.read_text()
     assert "MRN" not in text
     assert set(json.loads(text)["members"]) == {patient(number) for number in range(16)}
+
+
+def everything(folder: Path, *leave_out: str) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in leave_out)
+
+
+def test_with_a_key_of_the_cache_no_record_shows_a_patient_and_the_history_goes_on(folder: Path) -> None:
+    state, cache = folder.parent / "state", folder.parent / "state" / "cache"
+    first = opened(folder).manifest  # there was no key yet
+    label(folder, range(16), (0, 4, 8, 12, 5))
+    second = open_cohort(folder, RECIPE, cache=cache, key=KEY, state=state, secret=SECRET).manifest
+    assert {path.name for path in (state / "versions").iterdir()} == {f"{first}.sealed", f"{second}.sealed"}
+    assert patient(5).encode() not in everything(state, "cohort_manifest.json")
+    assert patient(5).encode() in everything(state)  # the split outlives the key
+    assert [each.manifest for each in sorted(known(state, KEY, SECRET), key=lambda each: each.manifest != first)] == [
+        first, second,
+    ]  # fmt: skip
+    found = difference(find(state, KEY, first, SECRET), find(state, KEY, second, SECRET))
+    assert found.labels_changed == {"negative -> positive": 1}
+    with pytest.raises(StorageError, match=r"is encrypted and there is no key.*--site"):
+        known(state, KEY)
+    with pytest.raises(StorageError, match=r"cache\.key is another one"):
+        find(state, KEY, first, bytes(32))
+    opened(folder)  # the key was taken away: what is known is not written in plain
+    assert {path.suffix for path in (state / "versions").iterdir()} == {".sealed"}
+
+
+def test_a_record_that_a_kill_left_in_both_forms_is_one_version(folder: Path) -> None:
+    state = folder.parent / "state"
+    manifest = opened(folder).manifest
+    plain = state / "versions" / f"{manifest}.json"
+    text = plain.read_bytes()
+    again = {"cache": state / "cache", "key": KEY, "state": state, "secret": SECRET}
+    open_cohort(folder, RECIPE, **again)
+    plain.write_bytes(text)
+    assert len(known(state, KEY, SECRET)) == 1
+    assert find(state, KEY, manifest, SECRET).manifest == manifest
+    open_cohort(folder, RECIPE, **again)
+    assert not plain.exists()
+    sealed = plain.with_suffix(".sealed")
+    for damaged in (b"", sealed.read_bytes()[:40], sealed.read_bytes()[:-1]):
+        sealed.write_bytes(damaged)
+        with pytest.raises(StorageError, match="restore or remove the record"):
+            known(state, KEY, SECRET)
 
 
 def test_a_patient_who_changed_sides_is_counted() -> None:

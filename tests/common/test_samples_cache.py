@@ -121,6 +121,27 @@ def test_nothing_is_plain_on_disk_while_encrypted_samples_are_prepared(site: Pat
     assert seen >= PATIENTS
 
 
+def test_plain_samples_of_before_are_removed_once_encrypted_ones_are_ready(site: Path) -> None:
+    cache = site.parent / "cache"
+    read(site)
+    read(site, storage="float16")
+    read(site, replace(DATA, high=900))  # another preprocessing
+    assert len(list(cache.glob("?" * 16 + "*"))) == 3
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read(site, secret=SECRET, progress=stop)
+    assert len([folder for folder in cache.iterdir() if folder.is_dir() and "sealed" not in folder.name]) == 3
+    digest = read(site, secret=SECRET).samples.digest
+    left = [folder for folder in cache.iterdir() if folder.is_dir() and "sealed" not in folder.name]
+    assert len(left) == 1
+    assert read(site, secret=SECRET).samples.digest == digest  # opened, with nothing left to remove
+    assert read(site, replace(DATA, high=900)).samples.digest != digest
+    assert [folder for folder in cache.iterdir() if folder.is_dir() and "sealed" not in folder.name] == left
+
+
 def test_another_secret_opens_nothing_and_says_what_to_do(site: Path) -> None:
     read(site, secret=SECRET)
     with pytest.raises(StorageError, match=r"the key is another one.*purge"):
