@@ -186,7 +186,7 @@ def _settings(prefix: str, kind: type, module: ModuleType = config, file: str = 
             name = f"{prefix}.{field.name}".strip(".")
             value = field.default_factory() if field.default_factory is not MISSING else field.default
             default = "*needed*" if value is MISSING else f"`{_yaml(value)}`"
-            nested = any(is_dataclass(part) for part in get_args(types[field.name]))
+            nested = any(isinstance(part, type) and is_dataclass(part) for part in get_args(types[field.name]))
             words = "fields of their own, below, or null" if nested else _words(types[field.name])
             yield f"| `{name}` | {_cell(words)} | {default} | {_cell(docs[field.name])} |"
     yield ""

@@ -72,6 +72,13 @@ def test_generated_page_is_what_the_code_gives(page: str) -> None:
     assert path.read_text(encoding="utf-8") == generate.pages()[path], "run: .venv/bin/python docs/generate.py"
 
 
+def test_the_page_of_settings_says_what_a_number_may_be() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rounds = re.search(r"^\| `rounds` \|.*$", text, re.MULTILINE)
+    assert rounds is not None
+    assert "at most 100,000" in rounds.group()
+
+
 def test_every_field_of_an_update_is_on_the_page_of_what_leaves() -> None:
     tree = ast.parse((ROOT / "common" / "exchange.py").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "what-leaves-the-site.md").read_text(encoding="utf-8")
