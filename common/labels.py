@@ -115,10 +115,20 @@ def _check_header(header: Sequence[str], task: Task) -> None:
     needed = (*(task.classes if task.kind == "multilabel" else ("label",)), *task.subgroups)
     missing = [name for name in needed if name not in header[1:]]
     if missing:
-        raise DataError(f"labels.csv has no column {', '.join(map(repr, missing))}; the recipe's task needs it")
+        raise DataError(f"labels.csv has no column {', '.join(map(repr, missing))}; {_advice(missing, header, task)}")
     twice = [name for name in needed if header.count(name) > 1]
     if twice:
         raise DataError(f"labels.csv has the column {twice[0]!r} more than once; keep one")
+
+
+def _advice(missing: Sequence[str], header: Sequence[str], task: Task) -> str:
+    """What to do about columns that are missing. Names of the recipe only: the table's own may be a patient's."""
+    add = "add the column" if len(missing) == 1 else "add the columns"
+    if not set(missing) <= set(task.subgroups):
+        needs = "0 or 1 for each of task.classes" if task.kind == "multilabel" else "the name of the class in 'label'"
+        return f"the recipe needs {needs}: {add}"
+    there = ",".join(name for name in task.subgroups if name in header[1:])
+    return f"the recipe has task.subgroups=[{','.join(task.subgroups)}]: {add}, or say task.subgroups=[{there}]"
 
 
 def _target(cells: Sequence[str], row: int, task: Task) -> int | tuple[int, ...]:

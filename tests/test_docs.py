@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib.util
 import re
 import shlex
@@ -13,9 +14,10 @@ import pytest
 
 import fedicom
 from common.composition import groups
-from common.config import load_settings
+from common.config import Phantom, load_settings
 from common.imaging import RefusalCode
 from simulations.cli import _hospitals_parser
+from simulations.phantoms import make_phantoms
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").glob("*.md")])
@@ -137,6 +139,40 @@ def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
 def test_settings_in_a_command_compose(words: list[str]) -> None:
     overrides = [word for word in words if "=" in word]
     assert load_settings(overrides).recipe.id
+
+
+def test_no_command_for_given_hospitals_asks_for_the_phantoms_classes_or_columns() -> None:
+    found = [words for _, words in _command_lines() if any(word.startswith("simulation.hospitals=") for word in words)]
+    assert len(found) >= 3
+    phantoms = load_settings([]).recipe.task
+    for words in found:
+        task = load_settings([word for word in words if "=" in word]).recipe.task
+        assert task.classes != phantoms.classes, words
+        assert task.subgroups != phantoms.subgroups, words
+
+
+def test_the_readmes_command_trains_on_a_folder_as_the_readme_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## With hospitals of your own")[2]
+    header = re.search(r"^patient,.*$", section, re.MULTILINE)
+    command = re.search(r"^fedicom simulate .*$", section, re.MULTILINE)
+    assert header is not None
+    assert command is not None
+    make_phantoms(tmp_path / "my-hospitals", Phantom(patients=24, central_patients=20, size=24), 2)
+    (tmp_path / "my-hospitals" / "hospitals.json").unlink()
+    for site in ("north", "south", "central"):
+        table = tmp_path / "my-hospitals" / site / "labels.csv"
+        with table.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with table.open("w", newline="") as file:
+            out = csv.DictWriter(file, header.group().split(","), extrasaction="ignore")
+            out.writeheader()
+            out.writerows({**row, "label": "normal" if row["label"] == "no nodule" else "pneumonia"} for row in rows)
+    tiny = ["rounds=1", "training.local_epochs=1", "privacy=none", "simulation.threads=1", "simulation.device=cpu"]
+    assert fedicom.main([*shlex.split(command.group())[1:], *tiny]) == 0
+    assert (tmp_path / "runs" / "my_chest" / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize(("page", "text"), _inline_settings())

@@ -398,10 +398,26 @@ def test_other_label_tables_are_refused() -> None:
         read_labels(b"patient,mass,edema\nA,1,2\n", multilabel)
     with pytest.raises(DataError, match="has one class only: the same labels for everything"):
         read_labels(b"patient,mass,edema\nA,1,0\nB,1,0\n", multilabel)
-    with pytest.raises(DataError, match="no column 'sex'"):
-        read_labels(b"patient,label\nA,negative\n", replace(TASK, subgroups=("sex",)))
+    with pytest.raises(
+        DataError, match="no column 'label'; the recipe needs the name of the class in 'label': add the"
+    ):
+        read_labels(b"patient,diagnosis\nA,negative\n", TASK)
     with pytest.raises(DataError, match="not UTF-8"):
         read_labels("patient,label\nMüller,negative\n".encode("latin-1"), TASK)
+
+
+def test_a_table_without_a_column_of_subgroups_is_told_which_setting_asks_for_it() -> None:
+    task = replace(TASK, subgroups=("sex", "age_group"))
+    with pytest.raises(DataError) as caught:
+        read_labels(b"patient,label,sex,Miller\nA,negative,F,1\n", task)
+    assert str(caught.value) == (
+        "labels.csv has no column 'age_group'; the recipe has task.subgroups=[sex,age_group]: add the column, "
+        "or say task.subgroups=[sex]"
+    )
+    with pytest.raises(
+        DataError, match=r"no column 'sex', 'age_group'; .* add the columns, or say task.subgroups=\[\]"
+    ):
+        read_labels(b"patient,label\nA,negative\n", task)
 
 
 def test_a_spreadsheets_byte_order_mark_spaces_and_repeated_rows_are_read() -> None:
