@@ -14,7 +14,7 @@ from common.errors import ConfigError, DataError
 from common.identity import read_private
 from common.imaging.deidentify import Deidentifier, Options
 from common.imaging.refusal import Refusal
-from common.storage import private_folder, storing, write_whole
+from common.storage import named_file, named_place, private_folder, storing, write_whole
 
 _KEY_BYTES = 32
 
@@ -31,10 +31,11 @@ def deidentify_verb(words: Sequence[str]) -> int:
     """`fedicom data deidentify`."""
     arguments = _parser().parse_args(words)
     if arguments.make_key:
+        named_place(arguments.key_file)
         if arguments.key_file.exists():
             raise ConfigError(f"{arguments.key_file.name} exists, and is not overwritten; leave --make-key out")
         write_whole(arguments.key_file, os.urandom(_KEY_BYTES))
-    key = _key(arguments.key_file)
+    key = _key(named_file(arguments.key_file))
     options = Options(
         dates="keep" if arguments.keep_dates else "shift" if arguments.shift_dates else "remove",
         characteristics=arguments.keep_patient_characteristics,

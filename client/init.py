@@ -25,6 +25,7 @@ from common.enrolment import (
     site_yaml,
 )
 from common.identity import NodeKey, Signer, new_signing_key
+from common.storage import named_file
 from common.vault import Secret
 
 
@@ -155,6 +156,8 @@ def join_verb(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     home = SiteHome(arguments.home)
     by = arguments.by or login()
+    if not arguments.kit.is_dir():
+        named_file(arguments.kit)
     if arguments.kit.suffix == ".json":
         registry = install_registry(home, arguments.kit, by=by)
         done: Sequence[str] = (f"registry of version {registry.version}, {len(registry.members)} sites",)
@@ -171,7 +174,7 @@ def unpack_verb(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fedicom site unpack", description="Open a sealed kit; the folder becomes this site's home."
     )
-    parser.add_argument("kit", type=Path, metavar="FILE", help="NAME.kit, as the coordinator sent it")
+    parser.add_argument("kit", type=named_file, metavar="FILE", help="NAME.kit, as the coordinator sent it")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to make")
     _authority(parser)
     _passphrase(parser)
@@ -199,7 +202,7 @@ def _authority(parser: argparse.ArgumentParser) -> None:
 
 
 def _passphrase(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="file with the passphrase, mode 600")
+    parser.add_argument("--passphrase-file", type=named_file, metavar="FILE", help="file with the passphrase, mode 600")
     parser.add_argument("--passphrase-env", metavar="NAME", help="environment variable with the passphrase")
 
 

@@ -32,7 +32,7 @@ from client.pacs_store import Store
 from common.deployment import SiteHome, home_folder
 from common.errors import ConfigError, DataError
 from common.identity import read_private
-from common.storage import storing, write_whole
+from common.storage import named_file, storing, write_whole
 
 _KEYS = ("patient", "study", "accession", "series")
 Outcome = Literal["whole", "vanished", "refused"]
@@ -277,13 +277,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--since", required=True, metavar="DATE", help="first study date, such as 2026-01-01")
     parser.add_argument("--until", metavar="DATE", help="last study date; default: today")
     parser.add_argument("--body-part", metavar="CODE", help="Body Part Examined of the series, such as CHEST")
-    parser.add_argument("--accessions", type=Path, metavar="FILE", help="only these accession numbers, one a line")
+    parser.add_argument(
+        "--accessions", type=named_file, metavar="FILE", help="only these accession numbers, one a line"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder `data` of site.yaml")
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many studies")
     parser.add_argument("--rate", type=float, metavar="MB/S", help="at most so many megabytes a second")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="say which studies have labels, and the other way")
+    parser.add_argument(
+        "--labels", type=named_file, metavar="CSV", help="say which studies have labels, and the other way"
+    )
     parser.add_argument("--site", type=Path, metavar="FOLDER", help="the site's own folder, with pacs.yaml")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="another pacs.yaml")
+    parser.add_argument("--config", type=named_file, metavar="FILE", help="another pacs.yaml")
     return parser
 
 

@@ -10,10 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.storage import named_file
+
 if TYPE_CHECKING:
     from common.chain import AuditError
     from common.lineage import Lineage
     from common.logs import Check, Keys, Log
+
+_SHOWN = 8
 
 
 def audit_verb(words: Sequence[str]) -> int:
@@ -23,20 +27,22 @@ def audit_verb(words: Sequence[str]) -> int:
     verify = verbs.add_parser(
         "verify", help="is a log whole, alone and beside the other side's; names the first bad event"
     )
-    verify.add_argument("log", type=Path, help="for example audit/north.jsonl; its earlier parts are found beside it")
     verify.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="LOG",
+        "log", type=_one_log, help="for example audit/north.jsonl; its earlier parts are found beside it"
+    )
+    verify.add_argument(
+        "--against", type=_one_log, nargs="+", default=[], metavar="LOG",
         help="logs of the other side, which remembers heads of this one",
     )  # fmt: skip
     verify.add_argument("--key", help="public key that signs the log now, 64 hexadecimal digits")
     _shared(verify)
     report = verbs.add_parser("report", help="one HTML page and JSON: who trained what, on whose word, and what left")
-    report.add_argument("logs", type=Path, nargs="+", metavar="RUN_DIR_OR_LOG", help="folder of a run, or logs")
+    report.add_argument("logs", type=_logs, nargs="+", metavar="RUN_DIR_OR_LOG", help="folder of a run, or logs")
     report.add_argument("--out", type=Path, help="page to write, default audit_report.html in the folder of the run")
     _shared(report)
     trace = verbs.add_parser("trace", help="from a model file to recipe, rounds, sites, data manifests and code")
     trace.add_argument("model", type=Path, help="model.onnx")
-    trace.add_argument("--logs", type=Path, required=True, nargs="+", metavar="DIR", help="folder of logs, or logs")
+    trace.add_argument("--logs", type=_logs, required=True, nargs="+", metavar="DIR", help="folder of logs, or logs")
     _shared(trace)
     arguments = parser.parse_args(words)
     if arguments.tolerance < 0:
@@ -46,7 +52,7 @@ def audit_verb(words: Sequence[str]) -> int:
 
 def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--registry", type=Path, metavar="FILE", help="the federation's registry: the keys of all sides"
+        "--registry", type=named_file, metavar="FILE", help="the federation's registry: the keys of all sides"
     )
     parser.add_argument(
         "--authority", metavar="HEX",
@@ -56,6 +62,26 @@ def _shared(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=300.0, metavar="SECONDS", help="how far clocks may disagree, default 300"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _one_log(word: str) -> Path:
+    path = _logs(word)
+    if path.is_dir():
+        from common.errors import ConfigError
+        from common.logs import log_files
+
+        found = [str(file) for file in log_files(path)]
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ConfigError(f"{path} is a folder, expected one log; in it: {', '.join(found[:_SHOWN])}{more}")
+    return path
+
+
+def _logs(word: str) -> Path:
+    """A folder, or a log; after a crash in a rotation only its earlier parts may be there."""
+    from common.chain import part
+
+    path = Path(word)
+    return path if path.is_dir() or part(path, 1).exists() else named_file(path)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.storage import named_file
+
 SETTINGS_HELP = """settings are name=value, with the names of the YAML files in configs/, for example
   recipe=pneumonia_xray rounds=10 privacy.epsilon=8 federation.sites=5"""
 
@@ -25,7 +27,7 @@ def predict_verb(words: Sequence[str]) -> int:
         prog="fedicom predict",
         description="Run an exported model over a DICOM folder, with the preprocessing that the file carries.",
     )
-    parser.add_argument("model", type=Path, help="model.onnx of a run")
+    parser.add_argument("model", type=named_file, help="model.onnx of a run")
     parser.add_argument("dicom", type=Path, metavar="DICOM_DIR")
     parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="table to write; it names patients")
     arguments = parser.parse_args(words)

@@ -117,7 +117,7 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
         ConfigError: There is no log, in one of the folders perhaps, or two are of one owner.
         StorageError: A file cannot be read.
     """
-    logs = [_read(path, keys, tolerance_s) for place in where for path in _log_files(place)]
+    logs = [_read(path, keys, tolerance_s) for place in where for path in log_files(place)]
     if not logs:
         raise ConfigError("there is no log; give files like audit/north.jsonl, or the folder that holds them")
     heads = [as_map(event.facts.get("heads")) for log in logs for event in log.events]
@@ -179,7 +179,13 @@ def first_bad(checks: Iterable[Check]) -> Check | None:
     return next((check for check in checks if not check.holds), None)
 
 
-def _log_files(place: Path) -> list[Path]:
+def log_files(place: Path) -> list[Path]:
+    """The logs of a folder, without their earlier parts; a file stands for itself.
+
+    Raises:
+        ConfigError: The folder holds none.
+        StorageError: It cannot be read.
+    """
     if not place.is_dir():
         return [place]
     with storing("the folder of the logs"):

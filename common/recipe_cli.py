@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.cli import SETTINGS_HELP, settings_parser
+from common.storage import named_file, named_place
 
 
 def recipe_verb(words: Sequence[str]) -> int:
@@ -40,7 +41,7 @@ def _sign(words: Sequence[str]) -> int:
     )
     parser.add_argument("settings", nargs="*", metavar="name=value")
     parser.add_argument("--home", type=Path, metavar="DIR", help="the coordinator's folder; or FEDICOM_HOME, or here")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write; without it, NAME.recipe.json")
+    parser.add_argument("--out", type=named_place, metavar="FILE", help="file to write; without it, NAME.recipe.json")
     parser.add_argument("--by", default="", metavar="NAME", help="who signs, for the log; without it, the login name")
     arguments = parser.parse_intermixed_args(words)
     from common.config import load_recipe
@@ -74,7 +75,7 @@ def _verify(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fedicom recipe verify", description="Check the content, the id and the signature of a signed recipe."
     )
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=named_file, metavar="FILE")
     trusted = parser.add_mutually_exclusive_group()
     trusted.add_argument("--home", type=Path, metavar="DIR", help="whose registry names the coordinator's key")
     trusted.add_argument("--key", metavar="HEX", help="the coordinator's public key, 64 hexadecimal digits")

@@ -7,11 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import FedicomError, StorageError
+from common.errors import ConfigError, FedicomError, StorageError
 
 Flush = Callable[[int], None]
 """Called with an open file, or a folder, whose bytes or entries must last before anybody is told of them."""
@@ -147,7 +148,60 @@ def storing(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free space on that disk" if full else "check the folder's owner and mode"
-        raise StorageError(f"{what} could not be written or read: {reason}; {advice} and run again") from None
+        raise StorageError(f"{what} could not be written or read: {_explained(error)} and run again") from None
+
+
+def named_file(word: str | Path) -> Path:
+    """A file that the user named on the command line, for argparse's `type`: its path, and no other, may be shown.
+
+    Raises:
+        ConfigError: There is none, it is a folder, or it cannot be read.
+    """
+    path = Path(word)
+    with _naming(path):
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return path
+
+
+def named_place(word: str | Path) -> Path:
+    """A file that the user wants to be written, for argparse's `type`.
+
+    Raises:
+        ConfigError: Its folder is not there, or it is itself a folder.
+    """
+    path = Path(word)
+    with _naming(path.parent):
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    with _naming(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    return path
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: {_explained(error)}") from None
+
+
+def _explained(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return "there is no such file or folder; check the path"
+        case errno.EISDIR:
+            return "expected a file, got a folder; check the path"
+        case errno.ENOTDIR:
+            return "expected a folder, got a file; check the path"
+        case errno.ENOSPC | errno.EDQUOT:
+            advice = "free space on that disk"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            advice = "check the owner and mode of the file and of its folder"
+        case _:
+            advice = "check the disk and the path"
+    return f"{error.strerror or type(error).__name__}; {advice}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError, FedicomError, StorageError
+from common.storage import named_file, storing
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -99,9 +100,7 @@ def _run(words: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     from urllib.parse import urlencode
 
-    from common.storage import storing
-
-    path = Path(arguments.recipe)
+    path = named_file(arguments.recipe)
     with storing(path.name):
         data = path.read_bytes()
     query: dict[str, Any] = {"name": arguments.name} if arguments.name else {}
@@ -200,7 +199,7 @@ def _export(words: Sequence[str]) -> int:
 def _registry(words: Sequence[str]) -> int:
     parser = _parser("registry", "Take a newer registry; the running coordinator sees it within a second.")
     parser.add_argument("action", choices=("install",))
-    parser.add_argument("file", type=Path, metavar="FILE", help="registry.json of the authority's folder")
+    parser.add_argument("file", type=named_file, metavar="FILE", help="registry.json of the authority's folder")
     parser.add_argument("--by", default="", metavar="NAME", help="who does it, for the log")
     arguments = parser.parse_args(words)
     from common.enrolment import install_registry

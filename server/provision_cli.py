@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.storage import named_file, named_place
 from common.vault import Secret
 
 _EPILOG = """verbs:
@@ -37,7 +38,7 @@ def provision_verb(words: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN", help="federation.yaml: who takes part")
+    parser.add_argument("plan", nargs="?", type=named_file, metavar="PLAN", help="federation.yaml: who takes part")
     parser.add_argument("--out", type=Path, help="folder to make; it must not exist, or be empty")
     parser.add_argument("--example", action="store_true", help="print a federation.yaml to edit")
     _sealing(parser)
@@ -104,7 +105,7 @@ def _list(words: Sequence[str]) -> int:
 
 def _registry(words: Sequence[str]) -> int:
     parser = _at_home("registry", "Take a newer registry; an older one is refused.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="registry.json of the authority's folder")
+    parser.add_argument("file", type=named_file, metavar="FILE", help="registry.json of the authority's folder")
     arguments = parser.parse_args(words)
     from common.deployment import ServerHome
     from common.enrolment import install_registry
@@ -123,6 +124,8 @@ def _install(words: Sequence[str]) -> int:
     from common.enrolment import install_kit
     from common.kit import read_folder, read_sealed
 
+    if not arguments.kit.is_dir():
+        named_file(arguments.kit)
     secret = Secret.passphrase_from
     files = (
         read_folder(arguments.kit)
@@ -157,7 +160,7 @@ def _key(words: Sequence[str]) -> int:
         prog="fedicom provision key",
         description="Make a key file, 32 random bytes, mode 600, that encrypts checkpoints.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="file to make")
+    parser.add_argument("file", type=named_place, metavar="FILE", help="file to make")
     arguments = parser.parse_args(words)
     from common.vault import new_key_file
 
@@ -205,7 +208,7 @@ def _at_home(verb: str, description: str) -> argparse.ArgumentParser:
 
 
 def _kit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--public", type=Path, metavar="FILE", help="public.json that the site made and sent")
+    parser.add_argument("--public", type=named_file, metavar="FILE", help="public.json that the site made and sent")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the kit; else where the authority's lies")
     _sealing(parser)
 
@@ -231,7 +234,7 @@ def _sealing(parser: argparse.ArgumentParser) -> None:
 
 
 def _passphrase_words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passphrase-file", type=Path, metavar="FILE", help="file with the passphrase, mode 600")
+    parser.add_argument("--passphrase-file", type=named_file, metavar="FILE", help="file with the passphrase, mode 600")
     parser.add_argument("--passphrase-env", metavar="NAME", help="environment variable with the passphrase")
 
 

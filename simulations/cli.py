@@ -15,6 +15,7 @@ from common.cli import settings_parser
 from common.config import Phantom, Recipe, load_settings
 from common.errors import ConfigError
 from common.imports import importing
+from common.storage import named_file
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
 if TYPE_CHECKING:
@@ -219,6 +220,9 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: Calla
     from simulations import hospitals
 
     source, out, sites = arguments.source, arguments.out, arguments.sites
+    for path in (source, arguments.table):
+        if path is not None and not path.is_dir():
+            named_file(path)
     classes = tuple(arguments.classes.split(",")) if arguments.classes else None
     if source.suffix == ".npz":
         hospitals.import_medmnist(

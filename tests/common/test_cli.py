@@ -136,9 +136,19 @@ def test_audit_verify_of_a_changed_or_cut_log_is_code_1_and_one_line(tmp_path, c
     assert "event 1: content does not match its hash" in err
 
 
-def test_audit_verify_of_no_file_is_code_1_and_one_line(tmp_path, capsys):
+def test_audit_verify_of_no_file_is_code_2_and_shows_what_was_typed(tmp_path, capsys):
     code, out, err = run("audit", "verify", str(tmp_path / "none.jsonl"), capsys=capsys)
-    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert (code, out) == (2, "")
+    assert err == f"fedicom: {tmp_path / 'none.jsonl'}: there is no such file or folder; check the path\n"
+
+
+@pytest.mark.parametrize("words", [["{folder}"], ["{folder}/north.jsonl", "--against", "{folder}"]])
+def test_audit_verify_of_a_folder_names_the_logs_in_it(tmp_path, words, capsys):
+    logs(tmp_path)
+    code, out, err = run("audit", "verify", *(word.format(folder=tmp_path) for word in words), capsys=capsys)
+    assert (code, out) == (2, "")
+    found = f"{tmp_path / 'north.jsonl'}, {tmp_path / 'server.jsonl'}"
+    assert err == f"fedicom: {tmp_path} is a folder, expected one log; in it: {found}\n"
 
 
 def test_a_reader_that_stops_reading_gets_no_traceback():

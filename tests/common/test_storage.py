@@ -13,9 +13,9 @@ import pytest
 from client.ledger import Ledger, SitePolicy
 from common.accounting import Event
 from common.audit import AuditLog, verify
-from common.errors import StorageError
+from common.errors import ConfigError, StorageError
 from common.identity import Signer
-from common.storage import all_to_disk, to_system, write_whole
+from common.storage import all_to_disk, named_file, named_place, storing, to_system, write_whole
 
 
 @pytest.fixture
@@ -67,3 +67,42 @@ def test_where_the_system_cannot_write_out_one_disk_it_writes_out_all(
     monkeypatch.setattr(os, "sync", lambda: called.append("sync"))
     all_to_disk(tmp_path)
     assert called == ["sync"]
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOENT, "there is no such file or folder; check the path"),
+        (errno.EISDIR, "expected a file, got a folder; check the path"),
+        (errno.ENOTDIR, "expected a folder, got a file; check the path"),
+        (errno.EACCES, "check the owner and mode"),
+        (errno.EPERM, "check the owner and mode"),
+        (errno.ENOSPC, "free space on that disk"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_advice_follows_what_the_system_said_and_no_path_is_shown(number: int, says: str) -> None:
+    with pytest.raises(StorageError) as caught, storing("an image"):
+        raise OSError(number, os.strerror(number), "/data/Miller^Anna/1.dcm")
+    assert str(caught.value).startswith("an image could not be written or read: ")
+    assert says in str(caught.value)
+    assert ("owner" in str(caught.value)) == (number in (errno.EACCES, errno.EPERM))
+    assert "Miller" not in str(caught.value)
+
+
+def test_a_file_that_the_user_named_is_named_in_the_answer(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_bytes(b"1")
+    assert named_file(str(there)) == there
+    assert named_place(tmp_path / "new") == tmp_path / "new"
+    for call, path, says in (
+        (named_file, tmp_path / "absent", f"{tmp_path / 'absent'}: there is no such file or folder"),
+        (named_file, tmp_path, f"{tmp_path}: expected a file, got a folder"),
+        (named_file, there / "x", f"{there / 'x'}: expected a folder, got a file"),
+        (named_place, tmp_path / "absent" / "x", f"{tmp_path / 'absent'}: there is no such file or folder"),
+        (named_place, there / "x", f"{there}: expected a folder, got a file"),
+        (named_place, tmp_path, f"{tmp_path}: expected a file, got a folder"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            call(path)
+        assert str(caught.value) == f"{says}; check the path"
