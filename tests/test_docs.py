@@ -106,6 +106,17 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{target}: no such heading"
 
 
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        if page not in reached:
+            reached.add(page)
+            links = re.findall(r"\]\(([^)\s#]+\.md)", page.read_text(encoding="utf-8"))
+            left += [(page.parent / link).resolve() for link in links if "://" not in link]
+    assert set(PAGES) <= reached, set(PAGES) - reached
+
+
 def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
     helps: dict[tuple[str, ...], str] = {}
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))

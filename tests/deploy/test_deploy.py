@@ -95,6 +95,7 @@ def test_all_name_one_version_of_our_images():
     charts = [yaml.safe_load(path.read_text()) for path in DEPLOY.glob("helm/*/Chart.yaml")]
     assert len(found) == 1
     assert found == {chart["appVersion"] for chart in charts}
+    assert found == {tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["version"]}
 
 
 # Containers
