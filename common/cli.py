@@ -10,15 +10,25 @@ from common.storage import named_file
 
 SETTINGS_HELP = """settings are name=value, with the names of the YAML files in configs/, for example
   recipe=pneumonia_xray rounds=10 privacy.epsilon=8 federation.sites=5"""
+FIELDS_HELP = """all fields: docs/configuration.md; `fedicom recipe show name=value ...` prints what they make"""
 
 
-def settings_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser that takes Hydra's name=value words."""
+def settings_of(words: Sequence[str], prog: str, description: str, more_help: str = "") -> list[str]:
+    """Hydra's name=value words, of a verb that takes nothing else; `--help` and words with dashes end the program."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=SETTINGS_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=description,
+        epilog=f"{SETTINGS_HELP}\n{FIELDS_HELP}\n{more_help}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="name=value")
-    return parser
+    found, dashed = parser.parse_known_args(words)
+    if dashed:
+        name, _, value = dashed[0].lstrip("-").partition("=")
+        after = words[words.index(dashed[0]) + 1 :]
+        value = value or (after[0] if after and "=" not in after[0] and not after[0].startswith("-") else "VALUE")
+        parser.error(f"{dashed[0]}: settings are written without dashes: {name}={value}")
+    return list(found.settings)
 
 
 def predict_verb(words: Sequence[str]) -> int:
@@ -29,7 +39,12 @@ def predict_verb(words: Sequence[str]) -> int:
     )
     parser.add_argument("model", type=named_file, help="model.onnx of a run")
     parser.add_argument("dicom", type=Path, metavar="DICOM_DIR")
-    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="table to write; it names patients")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("predictions.csv"),
+        help="table to write; it names patients (default: %(default)s)",
+    )
     arguments = parser.parse_args(words)
     from rich.console import Console
     from rich.progress import Progress

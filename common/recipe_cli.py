@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.cli import SETTINGS_HELP, settings_parser
+from common.cli import SETTINGS_HELP, settings_of
 from common.storage import named_file, named_place
 
 
@@ -21,12 +21,12 @@ def recipe_verb(words: Sequence[str]) -> int:
 
 
 def _show(words: Sequence[str]) -> int:
-    overrides = settings_parser("fedicom recipe show", "Print the composed recipe and its id.").parse_args(words)
+    overrides = settings_of(words, "fedicom recipe show", "Print the composed recipe and its id.")
     import yaml
 
     from common.config import as_plain, load_recipe
 
-    recipe = load_recipe(overrides.settings)
+    recipe = load_recipe(overrides)
     print(yaml.safe_dump(as_plain(recipe), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
     print(f"# id {recipe.id}")  # noqa: T201
     return 0

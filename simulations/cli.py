@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from common.cli import settings_parser
+from common.cli import settings_of
 from common.config import Phantom, Recipe, load_settings
 from common.errors import ConfigError
 from common.imports import importing
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from server.conclude import Conclusion
     from server.rounds import RoundReport, ServerState
     from simulations.partition import Partition
+
+
+_RUN = """of the run, beside the recipe:
+  simulation.hospitals=DIR   one folder a hospital; without it, phantoms
+  out=DIR                    where everything goes; without it, runs/NAME
+  resume=true                go on after the last finished round in out
+  overwrite=true             remove the run in out, and start again"""
 
 
 class Terminal:
@@ -80,8 +87,9 @@ class Terminal:
 
 def simulate_verb(words: Sequence[str]) -> int:
     """`fedicom simulate`: runs, then prints the table."""
-    parser = settings_parser("fedicom simulate", "Train a whole federation of virtual hospitals on this machine.")
-    settings = load_settings(parser.parse_args(words).settings)
+    settings = load_settings(
+        settings_of(words, "fedicom simulate", "Train a whole federation of virtual hospitals on this machine.", _RUN)
+    )
     console, recipe = Console(), settings.recipe
     terminal = Terminal(console, recipe.rounds)
     sites = _count(recipe.federation.sites, "site")
@@ -162,30 +170,57 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{phantom,import}")
     phantom = verbs.add_parser("phantom", help="synthetic radiographs or CT volumes with a nodule to detect")
     phantom.add_argument("out", type=Path)
-    phantom.add_argument("--dimensions", type=int, choices=(2, 3), default=2)
-    phantom.add_argument("--sites", type=int, default=4)
-    phantom.add_argument("--patients", type=int, default=120, help="of each hospital, before its own factor")
-    phantom.add_argument("--central-patients", type=int, default=160, help="of the coordinator's test set")
-    phantom.add_argument("--size", type=int, default=64, help="pixels along each axis")
-    phantom.add_argument("--seed", type=int, default=0)
+    phantom.add_argument("--dimensions", type=int, choices=(2, 3), default=2, help="of an image (default: %(default)s)")
+    phantom.add_argument("--sites", type=int, default=4, help="hospitals (default: %(default)s)")
+    phantom.add_argument(
+        "--patients", type=int, default=120, help="of each hospital, before its own factor (default: %(default)s)"
+    )
+    phantom.add_argument(
+        "--central-patients", type=int, default=160, help="of the coordinator's test set (default: %(default)s)"
+    )
+    phantom.add_argument("--size", type=int, default=64, help="pixels along each axis (default: %(default)s)")
+    phantom.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
     load = verbs.add_parser("import", help="MedMNIST .npz, a folder of labelled pictures, or NIfTI with a label table")
     load.add_argument("source", type=Path, help=".npz file, folder of PNG or JPEG, or folder of .nii.gz")
     load.add_argument("out", type=Path)
-    load.add_argument("--sites", type=int, default=5)
-    load.add_argument("--partition", choices=("iid", "dirichlet", "quantity", "column"), default="dirichlet")
-    load.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet label skew")
-    load.add_argument("--min-patients", type=int, default=20, help="least patients of a site under dirichlet")
-    load.add_argument("--column", help="of the label table, for --partition column")
-    load.add_argument("--seed", type=int, default=0)
-    load.add_argument("--table", type=Path, help="label table (.csv) of NIfTI volumes")
-    load.add_argument("--id-column", default="id")
-    load.add_argument("--label-column", default="label")
+    load.add_argument("--sites", type=int, default=5, help="hospitals (default: %(default)s)")
     load.add_argument(
-        "--classes", help="names in the order of their numbers, separated by commas; the last is positive"
+        "--partition",
+        choices=("iid", "dirichlet", "quantity", "column"),
+        default="dirichlet",
+        help="who gets which patients (default: %(default)s)",
     )
-    load.add_argument("--modality", help="DICOM modality to write (CR, DX, US, CT, MR)")
-    load.add_argument("--central-fraction", type=float, default=0.2, help="patients held out as the central test set")
-    load.add_argument("--patient-pattern", help="regular expression of the patient in a picture's file name")
+    load.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet label skew (default: %(default)s)")
+    load.add_argument(
+        "--min-patients", type=int, default=20, help="least patients of a site under dirichlet (default: %(default)s)"
+    )
+    load.add_argument("--column", help="of the label table, for --partition column")
+    load.add_argument(
+        "--seed", type=int, default=0, help="of the deal and of the central test set (default: %(default)s)"
+    )
+    load.add_argument("--table", type=Path, help="label table (.csv) of NIfTI volumes")
+    load.add_argument("--id-column", default="id", help="of the label table (default: %(default)s)")
+    load.add_argument("--label-column", default="label", help="of the label table (default: %(default)s)")
+    load.add_argument(
+        "--classes",
+        help="names in the order of their numbers, separated by commas; the last is positive (default: of known "
+        "MedMNIST files their own, of pictures the subfolders by name)",
+    )
+    load.add_argument(
+        "--modality",
+        help="DICOM modality to write: CR, DX, US, CT, MR (default: of known MedMNIST files their own, CR for "
+        "pictures, MR for NIfTI)",
+    )
+    load.add_argument(
+        "--central-fraction",
+        type=float,
+        default=0.2,
+        help="share of patients held out as the central test set; MedMNIST has its own (default: %(default)s)",
+    )
+    load.add_argument(
+        "--patient-pattern",
+        help="regular expression of the patient in a picture's file name (default: every picture is a patient)",
+    )
     return parser
 
 

@@ -66,7 +66,13 @@ def _audit(words: Sequence[str]) -> int:
         "--patients", type=int, nargs="+", metavar="N",
         help=f"training patients of each site of a recipe; without it, one site of {_PATIENTS}",
     )  # fmt: skip
-    parser.add_argument("--canaries", type=int, default=1000, metavar="M", help="of the one-run audit; 0 leaves it out")
+    parser.add_argument(
+        "--canaries",
+        type=int,
+        default=1000,
+        metavar="M",
+        help="of the one-run audit; 0 leaves it out (default: %(default)s)",
+    )
     parser.add_argument(
         "--steps", type=int, default=_STEPS, metavar="T",
         help=f"noised steps of the one-run audit, {_STEPS} without it; 0: all of the run",
@@ -146,13 +152,30 @@ def _attack(words: Sequence[str]) -> int:
         "--epsilon", type=_epsilon, nargs="+", default=[None, 50.0, 8.0, 3.0, 1.0], metavar="E",
         help="numbers, or none; without it, none 50 8 3 1",
     )  # fmt: skip
-    parser.add_argument("--models", type=int, default=12, help="federations for each epsilon; 0: inversion only")
-    parser.add_argument("--patients", type=int, default=800, help="half of them are in each training")
-    parser.add_argument("--sites", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=2, help="of each kind are rebuilt; 0: none")
-    parser.add_argument("--iterations", type=int, default=400, help="of the gradient inversion, for each of two starts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/attacks"), metavar="DIR")
+    parser.add_argument(
+        "--models", type=int, default=12, help="federations for each epsilon; 0: inversion only (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patients", type=int, default=800, help="half of them are in each training (default: %(default)s)"
+    )
+    parser.add_argument("--sites", type=int, default=2, help="of each federation (default: %(default)s)")
+    parser.add_argument(
+        "--pictures", type=int, default=2, help="of each kind are rebuilt; 0: none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=400,
+        help="of the gradient inversion, for each of two starts (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of data, draws and starts (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/attacks"),
+        metavar="DIR",
+        help="where it is written (default: %(default)s)",
+    )
     arguments = parser.parse_args(words)
     if arguments.models and arguments.models < 4:
         raise ConfigError(f"--models: got {arguments.models}; LiRA needs at least 4 federations, or 0 for none")

@@ -27,9 +27,14 @@ def rehearse_verb(words: Sequence[str]) -> int:
         "real processes with TLS and node authentication on loopback. One site is killed on the way and comes back; at "
         "the end every log is verified against the other side's. All processes are stopped.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/federation"), help="folder of everything; made anew")
-    parser.add_argument("--sites", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/federation"),
+        help="folder of everything; an earlier rehearsal there is REMOVED (default: %(default)s)",
+    )
+    parser.add_argument("--sites", type=int, default=3, help="hospitals (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of training (default: %(default)s)")
     arguments = parser.parse_args(words)
     console = Console()
     began = time.monotonic()

@@ -165,3 +165,46 @@ def test_python_does_not_search_torch_for_rubbish_at_its_end():
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "frozen True"
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--rounds", "2"], "rounds=2"),
+        (["--rounds=2", "seed=1"], "rounds=2"),
+        (["seed=1", "--privacy.epsilon", "3"], "privacy.epsilon=3"),
+        (["--resume"], "resume=VALUE"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["simulate"], ["recipe", "show"]])
+def test_settings_with_dashes_are_answered_with_how_they_are_written(verb, words, instead, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fedicom.main([*verb, *words])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"settings are written without dashes: {instead}\n")
+
+
+def test_the_help_of_simulate_says_where_all_fields_are_and_how_to_go_on(capsys):
+    with pytest.raises(SystemExit):
+        fedicom.main(["simulate", "--help"])
+    told = capsys.readouterr().out
+    for word in ("docs/configuration.md", "fedicom recipe show", "out=DIR", "resume=true", "overwrite=true"):
+        assert word in told
+
+
+@pytest.mark.parametrize(
+    ("verb", "defaults"),
+    [
+        (["hospitals", "import"], ["5", "dirichlet", "0.5", "20", "0", "id", "label", "0.2"]),
+        (["hospitals", "phantom"], ["2", "4", "120", "160", "64", "0"]),
+        (["predict"], ["predictions.csv"]),
+        (["rehearse"], ["runs/federation", "3", "5"]),
+        (["privacy", "attack"], ["12", "800", "2", "400", "0", "runs/attacks"]),
+    ],
+)
+def test_help_shows_the_defaults_that_decide_the_result(verb, defaults, capsys):
+    with pytest.raises(SystemExit):
+        fedicom.main([*verb, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for default in defaults:
+        assert f"(default: {default})" in told
