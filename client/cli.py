@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.deployment import SiteHome, read_status
+from common.epsilon import rounded_down, rounded_up
 from common.errors import ConfigError, DataError, FedicomError
 from common.imports import call
 
@@ -362,14 +363,22 @@ def budget_verb(words: Sequence[str]) -> int:
         table.add_column(column, justify="left" if column == "recipe" else "right")
     for row in found.recipes:
         name = f"{row.name} {row.recipe_id[:12]}" if row.name else row.recipe_id[:12]
-        told = f"{row.scores_epsilon:.2f}" if row.scores_epsilon else "-"
-        table.add_row(Text(name), str(row.visits), f"{row.steps:,}", str(row.open or "-"), f"{row.epsilon:.2f}", told)
+        told = rounded_up(row.scores_epsilon) if row.scores_epsilon else "-"
+        table.add_row(
+            Text(name), str(row.visits), f"{row.steps:,}", str(row.open or "-"), rounded_up(row.epsilon), told
+        )
     if found.recipes:
         console.print(table)
-    reserved = f", of which {found.reserved:.2f} is reserved by visits that did not end" if found.reserved else ""
+    reserved = (
+        f", of which {rounded_up(found.reserved)} is reserved by visits that did not end" if found.reserved else ""
+    )
     console.print(_bar(found, min(console.width, 72)))
-    _say(console, f"Spent: epsilon {found.spent:.2f} of {found.cap:g}{reserved}. Left: {found.left:.2f}.")
-    _say(console, f"PLD counts. As cross-checks: PRV {found.prv:.2f}, RDP {found.rdp:.2f} (an older, looser bound).")
+    _say(
+        console,
+        f"Spent: epsilon {rounded_up(found.spent)} of {found.cap:g}{reserved}. Left: {rounded_down(found.left)}.",
+    )
+    prv, rdp = rounded_up(found.prv), rounded_up(found.rdp)
+    _say(console, f"PLD counts. As cross-checks: PRV {prv}, RDP {rdp} (an older, looser bound).")
     if arguments.plot is not None:
         _say(console, f"Drawn to {arguments.plot}")
     return 0

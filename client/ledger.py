@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.accounting import Event, epsilon_pld
+from common.epsilon import rounded_up
 from common.errors import PrivacyError, StorageError
 from common.storage import Flush, flush_folder, to_disk
 
@@ -178,9 +179,10 @@ class Ledger:
             projected = epsilon_pld([*events, event], self._policy.delta)
             if not projected <= self._policy.epsilon:
                 raise PrivacyError(
-                    f"round {round} of recipe {recipe_id[:12]} would bring this site to epsilon {projected:.4g}, its "
-                    f"cap is {self._policy.epsilon:g} at delta {self._policy.delta:g}, spent so far "
-                    f"{epsilon_pld(events, self._policy.delta):.4g}; ask for less, or the site raises its cap"
+                    f"round {round} of recipe {recipe_id[:12]} would bring this site to epsilon "
+                    f"{rounded_up(projected)}, its cap is {self._policy.epsilon:g} at delta {self._policy.delta:g}, "
+                    f"spent so far {rounded_up(epsilon_pld(events, self._policy.delta))}; ask for less, or the site "
+                    "raises its cap"
                 )
             if not lines:
                 self._append(fd, lines, kind="open", version=_VERSION, cohort=self._cohort)

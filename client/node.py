@@ -25,6 +25,7 @@ from client.machine import Card, cards, connected
 from client.reach import proxy_address, proxy_of, split_address
 from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
+from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError
 from common.prometheus import Family, serve_metrics
 from common.storage import held_alone, private_folder, storing, to_system, write_whole
@@ -339,7 +340,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
     if before and int(now.get("updates") or 0) > int(before.get("updates") or 0) and "updates" in before:
         sent = int(now.get("bytes_sent") or 0) - int(before.get("bytes_sent") or 0)
         epsilon = now.get("epsilon")
-        spent = f", epsilon {epsilon['spent']:.2f} of {epsilon['cap']:g} spent" if epsilon else ""
+        spent = f", epsilon {rounded_up(epsilon['spent'])} of {epsilon['cap']:g} spent" if epsilon else ""
         took = f" after {now['last_visit_s']:.0f} s" if now.get("last_visit_s") is not None else ""
         yield f"{recipe.get('name')}, round {now.get('round')}: update sent{took}, {sent / 1e6:.1f} MB{spent}", ""
     refusal = now.get("last_refusal")

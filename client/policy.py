@@ -8,6 +8,7 @@ from client.ledger import Ledger, SitePolicy
 from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
 from common.deployment import Policy
+from common.epsilon import rounded_up
 from common.errors import PrivacyError
 
 # The engine beside the rules needs torch, which takes seconds to import.
@@ -132,8 +133,8 @@ def check_budget(recipe: Recipe, patients: int, policy: Policy, ledger: Ledger) 
     if not projected <= policy.epsilon:
         raise PrivacyError(
             f"all {recipe.rounds} rounds{' and the noised scores' if policy.metrics == 'noised' else ''} would bring "
-            f"this site to epsilon {projected:.4g}, its cap is {policy.epsilon:g} at delta {policy.delta:g}, spent so "
-            f"far {epsilon_pld(past, policy.delta):.4g}; ask for less, or the site raises its cap"
+            f"this site to epsilon {rounded_up(projected)}, its cap is {policy.epsilon:g} at delta {policy.delta:g}, "
+            f"spent so far {rounded_up(epsilon_pld(past, policy.delta))}; ask for less, or the site raises its cap"
         )
 
 

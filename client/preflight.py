@@ -19,6 +19,7 @@ from common import kit
 from common.chain import TOLERANCE_S, parts, verify
 from common.deployment import QualityGate, SiteConfig, SiteHome
 from common.enrolment import WARN_DAYS, warnings
+from common.epsilon import rounded_up
 from common.errors import FedicomError
 from common.identity import Signer
 from common.imaging import Progress
@@ -196,7 +197,7 @@ def _budget(home: SiteHome) -> Iterator[Line]:
         return
     ledger = Ledger(home.ledger_file, config.site, ledger_policy(policy))
     spent = ledger.spent()
-    says = f"epsilon {spent:.2f} of {policy.epsilon:g} spent at delta {policy.delta:g}"
+    says = f"epsilon {rounded_up(spent)} of {policy.epsilon:g} spent at delta {policy.delta:g}"
     level: Level = "FAIL" if spent >= policy.epsilon else "warn" if spent > 0.9 * policy.epsilon else "ok"
     fix = (
         "" if level == "ok" else "no private recipe can run much longer on these patients; that is what the cap is for"

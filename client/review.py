@@ -17,6 +17,7 @@ from common.accounting import Accounts, Event, accounts, epsilon_pld
 from common.compression import nbytes
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig
+from common.epsilon import rounded_down, rounded_up
 from common.errors import FedicomError, PrivacyError
 from common.signed import SignedRecipe
 
@@ -261,15 +262,19 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         lines.append(f"The recipe asks for {asked} at delta {privacy.delta:g}; what that costs here: {why}.")
         return Section(title="Privacy", lines=tuple(lines))
     lines += [
-        f"All {_count(recipe.rounds, 'round')} would spend epsilon {cost.epsilon.pld:.2f} at delta {privacy.delta:g}, "
-        f"with noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round (PLD, which counts; as "
-        f"cross-checks PRV {cost.epsilon.prv:.2f}, RDP {cost.epsilon.rdp:.2f}).",
+        f"All {_count(recipe.rounds, 'round')} would spend epsilon {rounded_up(cost.epsilon.pld)} at delta "
+        f"{privacy.delta:g}, with noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round (PLD, "
+        f"which counts; as cross-checks PRV {rounded_up(cost.epsilon.prv)}, RDP {rounded_up(cost.epsilon.rdp)}).",
         "In plain words: somebody who knows everything but one patient, and sees all that leaves, guesses whether that "
         f"patient took part. A coin is right 50 times of 100, the best guess {_right(cost.right_guesses)} of 100.",
-        f"Spent on these patients so far: epsilon {cost.spent:.2f} of at most {policy.epsilon:g} (delta "
+        f"Spent on these patients so far: epsilon {rounded_up(cost.spent)} of at most {policy.epsilon:g} (delta "
         f"{policy.delta:g}).",
-        f"After this recipe: epsilon {cost.after:.2f}, "
-        + (f"{policy.epsilon - cost.after:.2f} would remain." if cost.after <= policy.epsilon else "over the cap."),
+        f"After this recipe: epsilon {rounded_up(cost.after)}, "
+        + (
+            f"{rounded_down(policy.epsilon - cost.after)} would remain."
+            if cost.after <= policy.epsilon
+            else "over the cap."
+        ),
     ]
     if cost.paid_rounds:
         lines.append(f"{_count(cost.paid_rounds, 'visit')} of this recipe already stand in the ledger.")
@@ -345,8 +350,8 @@ def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) 
     )
     if cost.affordable < left:
         found.append(
-            f"the budget: all rounds would bring this site to epsilon {cost.after:.2f}, its cap is {policy.epsilon:g} "
-            f"(epsilon); it would refuse after {_count(cost.affordable, 'round')} of {left}"
+            f"the budget: all rounds would bring this site to epsilon {rounded_up(cost.after)}, its cap is "
+            f"{policy.epsilon:g} (epsilon); it would refuse after {_count(cost.affordable, 'round')} of {left}"
         )
     return cost, found
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.chain import Event
+from common.epsilon import rounded_down, rounded_up
 
 _STATES = {
     "starting": "starting",
@@ -60,7 +61,8 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
         left = max(0.0, epsilon["cap"] - epsilon["spent"])
         row(
             "epsilon",
-            f"{epsilon['spent']:.2f} of {epsilon['cap']:g} spent, {left:.2f} left (delta {epsilon['delta']:g})",
+            f"{rounded_up(epsilon['spent'])} of {epsilon['cap']:g} spent, {rounded_down(left)} left "
+            f"(delta {epsilon['delta']:g})",
         )
     if status.get("updates") is not None:
         sent = f"{_count(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
@@ -88,7 +90,7 @@ def in_words(event: Event) -> str:
         return _plain(f"{event.kind}{': ' if rest else ''}{rest}")
     values = {name: _short(value) for name, value in facts.items()}
     epsilon = facts.get("epsilon")
-    values["spent"] = f", epsilon {epsilon:.2f}" if isinstance(epsilon, float) else ""
+    values["spent"] = f", epsilon {rounded_up(epsilon)}" if isinstance(epsilon, float) else ""
     size = facts.get("bytes")
     values["size"] = f"{size / 1e6:.1f} MB" if isinstance(size, int) else "unknown size"
     values["patients_train"] = str((facts.get("patients") or {}).get("train", "?"))

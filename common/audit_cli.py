@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.epsilon import rounded_up
 from common.storage import named_file
 
 if TYPE_CHECKING:
@@ -208,7 +209,9 @@ def _lineage(found: Lineage) -> list[str]:
         f"{found.file}: SHA-256 {found.sha256}",
         f"  exported {found.exported}, weights {few(found.weights)}",
         f"  recipe {found.recipe.get('name', '')} {found.recipe_id}",
-        f"  epsilon {found.epsilon:.4g}, the highest of any site" if found.epsilon is not None else "  epsilon: none",
+        f"  epsilon {rounded_up(found.epsilon)}, the highest of any site"
+        if found.epsilon is not None
+        else "  epsilon: none",
         "  code of the coordinator: " + (_code(found.code) or "not in the log"),
         f"{len(found.rounds)} rounds" + (", then early stopping went back to the last of them" * found.early_stopped),
     ]
@@ -219,7 +222,7 @@ def _lineage(found: Lineage) -> list[str]:
         approved = ", ".join(f"{item.by} at {item.time}" for item in site.approvals) or "no approval in the log"
         lines += [
             f"  {site.name}: {len(site.rounds)} rounds"
-            + (f", epsilon {site.epsilon:.4g}" if site.epsilon is not None else "")
+            + (f", epsilon {rounded_up(site.epsilon)}" if site.epsilon is not None else "")
             + ("" if site.log else "; its own log is not there"),
             "    patients: " + (", ".join(f"{split} {n or 'few'}" for split, n in site.patients.items()) or "not told"),
             f"    data manifest: {', '.join(site.manifests)}",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
+from common.epsilon import rounded_up
 from common.html import Child, Html, items, join, table, tag
 from common.lineage import Approval, Lineage
 from common.style import CSS
@@ -465,10 +465,7 @@ def _second(iso: str) -> Html:
 
 
 def _epsilon(value: float | None) -> str:
-    """Rounded up: a privacy cost is never shown smaller than it is."""
-    if value is None or not math.isfinite(value):
-        return "–" if value is None else str(value)
-    return f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
+    return "–" if value is None else rounded_up(value)
 
 
 def _figure(value: float | None) -> str:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from common.epsilon import rounded_down, rounded_up
 from common.privacy_audit import PrivacyAudit
 
 
@@ -20,11 +21,11 @@ def show_audit(found: PrivacyAudit, console: Console) -> None:
     bound = found.bound
     if bound is not None:
         sign = Text("ok", "green") if bound.passed else Text("FAIL", "bold red")
-        says = f"epsilon is at least {bound.lower:.2f}: {bound.right} of {bound.guesses} guesses right about "
+        says = f"epsilon is at least {rounded_down(bound.lower)}: {bound.right} of {bound.guesses} guesses right about "
         says += f"{bound.canaries} canaries"
         table.add_row(
             sign, f"one-run audit, {bound.steps} steps", says,
-            f"at most {bound.upper:.2f} (PLD of the same steps); {bound.confidence:.0%} confidence",
+            f"at most {rounded_up(bound.upper)} (PLD of the same steps); {bound.confidence:.0%} confidence",
         )  # fmt: skip
     console.print(table)
     alarm = sum(check.false_alarm for check in found.checks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.compression import Form, holds
 from common.config import Recipe
+from common.epsilon import rounded_up
 from common.exchange import Failure, Hello, Refusal, Reply, RoundPlan, Update
 from common.weights import Weights
 
@@ -101,7 +102,7 @@ def _account(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
     if spent is None:
         return "the recipe demands differential privacy, the update has no privacy account"
     if privacy.epsilon is not None and spent.epsilon > privacy.epsilon:
-        return f"epsilon {spent.epsilon:.4g} is above the recipe's {privacy.epsilon:.4g}"
+        return f"epsilon {rounded_up(spent.epsilon)} is above the recipe's {privacy.epsilon:.4g}"
     if spent.delta != privacy.delta:
         return f"epsilon is given at delta {spent.delta:g}, expected {privacy.delta:g}"
     noise = privacy.noise_multiplier

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError, StorageError
 from common.storage import named_file, storing
 
@@ -452,7 +453,7 @@ def _table(plain: Mapping[str, Any], only: str | None = None) -> Group:
                 Text(str(site.get("state")), style=_STYLES.get(str(site.get("state")), "")),
                 _or_dash(site.get("round")),
                 _duration(site.get("seconds")),
-                "-" if site.get("epsilon") is None else f"{site['epsilon']:.2f}",
+                "-" if site.get("epsilon") is None else rounded_up(site["epsilon"]),
                 _clock(site.get("last_seen")),
                 Text(_line(str(site.get("why") or ""))),
             )

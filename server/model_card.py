@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.epsilon import rounded_down, rounded_up
 from common.exchange import Scores, Spent
 from common.metrics import SCALARS, Metrics
 from common.onnx_model import STATEMENT
@@ -299,8 +300,8 @@ def _privacy(report: RunReport) -> Iterator[str]:
         yield "- Not covered: the metrics and counts that sites gave, which are bounded by a smallest cell of"
         yield f"  {report.recipe.evaluation.min_cell} patients. For a patient of several sites the epsilons add up."
     else:
-        yield f"- Metrics that sites noised cost a site at most epsilon {report.noised_scores:.4g}, beside the figures"
-        yield "  below; its ledger has both."
+        yield f"- Metrics that sites noised cost a site at most epsilon {rounded_up(report.noised_scores)}, beside the"
+        yield "  figures below; its ledger has both."
         yield "- Not covered: counts, as far as a site tells them. For a patient of several sites the epsilons add up."
     yield ""
     yield from _table(
@@ -325,7 +326,7 @@ def _spent(spent: Spent | None) -> tuple[str, ...]:
     if spent is None:
         return (ABSENT,) * 6
     return (
-        f"{spent.epsilon:.4g}",
+        rounded_up(spent.epsilon),
         f"{spent.delta:g}",
         f"{spent.noise_multiplier:.4g}",
         f"{spent.clip_norm:g}",
@@ -385,9 +386,9 @@ def release_section(audit: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Privacy audit: **passed**, {audit['checks']} checks of the installed mechanism with this recipe."
     if "epsilon_at_least" in audit:
         low, high, steps = audit["epsilon_at_least"], audit["epsilon_at_most"], audit["steps"]
-        yield f"- One-run audit (Steinke et al. 2023), {steps} steps: epsilon at least {low:.2f} with"
-        yield f"  {audit['confidence']:.0%} confidence, at most {high:.2f} by the account. One training sees only so"
-        yield "  much: the gap says nothing about the account."
+        yield f"- One-run audit (Steinke et al. 2023), {steps} steps: epsilon at least {rounded_down(low)} with"
+        yield f"  {audit['confidence']:.0%} confidence, at most {rounded_up(high)} by the account. One training sees"
+        yield "  only so much: the gap says nothing about the account."
 
 
 def _trained(report: RunReport) -> list[int]:

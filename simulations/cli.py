@@ -13,6 +13,7 @@ from rich.table import Table
 
 from common.cli import settings_of
 from common.config import Phantom, Recipe, load_settings
+from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
 from common.storage import named_file
@@ -133,7 +134,7 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
     for column in ("", "patients", "AUROC [95 % CI]", "epsilon", "PRV", "RDP", "delta"):
         table.add_column(column, justify="left" if not column else "right")
     for name, site in summary["sites"].items():
-        epsilons = (_number(site[key]) for key in ("epsilon", "epsilon_prv", "epsilon_rdp"))
+        epsilons = (_epsilon(site[key]) for key in ("epsilon", "epsilon_prv", "epsilon_rdp"))
         table.add_row(name, str(site["patients"]), _auroc(site), *epsilons, _small(site["delta"]))
     central = conclusion.report.central
     table.add_section()
@@ -142,7 +143,7 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
         "global, central test set",
         str(central.patients) if central is not None else "-",
         _auroc(summary["global"]),
-        f"<= {_number(max(spent))}" if spent else "none",
+        f"<= {_epsilon(max(spent))}" if spent else "none",
     )
     for name, values in _baselines(summary):
         table.add_row(name, "", _auroc(values), "none")
@@ -327,8 +328,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
+def _epsilon(value: float | None) -> str:
+    return "none" if value is None else rounded_up(value)
 
 
 def _small(value: float | None) -> str:

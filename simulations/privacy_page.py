@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from common.epsilon import rounded_down, rounded_up
 from common.html import Child, Html, items, join, table, tag
 from common.storage import write_whole
 from common.style import CSS
@@ -62,8 +63,8 @@ def _audit(found: PrivacyAudit) -> str:
     bound = found.bound
     if bound is not None:
         verdict += (
-            f" An attacker who sees every released gradient proved an epsilon of at least {bound.lower:.2f}; "
-            f"the account allows {bound.upper:.2f}."
+            f" An attacker who sees every released gradient proved an epsilon of at least {rounded_down(bound.lower)}; "
+            f"the account allows {rounded_up(bound.upper)}."
         )
     rows: list[list[Child]] = [
         [check.name, "passed" if check.passed else tag("strong", "FAILED"), check.found, check.expected,

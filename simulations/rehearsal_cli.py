@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.config import Phantom
+from common.epsilon import rounded_up
 from common.errors import ConfigError
 from simulations.rehearsal import Plan, Rehearsal
 
@@ -109,7 +110,7 @@ def _table(status: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for name, site in sorted(status["sites"].items()):
         epsilon = site.get("epsilon")
-        table.add_row(name, site["state"], str(site.get("round") or ""), "" if epsilon is None else f"{epsilon:.2f}")
+        table.add_row(name, site["state"], str(site.get("round") or ""), "" if epsilon is None else rounded_up(epsilon))
     console.print(table)
     summary = status.get("summary") or {}
     found = summary.get("global") or {}

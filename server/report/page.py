@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from common import exchange
 from common.config import as_plain
+from common.epsilon import rounded_up
 from common.html import Child, Html, items, join, table, tag
 from common.metrics import SCALARS
 from common.style import CSS
@@ -114,7 +115,7 @@ def _privacy_verdict(report: RunReport) -> str:
         return "Differential privacy was asked for, but no hospital reported what it spent."
     epsilon, delta = max(item.epsilon for item in spent), max(item.delta for item in spent)
     return (
-        f"Each patient is protected by differential privacy with epsilon at most {words.epsilon(epsilon)} "
+        f"Each patient is protected by differential privacy with epsilon at most {rounded_up(epsilon)} "
         f"(delta {words.small(delta)})."
     )
 
@@ -144,8 +145,8 @@ def _cards(report: RunReport) -> Html:
     elif spent:
         more = f"delta {words.small(max(item.delta for item in spent))}"
         if privacy.epsilon is not None:
-            more += f", limit {words.epsilon(privacy.epsilon)}"
-        second = card("Epsilon, highest", words.epsilon(max(item.epsilon for item in spent)), more)
+            more += f", limit {rounded_up(privacy.epsilon)}"
+        second = card("Epsilon, highest", rounded_up(max(item.epsilon for item in spent)), more)
     else:
         second = card("Epsilon, highest", "–", "not reported")
     train = [site.patients.get("train", 0) for site in report.sites]
@@ -176,7 +177,7 @@ def _sites(report: RunReport) -> Html:
             values = site.test.values
             row += [_metric(values, key, report) for key in ("auroc", "sensitivity_at_specificity", "ece")]
         if private:
-            row.append(words.epsilon(site.spent.epsilon) if site.spent else "–")
+            row.append(rounded_up(site.spent.epsilon) if site.spent else "–")
         rows.append(row)
     if private:
         head.append("Epsilon spent")
@@ -341,7 +342,7 @@ def _of_patients(report: RunReport) -> Html:
         worst = max(site.spent.epsilon for site in spent if site.spent is not None)
         delta = max(site.spent.delta for site in spent if site.spent is not None)
         parts.append(
-            tag("p", f"Here epsilon is at most {words.epsilon(worst)}. Whatever anybody believes about one patient, "
+            tag("p", f"Here epsilon is at most {rounded_up(worst)}. Whatever anybody believes about one patient, "
                 f"seeing all updates of the patient's hospital can change the odds by a factor of "
                 f"{words.factor(worst)} at the very most (e to the power of epsilon; epsilon 1 would give 2.72), "
                 f"save for a chance of {words.small(delta)} (delta). This is the worst case, not what an attack "
@@ -349,7 +350,7 @@ def _of_patients(report: RunReport) -> Html:
         )  # fmt: skip
     rows = [
         [
-            site.name, words.epsilon(s.epsilon), *_cross_checks(s), words.small(s.delta),
+            site.name, rounded_up(s.epsilon), *_cross_checks(s), words.small(s.delta),
             words.number(s.noise_multiplier), words.plain(s.clip_norm),
             words.percent(s.sampling_rate, 2), f"{s.steps:,}",
         ]
@@ -390,14 +391,14 @@ def _scores_told(report: RunReport) -> str:
         )
     return (
         "That a hospital took part, and its patient counts, as far as its policy tells them. Scores were noised at the "
-        f"hospitals that want it, and their ledgers paid epsilon {words.epsilon(report.noised_scores)} for them at "
+        f"hospitals that want it, and their ledgers paid epsilon {rounded_up(report.noised_scores)} for them at "
         "most, beside the figures above, which are of the updates."
     )
 
 
 def _cross_checks(spent: Spent) -> tuple[str, str]:
     found = cross_checks(spent)
-    return (words.epsilon(found.prv), words.epsilon(found.rdp)) if found is not None else ("–", "–")
+    return (rounded_up(found.prv), rounded_up(found.rdp)) if found is not None else ("–", "–")
 
 
 def _noise(privacy: Privacy) -> str:

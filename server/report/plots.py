@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from common.epsilon import rounded_up
 from common.html import Child, Html, items, tag
 from server.report import RunReport, figures, words
 from server.report.figures import CAP, CENTRALISED, GLOBAL, Points, Row, Stroke
@@ -51,13 +52,13 @@ def course_figures(report: RunReport) -> Html:
     if any(spent.values()):
         cap = report.recipe.privacy.epsilon
         most = max(y for points in spent.values() for _, y in points)
-        limit = f" The limit is {words.epsilon(cap)}." if cap is not None else ""
+        limit = f" The limit is {rounded_up(cap)}." if cap is not None else ""
         svg = figures.by_round(
             "epsilon", spent, strokes, label="epsilon spent", x_label="round", cap=cap, from_zero=True,
-            cap_label=f"limit {words.epsilon(cap)}" if cap is not None else "",
-            alt=f"Epsilon spent by each hospital over the rounds; the highest is {words.epsilon(most)}.{limit}",
+            cap_label=f"limit {rounded_up(cap)}" if cap is not None else "",
+            alt=f"Epsilon spent by each hospital over the rounds; the highest is {rounded_up(most)}.{limit}",
         )  # fmt: skip
-        caption = f"Privacy cost so far, of all rounds together; the highest is {words.epsilon(most)}.{limit}"
+        caption = f"Privacy cost so far, of all rounds together; the highest is {rounded_up(most)}.{limit}"
         parts.append(_figure("Epsilon spent", svg, caption))
     if any(norms.values()):
         svg = figures.by_round(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from common.epsilon import rounded_down, rounded_up
 from common.html import Child, Html, join, table, tag
-from server.report import RunReport, words
+from server.report import RunReport
 
 if TYPE_CHECKING:
     from common.privacy_audit import Bound
@@ -24,8 +25,7 @@ def epsilon_course(report: RunReport) -> Html | None:
     shown = [line for at, line in enumerate(rounds, start=1) if at % step == 0 or at == len(rounds)]
     names = sorted({name for line in rounds for name in line.epsilon})
     cells: list[list[Child]] = [
-        [name, *(words.epsilon(line.epsilon[name]) if name in line.epsilon else "–" for line in shown)]
-        for name in names
+        [name, *(rounded_up(line.epsilon[name]) if name in line.epsilon else "–" for line in shown)] for name in names
     ]
     return table(
         ("Hospital", *(f"round {line.round}" for line in shown)), cells,
@@ -67,7 +67,7 @@ def _bound(bound: Bound | None) -> tuple[Html, ...]:
         return ()
     text = (
         f" An attacker who saw every gradient of {bound.steps} steps guessed right about {bound.right} of "
-        f"{bound.guesses} made-up patients, which proves an epsilon of at least {bound.lower:.2f} "
-        f"({bound.confidence:.0%} confidence); the account of these steps allows {bound.upper:.2f}."
+        f"{bound.guesses} made-up patients, which proves an epsilon of at least {rounded_down(bound.lower)} "
+        f"({bound.confidence:.0%} confidence); the account of these steps allows {rounded_up(bound.upper)}."
     )
     return (join(text),)

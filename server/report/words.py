@@ -61,11 +61,6 @@ def plain(x: float) -> str:
     return f"{x:g}"
 
 
-def epsilon(x: float) -> str:
-    """Rounded up: a privacy cost is never shown smaller than it is."""
-    return f"{math.ceil(x * 100 - 1e-9) / 100:.2f}"
-
-
 def factor(spent: float) -> str:
     """e to the power of epsilon."""
     if spent > 13:

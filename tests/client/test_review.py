@@ -22,6 +22,7 @@ from common.accounting import Event, epsilon_pld
 from common.compression import nbytes
 from common.config import Evaluation, Federation, Preprocessing, Privacy, Recipe, Task
 from common.deployment import Policy, SiteConfig
+from common.epsilon import rounded_down, rounded_up
 from common.errors import PrivacyError
 from common.identity import Signer
 from common.models import build, get_weights
@@ -138,7 +139,7 @@ def test_privacy_is_computed_for_this_sites_own_patients(tmp_path: Path) -> None
     assert cost["spent"] == epsilon_pld([before], 1e-6)
     assert cost["after"] == epsilon_pld([before, own], 1e-6)
     assert cost["left"] == 12.0 - cost["after"]
-    assert f"epsilon {cost['after']:.2f}, {cost['left']:.2f} would remain" in text(found)
+    assert f"epsilon {rounded_up(cost['after'])}, {rounded_down(cost['left'])} would remain" in text(found)
     assert (cost["paid_rounds"], cost["affordable_rounds"]) == (0, 3)
 
 

@@ -22,6 +22,7 @@ from common.accounting import Event, epsilon_pld
 from common.audit import verify
 from common.chain import Event as Logged
 from common.config import ModelConfig
+from common.epsilon import rounded_down, rounded_up
 from common.identity import Signer
 from common.signed import sign_recipe
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
@@ -202,7 +203,8 @@ def test_the_budget_adds_up_by_recipe_with_what_is_reserved(site: Site, tmp_path
     assert first["epsilon"] == seven
     assert (second["recipe_id"], second["name"], second["visits"], second["open"]) == (other, "", 1, 0)
     said = site("budget", "--plot", tmp_path / "budget.svg")
-    assert f"Spent: epsilon {plain['spent']:.2f} of 8" in said
+    assert f"Spent: epsilon {rounded_up(plain['spent'])} of 8" in said
+    assert f"Left: {rounded_down(plain['left'])}." in said
     assert "<svg" in (tmp_path / "budget.svg").read_text()
 
 
@@ -239,7 +241,7 @@ def event(kind: str, **facts: Any) -> Logged:
     [
         (
             event("update sent", round=3, bytes=1_500_000, epsilon=1.234),
-            "Sent the update of round 3, 1.5 MB, epsilon 1.23",
+            "Sent the update of round 3, 1.5 MB, epsilon 1.24",
         ),
         (event("update sent", round=3, bytes=1_500_000, epsilon=None), "Sent the update of round 3, 1.5 MB"),
         (
