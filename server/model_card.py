@@ -90,7 +90,7 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
             ("Trained", f"from {_text(report.started)}, {report.wall_s:.0f} s in all, on {_text(report.device)}"),
             (
                 "Network",
-                f"{model.family} `{_text(model.name)}`, {model.dimensions}D, norm {model.norm}, stem {model.stem}, "
+                f"{model.family} {_code(model.name)}, {model.dimensions}D, norm {model.norm}, stem {model.stem}, "
                 f"width {model.width:g}",
             ),
             ("Initial weights", start),
@@ -151,7 +151,7 @@ def _use(report: RunReport) -> Iterator[str]:
 
 
 def _factors(report: RunReport) -> Iterator[str]:
-    columns = ", ".join(f"`{_text(name)}`" for name in report.recipe.task.subgroups)
+    columns = ", ".join(map(_code, report.recipe.task.subgroups))
     yield "## Factors"
     yield ""
     yield f"- Subgroups evaluated: {columns or 'none; how results differ between groups of patients is not known'}."
@@ -235,7 +235,7 @@ def _results(report: RunReport) -> Iterator[str]:
     )
     for column, cells in report.subgroups.items():
         yield ""
-        yield f"### Central test set by `{_text(column)}`"
+        yield f"### Central test set by {_code(column)}"
         yield ""
         yield from _table(
             ("Value", "Patients", "AUROC", "Balanced accuracy", "Brier score"),
@@ -356,7 +356,7 @@ def _provenance(report: RunReport, exported: Exported | None) -> Iterator[str]:
         rows.append(("ONNX file", ABSENT))
     else:
         rows += [
-            ("ONNX file", f"`{_text(exported.path.name)}`, {exported.bytes} bytes, opset {exported.opset}"),
+            ("ONNX file", f"{_code(exported.path.name)}, {exported.bytes} bytes, opset {exported.opset}"),
             ("ONNX SHA-256", f"`{exported.sha256}`"),
             (
                 "Largest difference of a probability, torch against onnxruntime",
@@ -421,3 +421,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 def _text(words: str) -> str:
     """Words of a recipe or a site as one line of plain text: no markup, no table breaks."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(words.split()))
+
+
+def _code(words: str) -> str:
+    """The same as a code span, in which a backslash would be shown; what would end the span or a table's cell goes."""
+    return f"`{re.sub('[`|]', '', ' '.join(words.split()))}`"

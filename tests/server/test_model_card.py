@@ -1,6 +1,7 @@
 """The model card says what the report holds, and names what it does not hold."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from common.config import Evaluation, Federation, Preprocessing, Privacy, Recipe, Task
@@ -163,6 +164,15 @@ def test_words_of_sites_and_recipes_cannot_break_the_tables(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| a\\|b")]
     bars = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
     assert bars == [5, 14], "counts: 4 columns; results: 13 columns"
+
+
+def test_a_name_in_a_code_span_is_as_it_is_written(tmp_path):
+    held = replace(recipe(), task=Task(classes=("no_finding", "finding"), subgroups=("age_group", "`a|b")))
+    text = card(tmp_path, report(held, subgroups={"age_group": {"65+": Metrics(suppressed=True)}}))
+    assert "- Subgroups evaluated: `age_group`, `ab`." in text
+    assert "### Central test set by `age_group`" in text
+    assert "no\\_finding" in text  # plain words: the backslash is not shown there
+    assert not re.search(r"`[^`\n]*\\[^`\n]*`", text)
 
 
 def test_the_same_report_gives_the_same_bytes(tmp_path):
