@@ -52,3 +52,20 @@ class SharedLog:
         if self._log is None:
             self._log = AuditLog(self._path, self._signer)
         return self._log
+
+
+class TaggedLog:
+    """The coordinator's log, each event with the run that it is of: several runs share it."""
+
+    def __init__(self, log: Log, run: str) -> None:
+        """Writes into `log`; `run` is the name of the run's folder."""
+        self._log, self._run = log, run
+
+    @property
+    def head(self) -> str:
+        """As `SharedLog.head`."""
+        return self._log.head
+
+    def append(self, kind: str, **facts: Any) -> str:
+        """As `SharedLog.append`."""
+        return self._log.append(kind, run=self._run, **facts)

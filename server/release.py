@@ -18,7 +18,7 @@ from common.config import Recipe, recipe_from_json
 from common.deployment import ServerHome, home_folder
 from common.errors import ConfigError, ExportError
 from common.identity import Signer
-from common.journal import Log, SharedLog
+from common.journal import Log, SharedLog, TaggedLog
 from common.onnx_model import Description, OnnxModel
 from common.privacy_audit import FILE, PrivacyAudit, read_privacy_audit, told, unfit
 from common.signed import read_recipe
@@ -150,7 +150,8 @@ def _run(named: str, home: Path | None) -> tuple[Path, Log]:
         home = folder.resolve().parents[1]  # HOME/runs/NAME
     server = ServerHome(home_folder(home, "server.yaml"))
     folder = folder if folder.is_dir() else server.runs / named
-    return folder, SharedLog(server.audit_file, Signer.load(server.signing_key))
+    # Named as the run's own events are: without it nobody finds the release among the runs of this log.
+    return folder, TaggedLog(SharedLog(server.audit_file, Signer.load(server.signing_key)), folder.resolve().name)
 
 
 def _int8(folder: Path, summary: Mapping[str, Any], description: Description) -> bytes | None:

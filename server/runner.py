@@ -30,7 +30,7 @@ from common.errors import ConfigError, DataError, ExchangeError, FedicomError, Q
 from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer, read_private
 from common.installed import package_versions
-from common.journal import Log, SharedLog
+from common.journal import Log, SharedLog, TaggedLog
 from common.samples import Samples, prepare_folder
 from common.shard import read_secret
 from common.signed import read_recipe
@@ -104,7 +104,7 @@ def run(
             raise ConfigError(f"run {name}: the recipe is signed by key {signed.coordinator[:12]}, which is not ours")
         if recipe.id != order.recipe_id:
             raise ConfigError(f"run {name}: recipe.json holds another recipe than the one that was ordered")
-        audit = _Tagged(SharedLog(home.audit_file, Signer.load(home.signing_key)), name)
+        audit = TaggedLog(SharedLog(home.audit_file, Signer.load(home.signing_key)), name)
         status = RunStatus(found, recipe, tuple(registry.members))
         return _told(status, audit, lambda: _work(home, found, order, recipe, connect, status, audit, sleep))
 
@@ -239,20 +239,6 @@ class _Told:
 
     def step(self, asks: Mapping[str, Ask], timeout_s: float, take: Take) -> Mapping[str, Answer | Refusal | Failure]:
         return self._transport.step(asks, timeout_s, take)
-
-
-class _Tagged:
-    """The coordinator's log, each event with the run that it is of: several runs share it."""
-
-    def __init__(self, log: Log, run: str) -> None:
-        self._log, self._run = log, run
-
-    @property
-    def head(self) -> str:
-        return self._log.head
-
-    def append(self, kind: str, **facts: Any) -> str:
-        return self._log.append(kind, run=self._run, **facts)
 
 
 class _Members:

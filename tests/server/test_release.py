@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, as_plain
+from common.deployment import ServerHome
 from common.errors import ConfigError, ExportError, FedicomError
+from common.identity import Signer
+from common.journal import SharedLog, TaggedLog
+from common.lineage import trace
+from common.logs import read_logs
 from common.models import build, get_weights
 from common.onnx_model import OnnxModel
 from common.privacy_audit import Bound, Check, PrivacyAudit, audited_code, read_privacy_audit, told, unfit
 from server.export import export_onnx
 from server.model_card import release_section
-from server.release import ended, release
+from server.release import ended, export_verb, release
 
 RECIPE = Recipe(
     name="gate",
@@ -174,3 +180,26 @@ def test_an_audit_reads_back_as_it_was_written(run: Path, tmp_path: Path) -> Non
     (tmp_path / "c.json").write_text('{"checks": []}')
     with pytest.raises(ConfigError, match="missing"):
         read_privacy_audit(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_deployed_release_is_traced_to_its_run_in_a_log_that_several_share(
+    run: Path, tmp_path: Path, by_path: bool
+) -> None:
+    home = ServerHome(tmp_path / "home")
+    shutil.copytree(run, home.runs / "pilot")
+    home.keys.mkdir()
+    (home.path / "server.yaml").touch()
+    for name, first in (("other", "aa" * 32), ("pilot", "bb" * 32)):
+        log = TaggedLog(SharedLog(home.audit_file, Signer.load_or_create(home.signing_key)), name)
+        log.append("run started", recipe_id=RECIPE.id, round=0)
+        log.append("sites present", sites={"north": {"manifest": "cc" * 32}}, heads={})
+        log.append("round aggregated", round=1, before=first, after=weights(run),
+                   admitted={"north": {"digest": "dd" * 32, "epsilon": 7.9}}, refused={})  # fmt: skip
+    where = [str(home.runs / "pilot")] if by_path else ["pilot", "--home", str(home.path)]
+    assert export_verb([*where, "--unaudited"]) == 0
+    logs = read_logs([home.path / "audit"])
+    found = trace(home.runs / "pilot" / "release" / "model.onnx", logs)
+    assert [link.before for link in found.rounds] == ["bb" * 32], "of pilot, and not of the other run"
+    tags = {event.kind: event.facts.get("run") for event in logs[0].events[-2:]}
+    assert tags == {"model exported": "pilot", "model released": "pilot"}
