@@ -179,11 +179,16 @@ def _cards(told: Account) -> Html:
         card("Logs", str(len(told.logs)), f"{sum(log.events for log in told.logs):,} events"),
         card("Sites", str(len(sites))),
         card("Rounds", str(sum(story.rounds for story in told.stories)), "aggregated"),
-        card("Training patients", f"{sum(train):,}" if train else "–", "sum over sites and recipes"),
+        card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train)),
         card("Epsilon, highest", _epsilon(max(spent, default=None)), "of any site, one recipe"),
         card("Updates sent", f"{len(sent):,}", _size(sum(item.bytes or 0 for item in sent))),
         class_="cards",
     )
+
+
+def _summed(counts: Sequence[int]) -> str:
+    untold = f"; {counts.count(0)} not told" if 0 in counts else ""
+    return f"sum over sites and recipes{untold}"
 
 
 def _logs(told: Account) -> Html:
@@ -260,7 +265,7 @@ def _story(story: Story) -> Html:
         table(
             ("Site", "Patients", "Data manifest", "Approved by", "Epsilon", "Updates", "Bytes"),
             (_site(site) for site in story.sites),
-            caption="Patients are given by split; a cell too small to be told is shown as few",
+            caption="Patients are given by split; a count is not told where it is too small, by policy, or under masks",
             numbers_from=4,
             class_="compact",
         ),
@@ -284,7 +289,7 @@ def _story(story: Story) -> Html:
 
 def _site(site: SiteLine) -> Sequence[Child]:
     order = [split for split in ("train", "validation", "test") if split in site.patients]
-    counts = ", ".join(f"{split} {site.patients[split] or 'few'}" for split in order)
+    counts = ", ".join(f"{split} {site.patients[split] or 'not told'}" for split in order)
     return (
         join(site.name, None if site.log else tag("span", "log not there", class_="sub")),
         counts or "not told",
@@ -349,7 +354,7 @@ def _lineage(found: Lineage, name: str) -> Html:
     for place, site in enumerate(sites[:_MOST_BOXES]):
         y = step * place + step / 2
         train = site.patients.get("train")
-        count = f"{train} training patients" if train else "patients not told" if train is None else "few patients"
+        count = f"{train} training patients" if train else "patients not told"
         spent = f", epsilon {_epsilon(site.epsilon)}" if site.epsilon is not None else ""
         manifest = site.manifests[0][:12] + (" …" if len(site.manifests) > 1 else "")
         boxes.append(_box(0, y, 250, 68, "site", site.name, f"{count}{spent}", f"manifest {manifest}"))

@@ -97,7 +97,7 @@ class SiteLine:
     name: str
     log: bool
     patients: Mapping[str, int]
-    """By split; 0 stands for a cell too small to be told."""
+    """By split; 0: not told, for it is too small, by the site's policy, or as a weight under masks."""
     manifests: tuple[str, ...]
     versions: Mapping[str, str]
     approvals: tuple[Approval, ...]

@@ -267,8 +267,8 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
         test: Scores | None = summary.test
         checks = cross_checks(summary.spent)
         return {
-            "patients": sum(summary.patients.values()),
-            "train_patients": summary.patients.get("train", 0),
+            "patients": sum(summary.patients.values()) if all(summary.patients.values()) else None,  # 0: not told
+            "train_patients": summary.patients.get("train") or None,
             **auroc(test.values if test is not None else {}),
             "epsilon": summary.spent.epsilon if summary.spent else None,
             "epsilon_prv": checks.prv if checks else None,

@@ -18,7 +18,7 @@ from common.onnx_model import STATEMENT
 from common.privacy_audit import told
 from common.storage import write_whole
 from server.export import Exported
-from server.report import RunReport, SiteSummary
+from server.report import RunReport, SiteSummary, words
 
 ABSENT = "not given"
 _TRAINED = {
@@ -203,14 +203,14 @@ def _training_data(report: RunReport) -> Iterator[str]:
         [(_text(site.name), *(_patients(site, split) for split in splits)) for site in report.sites],
     )
     yield ""
-    yield f"A count below {report.recipe.evaluation.min_cell} is not given by the site and is shown as such."
+    yield words.WHY_NOT_TOLD
 
 
 def _patients(site: SiteSummary, split: str) -> str:
     count = site.patients.get(split)
     if count is None:
         return ABSENT
-    return str(count) if count else "below the minimum"
+    return str(count) if count else words.NOT_TOLD
 
 
 def _results(report: RunReport) -> Iterator[str]:
@@ -268,7 +268,7 @@ def _site_scores(scores: Scores | None) -> tuple[str, ...]:
         return (ABSENT,) * (1 + len(SCALARS))
     if not scores.values:
         return ("suppressed",) * (1 + len(SCALARS))
-    return (str(scores.patients), *(_value(scores.values, name) for name in SCALARS))
+    return (str(scores.patients or words.NOT_TOLD), *(_value(scores.values, name) for name in SCALARS))
 
 
 def _privacy(report: RunReport) -> Iterator[str]:
@@ -418,9 +418,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
         yield f"| {' | '.join(row)} |"
 
 
-def _text(words: str) -> str:
+def _text(said: str) -> str:
     """Words of a recipe or a site as one line of plain text: no markup, no table breaks."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(words.split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(said.split()))
 
 
 def _code(words: str) -> str:

@@ -132,9 +132,9 @@ def _of_run(folder: Path) -> Subject:
     from server.release import ended
 
     recipe, summary = ended(folder)
-    # a site too small to count is tested as the smallest that would have been
+    # a site that told no count is tested as the smallest that would have been
     least = recipe.evaluation.min_cell
-    patients = {name: max(site["train_patients"], least) for name, site in summary["sites"].items()}
+    patients = {name: max(site["train_patients"] or 0, least) for name, site in summary["sites"].items()}
     return Subject(recipe=recipe, patients=patients, weights=summary["weight_digest"], folder=folder)
 
 

@@ -47,7 +47,7 @@ class SiteSummary:
 
     name: str
     patients: Mapping[str, int]
-    """Split (train, validation, test) to patients; cells below the minimum were given as 0."""
+    """Split (train, validation, test) to patients; 0: not told, see `words.WHY_NOT_TOLD`."""
     test: Scores | None = None
     """Of the final model on the site's own test patients."""
     spent: Spent | None = None

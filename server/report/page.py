@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from common.metrics import Metrics
 
 
+_SPLITS = ("train", "validation", "test")
+
+
 def page(report: RunReport) -> str:
     """The whole document."""
     sections = [
@@ -150,16 +153,24 @@ def _cards(report: RunReport) -> Html:
     else:
         second = card("Epsilon, highest", "–", "not reported")
     train = [site.patients.get("train", 0) for site in report.sites]
-    unseen = sum(1 for count in train if count == 0)
+    untold = sum(1 for count in train if count == 0)
     return tag(
         "div",
         first,
         second,
         card("Hospitals", str(len(report.sites)), f"quorum {report.recipe.federation.quorum}"),
         card("Rounds", str(_trained_rounds(report)), f"of {report.recipe.rounds} planned"),
-        card("Training patients", f"{sum(train):,}", f"{unseen} site(s) too small to count" if unseen else None),
+        card("Training patients", f"{sum(train):,}" if any(train) else "–", _untold(untold, len(train))),
         card("Model", tag("span", report.weight_digest[:12], class_="hash"), "start of the weight digest", small=True),
         class_="cards",
+    )
+
+
+def _untold(count: int, sites: int) -> str | None:
+    if not count:
+        return None
+    return (
+        words.NOT_TOLD if count == sites else f"and those of {count} site{'s' if count > 1 else ''}, {words.NOT_TOLD}"
     )
 
 
@@ -168,11 +179,11 @@ def _sites(report: RunReport) -> Html:
     head = ["Hospital", "Train", "Validation", "Test", "AUROC, own test", "Sensitivity*", "Calibration error"]
     rows = []
     for site in report.sites:
-        row: list[Child] = [site.name, *(_patients(site, split, report) for split in ("train", "validation", "test"))]
+        row: list[Child] = [site.name, *(_patients(site, split) for split in _SPLITS)]
         if site.test is None:
             row += [words.absent("not reported"), "–", "–"]
         elif not site.test.values:
-            row += [words.hidden(report), "–", "–"]
+            row += [words.absent("suppressed (too few patients)"), "–", "–"]
         else:
             values = site.test.values
             row += [_metric(values, key, report) for key in ("auroc", "sensitivity_at_specificity", "ece")]
@@ -181,6 +192,7 @@ def _sites(report: RunReport) -> Html:
         rows.append(row)
     if private:
         head.append("Epsilon spent")
+    untold = any(site.patients.get(split) == 0 for site in report.sites for split in _SPLITS)
     specificity = words.percent(report.recipe.evaluation.specificity)
     noised = (
         "" if report.noised_scores is None else " Where a hospital's policy is to noise its scores, they are noised."
@@ -191,6 +203,7 @@ def _sites(report: RunReport) -> Html:
         ),
         table(head, rows, caption="Patients and results by hospital"),
         tag("p", f"* at {specificity} specificity. Small type: {words.confidence(report)} interval.", class_="meta"),
+        tag("p", words.WHY_NOT_TOLD, class_="meta") if untold else None,
     )
 
 
@@ -492,11 +505,11 @@ def _classes(report: RunReport) -> str:
     return " and ".join(classes) if len(classes) == 2 else f"{len(classes)} classes"
 
 
-def _patients(site: SiteSummary, split: str, report: RunReport) -> str:
+def _patients(site: SiteSummary, split: str) -> Child:
     count = site.patients.get(split)
     if count is None:
         return "–"
-    return f"{count:,}" if count else f"< {report.recipe.evaluation.min_cell}"
+    return f"{count:,}" if count else words.absent(words.NOT_TOLD)
 
 
 def _metric(values: Mapping[str, float], name: str, report: RunReport) -> Child:

@@ -42,6 +42,14 @@ GLOSSARY = (
 """Every technical word of the page, in plain ones."""
 
 
+NOT_TOLD = "not told"
+"""A count that is 0: nobody is told which of the reasons it has."""
+WHY_NOT_TOLD = (
+    "A count is not told where it is too small for the site or the recipe, where the site's policy tells none, or "
+    "where it went under masks as the site's weight."
+)
+
+
 def value(values: Mapping[str, float], name: str) -> float | None:
     """The number of this name, None where it is missing or not defined."""
     found = values.get(name)

@@ -406,7 +406,7 @@ def test_the_report_of_a_deployed_run_tells_an_officer_everything(tmp_path, caps
     text, parser = seen(tmp_path / "page.html")
     assert "Verified 3 logs: every event follows the one before it" in text
     for expected in (
-        "train 210, validation 40, test 45", "train 96, validation 18, test few",  # on how many patients
+        "train 210, validation 40, test 45", "train 96, validation 18, test not told",  # on how many patients
         "dpo@north", "dpo@south",  # under whose approval
         "3.00 delta 1e-05",  # at what epsilon
         "o.novak", "node revoked", "west", "left the federation", "node added", "configuration", "node started",

@@ -56,6 +56,14 @@ def test_the_price_of_noised_scores_is_on_the_card(tmp_path):
     assert "Not covered: the metrics" not in text
 
 
+def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path):
+    site = SiteSummary(name="north", patients={"train": 0}, test=Scores(patients=0, values={"auroc": 0.9}))
+    text = card(tmp_path, report(recipe(), sites=(site,)))
+    assert "| north | not told | not given | not given |" in text
+    assert "| north | not told | 0.900 |" in text
+    assert "where the site's policy tells none, or where it went under masks" in text
+
+
 def full(recipe):
     values = {"auroc": 0.913, "auroc_low": 0.871, "auroc_high": 0.944}
     return report(
@@ -94,7 +102,7 @@ def test_the_card_holds_the_reports_numbers(tmp_path):
     text = card(tmp_path, full(private), exported=exported(private, tmp_path))
     assert "| AUROC | 0.913 [0.871, 0.944] |" in text
     assert "| north | 7.91 | 1e-05 | 1.25 | 1 | 0.1 | 300 |" in text
-    assert "| north | 70 | 15 | below the minimum |" in text
+    assert "| north | 70 | 15 | not told |" in text
     assert "| pneumonia | 12 | 68 |" in text
     assert "| f | 81 | 0.913 [0.871, 0.944] | not defined | not defined |" in text
     assert "| m | suppressed |" in text

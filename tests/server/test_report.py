@@ -252,7 +252,22 @@ def test_a_site_below_the_cell_shows_no_count(tmp_path: Path) -> None:
         name="tiny", patients={"train": 61, "validation": 0, "test": 0}, test=Scores(patients=0, values={})
     )
     shown = words(write(replace(lean(make(private=False)), sites=(site,)), tmp_path))
-    assert "tiny 61 < 5 < 5 suppressed (< 5 patients)" in shown
+    assert "tiny 61 not told not told suppressed (too few patients)" in shown
+
+
+def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path: Path) -> None:
+    """The site's policy may hide it, or secure aggregation; its scores say that there are patients."""
+    untold = SiteSummary(
+        name="large", patients={"train": 0, "validation": 0, "test": 0}, test=Scores(patients=0, values={"auroc": 0.91})
+    )
+    shown = words(write(replace(lean(make(private=False)), sites=(untold,)), tmp_path))
+    assert "Training patients – not told" in shown
+    assert "large not told not told not told 0.910" in shown
+    assert "A count is not told where it is too small for the site or the recipe, where the site's policy" in shown
+    told = replace(untold, name="other", patients={"train": 61, "validation": 13, "test": 17})
+    both = words(write(replace(lean(make(private=False)), sites=(untold, told)), tmp_path))
+    assert "Training patients 61 and those of 1 site, not told" in both
+    assert "A count is not told" not in words(write(replace(lean(make()), sites=(told,)), tmp_path))
 
 
 def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:
