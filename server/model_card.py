@@ -237,14 +237,19 @@ def _results(report: RunReport) -> Iterator[str]:
         yield ""
         yield f"### Central test set by {_code(column)}"
         yield ""
+        # Beside the total of the test set, the other groups' counts would give away a suppressed one.
+        counted = not any(cell.suppressed for cell in cells.values())
+        if not counted:
+            yield "Counts are left out, as they would give the suppressed group away."
+            yield ""
         yield from _table(
-            ("Value", "Patients", "AUROC", "Balanced accuracy", "Brier score"),
+            ("Value", *(["Patients"] if counted else []), "AUROC", "Balanced accuracy", "Brier score"),
             [
-                (_text(value), "suppressed", *["suppressed"] * 3)
+                (_text(value), *["suppressed"] * 3)
                 if cell.suppressed
                 else (
                     _text(value),
-                    str(cell.patients),
+                    *([str(cell.patients)] if counted else []),
                     *(_value(cell.values, name) for name in ("auroc", "balanced_accuracy", "brier")),
                 )
                 for value, cell in cells.items()

@@ -104,14 +104,25 @@ def test_the_card_holds_the_reports_numbers(tmp_path):
     assert "| north | 7.91 | 1e-05 | 1.25 | 1 | 0.1 | 300 |" in text
     assert "| north | 70 | 15 | not told |" in text
     assert "| pneumonia | 12 | 68 |" in text
-    assert "| f | 81 | 0.913 [0.871, 0.944] | not defined | not defined |" in text
-    assert "| m | suppressed |" in text
+    assert "| f | 0.913 [0.871, 0.944] | not defined | not defined |" in text
+    assert "| m | suppressed | suppressed | suppressed |" in text
     assert "probability of 0.4375" in text
     for digest in (private.id, "d" * 64, "e" * 64):
         assert f"`{digest}`" in text
     assert "fedicom predict model.onnx DICOM_DIR --out predictions.csv" in text
     assert STATEMENT in text
     assert "Replies of these sites were not used in one round or more: south\\|east." in text
+
+
+def test_the_counts_of_subgroups_do_not_give_a_suppressed_one_away(tmp_path):
+    held = full(recipe())
+    text = card(tmp_path, held)
+    assert "held by no site: 160 patients" in text
+    assert "81" not in text  # 160 less 81 would be the count of m
+    shown = {"f": held.subgroups["sex"]["f"], "m": Metrics(patients=79, values={"auroc": 0.8})}
+    text = card(tmp_path, replace(held, subgroups={"sex": shown}))
+    assert "| f | 81 | 0.913" in text
+    assert "| m | 79 | 0.800 |" in text
 
 
 def test_every_section_of_mitchell_et_al_is_there(tmp_path):
