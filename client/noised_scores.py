@@ -75,7 +75,9 @@ def noised(counts_K2B: Floats, noise_multiplier: float, noise: Noise) -> Floats:
     return rounded
 
 
-def scores(noised_K2B: Floats, noise_multiplier: float, task: Task, *, min_cell: int, seed: int) -> NoisedScores:
+def scores(
+    noised_K2B: Floats, noise_multiplier: float, task: Task, *, min_cell: int, confidence: float, seed: int
+) -> NoisedScores:
     """Results out of a noised histogram alone.
 
     Cells may be negative and are used as they are, which keeps sums free of bias. The interval of AUROC comes from
@@ -84,6 +86,7 @@ def scores(noised_K2B: Floats, noise_multiplier: float, task: Task, *, min_cell:
     Args:
         noise_multiplier: Of the release; public.
         min_cell: Fewer patients than this, as noised, with and without the class: nothing is said of it.
+        confidence: Level of the interval, as of `common.metrics.score`.
         seed: Of the interval; public, as it sees what is public alone.
     """
     K = len(noised_K2B)
@@ -95,7 +98,8 @@ def scores(noised_K2B: Floats, noise_multiplier: float, task: Task, *, min_cell:
     cells = noised_K2B[usable]
     values = {"auroc": float(np.mean([_auroc(cell[None])[0] for cell in cells]))}
     drawn = _redrawn(cells, noise_multiplier * math.sqrt(K), np.random.default_rng(seed))
-    values["auroc_low"], values["auroc_high"] = (float(v) for v in np.quantile(drawn, (0.025, 0.975)))
+    tail = (1 - confidence) / 2
+    values["auroc_low"], values["auroc_high"] = (float(v) for v in np.quantile(drawn, (tail, 1 - tail)))
     if task.kind != "multiclass":
         half = BINS // 2
         recall = _share(cells[:, 1, half:].sum(1), cells[:, 1].sum(1))

@@ -389,8 +389,9 @@ class Site:
                 counts = self._counted(plan.weights, split)
             release = noised(counts, event.noise_multiplier, noise)
             made = scores(
-                release, event.noise_multiplier, self.recipe.task, min_cell=self._min_cell, seed=self.recipe.seed
-            )
+                release, event.noise_multiplier, self.recipe.task, min_cell=self._min_cell,
+                confidence=self.recipe.evaluation.confidence, seed=self.recipe.seed,
+            )  # fmt: skip
             found.append(Scores(patients=made.patients, values=dict(made.values), noised=True))
         return found[0], found[1], reserved
 

@@ -13,7 +13,7 @@ from scipy.stats import kstest, norm
 from sklearn.metrics import roc_auc_score
 
 from client.dp import keystream_noise, seeded_noise
-from client.noised_scores import BINS, EDGES, histogram, noised, scores
+from client.noised_scores import BINS, EDGES, _redrawn, histogram, noised, scores
 from common.accounting import Event, epsilon_pld
 from common.config import Task
 
@@ -59,7 +59,7 @@ def test_without_noise_the_scores_are_those_of_scikit_learn_on_the_bins() -> Non
     target_N = rng.integers(0, 2, 400)
     p_N = 1 / (1 + np.exp(-rng.normal(1.5 * target_N - 0.7, 1.0)))
     counts = histogram(target_N, np.stack([1 - p_N, p_N], 1), np.arange(400), BINARY)
-    made = scores(counts, 1e-9, BINARY, min_cell=5, seed=0)
+    made = scores(counts, 1e-9, BINARY, min_cell=5, confidence=0.95, seed=0)
     binned_N = np.searchsorted(EDGES, p_N, side="right")
     assert made.patients == 400
     assert made.values["auroc"] == pytest.approx(roc_auc_score(target_N, binned_N))
@@ -80,7 +80,7 @@ def test_auroc_at_epsilon_one_is_as_good_as_the_page_says(patients: int, off_by:
     exact = roc_auc_score(target_N, p_N)
     errors, inside = [], 0
     for trial in range(200):
-        made = scores(noised(counts, 5.3, noise), 5.3, BINARY, min_cell=5, seed=trial)
+        made = scores(noised(counts, 5.3, noise), 5.3, BINARY, min_cell=5, confidence=0.95, seed=trial)
         if "auroc" in made.values:
             errors.append(made.values["auroc"] - exact)
             inside += made.values["auroc_low"] <= exact <= made.values["auroc_high"]
@@ -90,13 +90,21 @@ def test_auroc_at_epsilon_one_is_as_good_as_the_page_says(patients: int, off_by:
     assert inside / len(errors) > 0.8  # binning costs .01, which the interval does not hold
 
 
+def test_the_interval_is_that_of_the_level_asked_for() -> None:
+    cells = np.array([[[40.0, 60, 50, 30, 10, 5, 3, 2], [2, 3, 5, 10, 20, 30, 40, 30]]])
+    drawn = _redrawn(cells, 5.3, np.random.default_rng(0))
+    for confidence, ends in ((0.8, (0.1, 0.9)), (0.95, (0.025, 0.975)), (0.99, (0.005, 0.995))):
+        values = scores(cells, 5.3, BINARY, min_cell=5, confidence=confidence, seed=0).values
+        assert (values["auroc_low"], values["auroc_high"]) == pytest.approx(tuple(np.quantile(drawn, ends)))
+
+
 def test_too_few_patients_as_noised_say_nothing() -> None:
-    assert dict(scores(np.zeros((1, 2, BINS)), 1.0, BINARY, min_cell=5, seed=0).values) == {}
+    assert dict(scores(np.zeros((1, 2, BINS)), 1.0, BINARY, min_cell=5, confidence=0.95, seed=0).values) == {}
     few = np.zeros((1, 2, BINS))
     few[0, 0, :6] = 5.0  # thirty without, none with
-    made = scores(few, 1.0, BINARY, min_cell=5, seed=0)
+    made = scores(few, 1.0, BINARY, min_cell=5, confidence=0.95, seed=0)
     assert (made.patients, dict(made.values)) == (30, {})
-    assert scores(few - 5, 1.0, BINARY, min_cell=5, seed=0).patients == 0
+    assert scores(few - 5, 1.0, BINARY, min_cell=5, confidence=0.95, seed=0).patients == 0
 
 
 def test_empty_splits_are_noised_like_any_other() -> None:

@@ -707,6 +707,18 @@ def test_noised_scores_leave_once_after_the_last_round_and_are_paid(house: House
     assert house.ledger.events(house.recipe.id, "scores") == (event,)
 
 
+def test_the_interval_of_noised_scores_has_the_level_of_the_recipe(
+    tmp_path: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, honest = [], module.scores
+    monkeypatch.setattr(module, "scores", lambda *a, **k: asked.append(k["confidence"]) or honest(*a, **k))
+    recipe = recipe_of()
+    house = House(tmp_path, replace(recipe, evaluation=replace(recipe.evaluation, confidence=0.8)))
+    house.cap = 20.0
+    assert isinstance(house.open(metrics="noised", scores_epsilon=4.0).visit(house.plan(4, "evaluate")), Update)
+    assert asked == [0.8, 0.8]  # validation and test
+
+
 def test_without_budget_for_scores_the_evaluation_says_nothing(house: House, trained: list[Any]) -> None:
     site = house.open(metrics="noised", scores_epsilon=6.0)
     house.ledger.reserve("f" * 64, round=1, base="e" * 64, event=FULL)
