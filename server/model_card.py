@@ -307,6 +307,9 @@ def _privacy(report: RunReport) -> Iterator[str]:
     else:
         yield f"- Metrics that sites noised cost a site at most epsilon {rounded_up(report.noised_scores)}, beside the"
         yield "  figures below; its ledger has both."
+        if report.exact_scores:
+            yield "- Not covered: the metrics of the other sites, which carry no noise and are bounded by a smallest"
+            yield f"  cell of {report.recipe.evaluation.min_cell} patients."
         yield "- Not covered: counts, as far as a site tells them. For a patient of several sites the epsilons add up."
     yield ""
     yield from _table(
@@ -428,6 +431,6 @@ def _text(said: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(said.split()))
 
 
-def _code(words: str) -> str:
+def _code(said: str) -> str:
     """The same as a code span, in which a backslash would be shown; what would end the span or a table's cell goes."""
-    return f"`{re.sub('[`|]', '', ' '.join(words.split()))}`"
+    return f"`{re.sub('[`|]', '', ' '.join(said.split()))}`"

@@ -112,6 +112,12 @@ class RunReport:
         paid = [site.spent.scores_epsilon for site in noised if site.spent is not None]
         return max(paid, default=0.0) if noised else None
 
+    @property
+    def exact_scores(self) -> bool:
+        """Whether a hospital gave scores that carry no noise, of the final model or of one on the way."""
+        told = [site.test for site in self.sites] + [one for line in self.rounds for one in line.validation.values()]
+        return any(scores is not None and scores.values and not scores.noised for scores in told)
+
 
 def write_report(report: RunReport, path: Path) -> None:
     """Writes one self-contained HTML file, atomically; the same report gives the same bytes.

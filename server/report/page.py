@@ -387,7 +387,7 @@ def _of_patients(report: RunReport) -> Html:
         tag("h3", "What this does not protect"),
         items(
             "Facts about the whole population that the model learns, and that then apply to a patient too.",
-            _scores_told(report),
+            *_scores_told(report),
             "The patients of the central test set, with whom the coordinator works directly.",
             "A hospital's own computers and staff; the coordinator sees each hospital's noised update.",
         ),
@@ -395,18 +395,24 @@ def _of_patients(report: RunReport) -> Html:
     return join(*parts)
 
 
-def _scores_told(report: RunReport) -> str:
+def _scores_told(report: RunReport) -> Iterable[str]:
     least = report.recipe.evaluation.min_cell
     if report.noised_scores is None:
-        return (
+        yield (
             "That a hospital took part, its patient counts, and its validation and test results. They carry no noise; "
             f"none is given for fewer than {least} patients."
         )
-    return (
+        return
+    yield (
         "That a hospital took part, and its patient counts, as far as its policy tells them. Scores were noised at the "
         f"hospitals that want it, and their ledgers paid epsilon {rounded_up(report.noised_scores)} for them at "
         "most, beside the figures above, which are of the updates."
     )
+    if report.exact_scores:
+        yield (
+            "Validation and test results of the other hospitals. They carry no noise, and no epsilon covers them; none "
+            f"is given for fewer than {least} patients."
+        )
 
 
 def _cross_checks(spent: Spent) -> tuple[str, str]:

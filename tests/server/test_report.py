@@ -317,13 +317,27 @@ def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None
 def test_noised_scores_are_called_so_and_their_price_is_told(tmp_path: Path) -> None:
     report = lean(make())
     assert "They carry no noise" in words(write(report, tmp_path))
-    north, south = report.sites
+    north, _ = report.sites
     assert north.test is not None
     assert north.spent is not None
     paid = replace(north, test=replace(north.test, noised=True), spent=replace(north.spent, scores_epsilon=0.75))
-    shown = words(write(replace(report, sites=(paid, south)), tmp_path))
+    quiet = tuple(replace(line, validation={}) for line in report.rounds)
+    shown = words(write(replace(report, sites=(paid,), rounds=quiet), tmp_path))
     assert "They carry no noise" not in shown
     assert "their ledgers paid epsilon 0.75 for them at most" in shown
+
+
+@pytest.mark.parametrize("of", ["the final model", "a model on the way"])
+def test_exact_scores_beside_noised_ones_are_still_said_to_carry_no_noise(tmp_path: Path, of: str) -> None:
+    report = lean(make())
+    north, south = report.sites
+    assert north.test is not None
+    noised = replace(north, test=replace(north.test, noised=True))
+    told = replace(report, sites=(noised, south if of == "the final model" else replace(south, test=None)))
+    told = replace(told, rounds=tuple(replace(line, validation={}) for line in told.rounds)) if "final" in of else told
+    shown = words(write(told, tmp_path))
+    assert "Scores were noised at the hospitals that want it" in shown
+    assert "Validation and test results of the other hospitals. They carry no noise" in shown
 
 
 def test_what_left_lists_every_message_of_a_site(page: str) -> None:
