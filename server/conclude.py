@@ -30,7 +30,7 @@ from server.quantise import FILE as INT8
 from server.quantise import Quantised, export_int8
 from server.quantise import told as told_int8
 from server.report import Baselines, ExportLine, RunReport, SiteSummary, write_report
-from server.rounds import ServerState
+from server.rounds import ServerState, taken
 
 _REFERENCE_SAMPLES = 64
 _SAME, _MOSTLY = 0.99, 0.9
@@ -189,7 +189,9 @@ def _report(
     unaudited: str | None,
 ) -> RunReport:
     state, last = federated.state, federated.state.history[-1].accepted
-    spent = _spent(state)
+    spent, earlier = _spent(state), taken(federated.state)
+    lines = [round_line(report) for report in state.history]
+    lines[-1] = replace(lines[-1], of=earlier)
     refused = circumstances.refused_files
     sites = tuple(
         SiteSummary(
@@ -210,7 +212,8 @@ def _report(
         device=circumstances.device,
         versions=circumstances.versions,
         sites=sites,
-        rounds=tuple(round_line(report) for report in state.history),
+        rounds=tuple(lines),
+        taken=earlier,
         central=result.metrics if result else None,
         subgroups=result.subgroups if result else {},
         baselines=circumstances.baselines,
@@ -223,7 +226,12 @@ def _report(
         ),
         audit=audited,
         unaudited=unaudited,
-        notes=(*_notes(recipe, audited, unaudited), *_one_class(recipe, result), *circumstances.notes),
+        notes=(
+            *_notes(recipe, audited, unaudited),
+            *_one_class(recipe, result),
+            *_earlier(earlier, state.round),
+            *circumstances.notes,
+        ),
     )
 
 
@@ -238,6 +246,12 @@ def _notes(recipe: Recipe, audited: PrivacyAudit | None, unaudited: str | None) 
     if audited is not None and unaudited is not None:
         return (f"The privacy audit does not hold: {unaudited}. Do not release this model.",)
     return ()
+
+
+def _earlier(taken: int | None, rounds: int) -> tuple[str, ...]:
+    if taken is None:
+        return ()
+    return (f"Early stopping took the model after round {taken} of {rounds}: no later one did better on validation.",)
 
 
 def _one_class(recipe: Recipe, result: CentralResult | None) -> tuple[str, ...]:
@@ -282,7 +296,8 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
         "recipe": report.recipe.name,
         "recipe_id": report.recipe_id,
         "weight_digest": report.weight_digest,
-        "rounds": sum(1 for line in report.rounds if line.accepted),
+        "rounds": report.trained,
+        "model_round": report.trained if report.taken is None else report.taken,
         "privacy": report.recipe.privacy.mechanism,
         "privacy_audit": dict(told(report.audit, report.unaudited)),
         "global": auroc(report.central.values if report.central else {}),

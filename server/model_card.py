@@ -106,7 +106,7 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
             ("Calibration", _calibration(exported)),
             (
                 "Training",
-                f"{recipe.rounds} rounds planned, {len(_trained(report))} changed the model; "
+                f"{recipe.rounds} rounds planned, {report.trained} changed the model{_earlier(report)}; "
                 f"{recipe.federation.strategy} over {recipe.federation.sites} sites, {training.local_epochs:g} local "
                 f"epochs, {training.optimizer}, learning rate {training.lr:g}, batch {training.batch_size}, "
                 f"{training.loss}",
@@ -399,8 +399,8 @@ def release_section(audit: Mapping[str, Any]) -> Iterator[str]:
         yield "  only so much: the gap says nothing about the account."
 
 
-def _trained(report: RunReport) -> list[int]:
-    return [line.round for line in report.rounds if line.accepted]
+def _earlier(report: RunReport) -> str:
+    return "" if report.taken is None else f", and early stopping took the one after round {report.taken}"
 
 
 def _label(name: str) -> str:

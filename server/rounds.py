@@ -170,6 +170,13 @@ def remembered(state: ServerState) -> dict[str, str]:
     }  # fmt: skip
 
 
+def taken(state: ServerState) -> int | None:
+    """Rounds behind the final weights, where early stopping took earlier ones than those of the last round."""
+    if sum(report.work == "evaluate" for report in state.history) < 2:
+        return None
+    return next(report.round for report in state.history if report.before == state.weights.digest) - 1
+
+
 def _step(
     state: ServerState,
     recipe: Recipe,

@@ -21,7 +21,8 @@ class RoundLine:
     """One round, as the coordinator saw it.
 
     `validation` is of the model that came *into* the round, that is, after `round - 1` rounds of training.
-    The closing evaluation is the line of round `rounds + 1`, with nothing accepted.
+    The closing evaluation is the line of round `rounds + 1`, with nothing accepted; a second one, where early stopping
+    took an earlier model, is of that.
     """
 
     round: int
@@ -39,6 +40,13 @@ class RoundLine:
     epsilon: Mapping[str, float] = field(default_factory=dict)
     """Site to epsilon spent so far, this round included."""
     seconds: float = 0.0
+    of: int | None = None
+    """Rounds of training behind the model that `validation` is of; None: `round - 1`."""
+
+    @property
+    def behind(self) -> int:
+        """Rounds of training behind the model that was measured."""
+        return self.round - 1 if self.of is None else self.of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +100,8 @@ class RunReport:
     versions: Mapping[str, str]
     sites: tuple[SiteSummary, ...]
     rounds: tuple[RoundLine, ...]
+    taken: int | None = None
+    """Rounds behind the model, where early stopping took an earlier one than the last."""
     central: Metrics | None = None
     """Of the final model on the coordinator's test set."""
     subgroups: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)
@@ -104,6 +114,11 @@ class RunReport:
     """Why the model may not be released as audited; None when it may, or nobody asked."""
     notes: tuple[str, ...] = ()
     """Warnings, shown first: `privacy: none`, `unsafe_seeded_noise was on: the privacy figures do not hold`."""
+
+    @property
+    def trained(self) -> int:
+        """Rounds that changed the model."""
+        return sum(1 for line in self.rounds if line.accepted)
 
     @property
     def noised_scores(self) -> float | None:

@@ -89,10 +89,11 @@ def _warnings(notes: Sequence[str]) -> Html | None:
 
 def _verdict(report: RunReport) -> str:
     count = len(report.sites)
-    trained = _trained_rounds(report)
+    trained = report.trained
     who = f"{count} hospital{'s' if count != 1 else ''}"
     rounds = f"{trained} round{'s' if trained != 1 else ''}"
-    start = f"A model was trained at {who} over {rounds}; the images stayed where they were. "
+    earlier = "" if report.taken is None else f", and early stopping took the one after round {report.taken}"
+    start = f"A model was trained at {who} over {rounds}{earlier}; the images stayed where they were. "
     central = _shown(report.central)
     auroc = words.value(central.values, "auroc") if central else None
     if auroc is None or central is None:
@@ -159,11 +160,16 @@ def _cards(report: RunReport) -> Html:
         first,
         second,
         card("Hospitals", str(len(report.sites)), f"quorum {report.recipe.federation.quorum}"),
-        card("Rounds", str(_trained_rounds(report)), f"of {report.recipe.rounds} planned"),
+        card("Rounds", str(report.trained), _planned(report)),
         card("Training patients", f"{sum(train):,}" if any(train) else "–", _untold(untold, len(train))),
         card("Model", tag("span", report.weight_digest[:12], class_="hash"), "start of the weight digest", small=True),
         class_="cards",
     )
+
+
+def _planned(report: RunReport) -> str:
+    earlier = "" if report.taken is None else f"; the model is that after round {report.taken}"
+    return f"of {report.recipe.rounds} planned{earlier}"
 
 
 def _untold(count: int, sites: int) -> str | None:
@@ -500,10 +506,6 @@ def _pairs(*pairs: tuple[Child, Child]) -> Html:
 
 def _shown(metrics: Metrics | None) -> Metrics | None:
     return None if metrics is None or metrics.suppressed else metrics
-
-
-def _trained_rounds(report: RunReport) -> int:
-    return sum(1 for line in report.rounds if line.accepted)
 
 
 def _classes(report: RunReport) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from common.epsilon import rounded_up
@@ -19,25 +19,29 @@ _TRAINED = "rounds of training behind the model"
 def course_figures(report: RunReport) -> Html:
     """Validation AUROC and loss, epsilon, and update norms over the rounds."""
     strokes = _strokes(report)
-    # The model that comes into round r has r - 1 rounds behind it.
+    # The model that comes into round r has r - 1 rounds behind it; one that early stopping took is measured again.
     auroc, loss = (
         {
-            site: [
-                (float(line.round - 1), found)
+            site: _ordered(
+                (float(line.behind), found)
                 for line in report.rounds
                 if site in line.validation
                 and (found := words.value(line.validation[site].values, key)) is not None
-            ]
+            )
             for site in strokes
         }
         for key in ("auroc", "loss")
     )  # fmt: skip
-    mean = [(float(line.round - 1), line.mean_validation) for line in report.rounds if line.mean_validation is not None]
+    mean = _ordered(
+        (float(line.behind), line.mean_validation) for line in report.rounds if line.mean_validation is not None
+    )
     spent = _series(strokes, [(line.round, line.epsilon) for line in report.rounds])
     norms = _series(strokes, [(line.round, line.update_norms) for line in report.rounds])
     parts: list[Html] = []
     if any(auroc.values()) or mean:
         end = f" The mean ends at {words.number(mean[-1][1])}." if mean else ""
+        if report.taken is not None and (own := dict(mean).get(float(report.taken))) is not None:
+            end += f" The model is that after round {report.taken}, with {words.number(own)}."
         svg = figures.by_round(
             "validation", auroc, strokes, label="validation AUROC", x_label=_TRAINED, mean=mean, bounds=(0, 1),
             alt=f"Validation AUROC of each hospital over the rounds.{end}",
@@ -164,6 +168,11 @@ def _figure(title: str, svg: Html, caption: str, legend: Html | None = None) -> 
 def _legend(entries: Sequence[tuple[str, Stroke]]) -> Html:
     lines: list[Child] = [Html(figures.swatch(stroke) + tag("span", name)) for name, stroke in entries]
     return items(*lines, class_="legend")
+
+
+def _ordered(points: Iterable[tuple[float, float]]) -> Points:
+    """By round; where one was measured twice, the later measure."""
+    return sorted(dict(points).items())
 
 
 def _strokes(report: RunReport) -> dict[str, Stroke]:

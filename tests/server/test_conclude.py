@@ -30,3 +30,9 @@ def test_counts_that_were_not_told_are_null_and_not_nought() -> None:
     assert (sites["north"]["patients"], sites["north"]["train_patients"]) == (None, None)
     assert (sites["south"]["patients"], sites["south"]["train_patients"]) == (None, 61)
     assert summary(report)["sites"]["south"]["patients"] == 61 + 13 + 17
+
+
+def test_the_summary_says_of_which_round_the_model_is() -> None:
+    report = lean(make())
+    assert (summary(report)["rounds"], summary(report)["model_round"]) == (1, 1)
+    assert summary(replace(report, rounds=make().rounds, taken=2))["model_round"] == 2

@@ -68,6 +68,15 @@ def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path):
     assert "where the site's policy tells none, or where it went under masks" in text
 
 
+def test_the_round_that_early_stopping_took_is_on_the_card(tmp_path):
+    lines = tuple(RoundLine(round=n, accepted=("north",)) for n in (1, 2, 3))
+    held = report(recipe(), rounds=lines)
+    assert "3 changed the model; fedavg" in card(tmp_path, held)
+    assert "3 changed the model, and early stopping took the one after round 1; fedavg" in card(
+        tmp_path, replace(held, taken=1)
+    )
+
+
 def full(recipe):
     values = {"auroc": 0.913, "auroc_low": 0.871, "auroc_high": 0.944}
     return report(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from common.errors import StorageError
 from common.exchange import Scores, Spent
 from common.html import Html, join, tag
 from common.metrics import Metrics, score
-from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, write_report
+from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, figures, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = '<script>alert("1")</script>&$x$'
@@ -268,6 +269,27 @@ def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path: Path) -> N
     both = words(write(replace(lean(make(private=False)), sites=(untold, told)), tmp_path))
     assert "Training patients 61 and those of 1 site, not told" in both
     assert "A count is not told" not in words(write(replace(lean(make()), sites=(told,)), tmp_path))
+
+
+def test_a_model_that_early_stopping_took_is_said_to_be_of_its_round_and_drawn_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = make(private=False)  # three rounds and the closing evaluation, all .625
+    again = replace(report.rounds[-1], of=1, mean_validation=0.75)
+    drawn: dict[str, Sequence[tuple[float, float]]] = {}
+    honest = figures.by_round
+
+    def spy(key: str, *words: Any, **parts: Any) -> Any:
+        drawn[key] = parts.get("mean", ())
+        return honest(key, *words, **parts)
+
+    monkeypatch.setattr(figures, "by_round", spy)
+    shown = words(write(replace(report, rounds=(*report.rounds, again), taken=1), tmp_path))
+    assert drawn["validation"] == [(0, 0.625), (1, 0.75), (2, 0.625), (3, 0.625)]
+    assert "over 3 rounds, and early stopping took the one after round 1;" in shown
+    assert "Rounds 3 of 3 planned; the model is that after round 1" in shown
+    assert "The mean ends at 0.625. The model is that after round 1, with 0.750." in shown
+    assert "early stopping took" not in words(write(report, tmp_path))
 
 
 def test_a_run_without_privacy_says_so(tmp_path: Path) -> None:

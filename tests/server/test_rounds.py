@@ -284,6 +284,8 @@ def test_early_stopping_keeps_the_best_model_that_was_measured(scores, settings,
     assert final.weights.digest == digests[kept - 1] == digests[-1]
     assert final.history[-1].before == final.weights.digest
     assert final.best is None
+    # How many rounds are behind it, where it is not the last round's.
+    assert rounds.taken(final) == (kept - 1 if "E" in work else None)
 
 
 def test_early_stopping_survives_a_restart_at_every_visit(tmp_path):
