@@ -488,7 +488,8 @@ class Settings:
     resume: bool = False
     """Continue the run in `out` where it stopped."""
     baselines: bool | Literal["centralised"] = False
-    """Also train each site alone and all data pooled, with the same number of steps; centralised: the latter only."""
+    """Also train each site alone and all data pooled, with as many passes over the images as the federated model has
+    behind it; centralised: the latter only."""
     overwrite: bool = False
     """Start again in an `out` that holds another run; that run is removed."""
     torchscript: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -175,6 +176,18 @@ def taken(state: ServerState) -> int | None:
     if sum(report.work == "evaluate" for report in state.history) < 2:
         return None
     return next(report.round for report in state.history if report.before == state.weights.digest) - 1
+
+
+def behind(state: ServerState) -> dict[str, int]:
+    """Site to the rounds in which it trained what is in the final weights; a site that gave nothing is not in it."""
+    last = taken(state)
+    counted = Counter(
+        site
+        for report in state.history
+        if report.work == "train" and (last is None or report.round <= last)
+        for site in report.accepted
+    )
+    return dict(sorted(counted.items()))
 
 
 def _step(

@@ -21,6 +21,7 @@ from server.report import Baselines
 def baselines(
     recipe: Recipe,
     cohorts: Mapping[str, Cohort],
+    rounds: Mapping[str, int],
     test: Samples,
     device: torch.device,
     *,
@@ -29,19 +30,27 @@ def baselines(
 ) -> Baselines:
     """Trains without privacy and without federation; every model is measured on the same central test set.
 
-    Each training makes as many passes over its data as the federation did: a site alone takes
+    Each training makes as many passes over its data as the federation's model has behind it: a site alone takes
     exactly its own local steps, the pooled data as many as all sites together.
 
     Args:
+        rounds: Site to the rounds of it that the model has behind it (`server.rounds.behind`); of a site without any
+            there is nothing to compare.
         alone: False trains on the pooled data only.
     """
-    plain = _in_one_go(recipe)
     by_site = {}
     for name, cohort in cohorts.items() if alone else ():
-        by_site[name] = _trained(plain, cohort, test, device, name)
-        done(name)
-    centralised = _trained(plain, pooled(list(cohorts.values())), test, device, "pooled")
-    done("pooled")
+        if rounds.get(name):
+            by_site[name] = _trained(_in_one_go(recipe, rounds[name]), cohort, test, device, name)
+            done(name)
+    images = {name: len(cohort.indices("train")) for name, cohort in cohorts.items()}
+    # In rounds of all sites: some may have trained in fewer than others.
+    together = sum(rounds.get(name, 0) * count for name, count in images.items()) / sum(images.values())
+    centralised = None
+    if together:
+        everything = pooled(list(cohorts.values()))
+        centralised = _trained(_in_one_go(recipe, together), everything, test, device, "pooled")
+        done("pooled")
     return Baselines(centralised=centralised, alone=by_site)
 
 
@@ -61,12 +70,12 @@ def pooled(cohorts: list[Cohort]) -> Cohort:
     return Cohort(everything, split_P, "", {}, cohorts[0].outputs)
 
 
-def _in_one_go(recipe: Recipe) -> Recipe:
+def _in_one_go(recipe: Recipe, rounds: float) -> Recipe:
     # One round of all epochs: the optimiser keeps its moments, as a site that trains alone would.
     training = replace(
         recipe.training,
-        local_epochs=recipe.training.local_epochs * recipe.rounds,
-        warmup_rounds=recipe.training.warmup_rounds / recipe.rounds,
+        local_epochs=recipe.training.local_epochs * rounds,
+        warmup_rounds=recipe.training.warmup_rounds / rounds,
         proximal_mu=0.0,
     )
     federation = replace(recipe.federation, strategy="fedavg")

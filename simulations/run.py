@@ -44,7 +44,7 @@ from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
 from server.report import Baselines
-from server.rounds import RoundReport, ServerState, Transport
+from server.rounds import RoundReport, ServerState, Transport, behind
 from server.secure import Take
 from simulations import on_ray
 from simulations.baselines import baselines
@@ -128,7 +128,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         take_folder(settings, out)
         audit = _audit(out, "server")
         federated = _federate(settings, out, names, cohorts, audit, device, show, workers)
-        compared = _compare(settings, cohorts, test, device, show)
+        compared = _compare(settings, cohorts, behind(federated.state), test, device, show)
         show.step("Evaluating and exporting", 0, 1)
         circumstances = Circumstances(
             started=started,
@@ -278,11 +278,17 @@ class _Shown:
 
 
 def _compare(
-    settings: Settings, cohorts: Mapping[str, Cohort], test: Samples | None, device: torch.device, show: Show
+    settings: Settings,
+    cohorts: Mapping[str, Cohort],
+    rounds: Mapping[str, int],
+    test: Samples | None,
+    device: torch.device,
+    show: Show,
 ) -> Baselines | None:
     if not settings.baselines or test is None:
         return None
-    total = len(cohorts) + 1
+    alone = settings.baselines != "centralised"
+    total = len(rounds) * alone + 1
     finished: list[str] = []
 
     def trained(name: str) -> None:
@@ -290,7 +296,7 @@ def _compare(
         show.step("Baselines", len(finished), total)
 
     show.step("Baselines", 0, total)
-    return baselines(settings.recipe, cohorts, test, device, alone=settings.baselines != "centralised", done=trained)
+    return baselines(settings.recipe, cohorts, rounds, test, device, alone=alone, done=trained)
 
 
 def _prove(

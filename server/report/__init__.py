@@ -66,10 +66,10 @@ class SiteSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """The same number of steps without federation, all on the central test set."""
+    """As many passes over the images as the model has behind it, without federation; all on the central test set."""
 
     centralised: Metrics | None
-    """Trained on the pooled data."""
+    """Trained on the pooled data; None where the model has no round behind it."""
     alone: Mapping[str, Metrics]
     """Site to the model trained on that site only."""
 

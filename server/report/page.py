@@ -325,7 +325,13 @@ def _comparison(report: RunReport) -> Html:
             else:
                 rows.append([name, *(_metric(metrics.values, key, report) for key in keys)])
         head = ("Training", *(words.metric(key, report) for key in keys))
-        parts.append(table(head, rows, caption="Same number of training steps, same central test set"))
+        parts.append(
+            table(
+                head,
+                rows,
+                caption="As many passes over the images as the federated model has behind it; same central test set",
+            )
+        )
     return join(*parts)
 
 

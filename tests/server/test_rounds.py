@@ -236,6 +236,12 @@ def test_a_reply_of_nobody_asked_is_not_admitted():
     assert "stranger" not in ran(recipe(1), Crowd())[0][1].accepted
 
 
+def test_a_round_is_behind_the_model_for_the_sites_that_were_in_it():
+    present = iter([SITES[:5], SITES, SITES[2:], SITES])
+    final = ran(recipe(3, quorum=5), Sites(), sites=lambda: hellos(next(present)))[-1][0]
+    assert rounds.behind(final) == {site: 3 - (site in SITES[:2]) - (site in SITES[5:]) for site in SITES}
+
+
 @pytest.mark.parametrize("name", get_args(Strategy))
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_bits(name, stop, tmp_path):
@@ -286,6 +292,7 @@ def test_early_stopping_keeps_the_best_model_that_was_measured(scores, settings,
     assert final.best is None
     # How many rounds are behind it, where it is not the last round's.
     assert rounds.taken(final) == (kept - 1 if "E" in work else None)
+    assert rounds.behind(final) == dict.fromkeys(SITES, kept - 1)
 
 
 def test_early_stopping_survives_a_restart_at_every_visit(tmp_path):

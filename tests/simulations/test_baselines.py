@@ -1,0 +1,69 @@
+"""What federation is compared with makes as many passes over the images as the federated model has behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.cohort import Cohort
+from client.train import Trained
+from common.config import Federation, ModelConfig, Preprocessing, Recipe, Training
+from common.metrics import Metrics
+from common.samples import Samples
+from common.weights import Weights
+from simulations import baselines as module
+from simulations.baselines import baselines
+
+RECIPE = Recipe(
+    name="compared", rounds=8, data=Preprocessing(size=(8, 8)), federation=Federation(sites=3, quorum=1),
+    training=Training(batch_size=5, local_epochs=0.5, warmup_rounds=1),
+    model=ModelConfig(family="monai", name="resnet10", width=0.0625, stem="small"),
+)  # fmt: skip
+
+
+def cohort(train: int) -> Cohort:
+    x_N, names = np.zeros((train, 1, 8, 8), np.float32), tuple(map(str, range(train)))
+    samples = Samples(x_N, np.arange(train) % 2, np.arange(train), names, {}, "")
+    return Cohort(samples, np.repeat(["train"], train), "a" * 64, {}, 2)
+
+
+COHORTS = {"north": cohort(10), "south": cohort(20), "west": cohort(30)}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Training]:
+    """Training that costs nothing; what each was told to do, by name."""
+    told: dict[str, Training] = {}
+
+    def fake(model: object, start: Weights, cohort: Cohort, recipe: Recipe, *, site: str, **_: Any) -> Trained:
+        told[site] = recipe.training
+        return Trained(delta=start.zeros(), steps=1, loss=None)
+
+    monkeypatch.setattr(module, "train", fake)
+    monkeypatch.setattr(module, "central", lambda *_, **__: type("Found", (), {"metrics": Metrics(patients=9)}))
+    return told
+
+
+def compared(rounds: dict[str, int], **parts: Any) -> Any:
+    return baselines(RECIPE, COHORTS, rounds, COHORTS["north"].samples, torch.device("cpu"), **parts)
+
+
+def test_with_all_sites_in_all_rounds_each_makes_all_planned_passes(trained: dict[str, Training]) -> None:
+    compared(dict.fromkeys(COHORTS, 8))
+    assert {name: one.local_epochs for name, one in trained.items()} == dict.fromkeys([*COHORTS, "pooled"], 4.0)
+    assert {one.warmup_rounds for one in trained.values()} == {1 / 8}
+
+
+def test_a_site_makes_the_passes_of_its_own_rounds_and_the_pooled_data_their_mean(trained: dict[str, Training]) -> None:
+    found = compared({"north": 2, "south": 5})
+    # half a pass a round; pooled (2 * 10 + 5 * 20 + 0 * 30) / 60 = 2 rounds
+    assert {name: one.local_epochs for name, one in trained.items()} == {"north": 1.0, "south": 2.5, "pooled": 1.0}
+    assert list(found.alone) == ["north", "south"], "west gave nothing, so there is nothing to compare it with"
+
+
+def test_of_a_model_with_no_round_behind_it_there_is_no_baseline(trained: dict[str, Training]) -> None:
+    found = compared({})
+    assert (found.centralised, found.alone, trained) == (None, {}, {})
