@@ -172,6 +172,8 @@ def _cards(told: Account) -> Html:
 
     sites = {site.name for story in told.stories for site in story.sites}
     spent = [site.epsilon for story in told.stories for site in story.sites if site.epsilon is not None]
+    paid = [site.scores_epsilon for story in told.stories for site in story.sites if site.scores_epsilon is not None]
+    scores = f"; of noised scores {_epsilon(max(paid))}" if paid else ""
     sent = [item for story in told.stories for item in story.sent if item.what.startswith("update")]
     train = [site.patients["train"] for story in told.stories for site in story.sites if "train" in site.patients]
     return tag(
@@ -180,7 +182,7 @@ def _cards(told: Account) -> Html:
         card("Sites", str(len(sites))),
         card("Rounds", str(sum(story.rounds for story in told.stories)), "aggregated"),
         card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train)),
-        card("Epsilon, highest", _epsilon(max(spent, default=None)), "of any site, one recipe"),
+        card("Epsilon of updates", _epsilon(max(spent, default=None)), f"highest of any site, one recipe{scores}"),
         card("Updates sent", f"{len(sent):,}", _size(sum(item.bytes or 0 for item in sent))),
         class_="cards",
     )
@@ -263,7 +265,7 @@ def _story(story: Story) -> Html:
         tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in facts)),
         tag("h3", "Sites, patients and approvals"),
         table(
-            ("Site", "Patients", "Data manifest", "Approved by", "Epsilon", "Updates", "Bytes"),
+            ("Site", "Patients", "Data manifest", "Approved by", "Epsilon of updates", "Updates", "Bytes"),
             (_site(site) for site in story.sites),
             caption="Patients are given by split; a count is not told where it is too small, by policy, or under masks",
             numbers_from=4,
@@ -298,6 +300,9 @@ def _site(site: SiteLine) -> Sequence[Child]:
         join(
             _epsilon(site.epsilon),
             tag("span", f"delta {site.delta:g}", class_="sub") if site.delta is not None else None,
+            None
+            if site.scores_epsilon is None
+            else tag("span", f"and {_epsilon(site.scores_epsilon)} of scores", class_="sub"),
         ),
         f"{site.updates:,}",
         _size(site.bytes) if site.bytes else "–",
@@ -306,6 +311,13 @@ def _site(site: SiteLine) -> Sequence[Child]:
 
 def _approval(approval: Approval) -> Html:
     return join(approval.by or "unnamed", tag("span", _moment(approval.time), class_="sub"))
+
+
+def _noise(item: Sent) -> str:
+    if item.noise_multiplier:
+        return f"{_figure(item.clip_norm)} / {_figure(item.noise_multiplier)}"
+    # The coordinator's log does not tell how an update was noised, and an evaluation is none.
+    return "none" if item.told_by == item.site and item.what.startswith("update") else "–"
 
 
 def _left(sent: Sequence[Sent]) -> Html:
@@ -320,14 +332,26 @@ def _left(sent: Sequence[Sent]) -> Html:
             f"{item.bytes:,}" if item.bytes is not None else "–",
             _hash(item.digest) if item.digest else "–",
             _figure(item.norm),
-            f"{_figure(item.clip_norm)} / {_figure(item.noise_multiplier)}" if item.noise_multiplier else "none",
+            _noise(item),
             _epsilon(item.epsilon),
             item.scores,
             item.fate or "–",
         )
         for item in sent
     ]
-    head = ("Site", "Time", "What", "Round", "Bytes", "Digest", "Norm", "Clip / noise", "Epsilon", "Scores", "Fate")
+    head = (
+        "Site",
+        "Time",
+        "What",
+        "Round",
+        "Bytes",
+        "Digest",
+        "Norm",
+        "Clip / noise",
+        "Epsilon of updates",
+        "Scores",
+        "Fate",
+    )
     shown = table(
         head, rows, caption="Every message with results, as the logs have it", numbers_from=99, class_="compact"
     )
@@ -335,7 +359,8 @@ def _left(sent: Sequence[Sent]) -> Html:
         shown = tag("details", tag("summary", f"{len(rows):,} messages"), shown)
     text = (
         "Beside these a site sends only who it is (versions, patient counts, manifest hash, head of its log) and "
-        "refusals. Scores are bounded numbers about its validation and test patients."
+        "refusals. Scores are bounded numbers about its validation and test patients; where a site noised them, the "
+        "table of sites says what they cost."
     )
     return join(tag("p", text), shown)
 

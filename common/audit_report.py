@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.chain import CLOCK, CONTINUED, KEY, STARTED, TOLERANCE_S, Event
+from common.errors import PrivacyError
 from common.lineage import Approval, Lineage, LineageError, Run, approvals, lineage, runs
 from common.logs import Check, Log, Role, State, as_map, check_logs, state_of
 from common.storage import write_whole
@@ -103,7 +104,10 @@ class SiteLine:
     approvals: tuple[Approval, ...]
     """Those that stand at the end of the log."""
     epsilon: float | None
+    """Of the updates."""
     delta: float | None
+    scores_epsilon: float | None
+    """Of scores that the site noised, beside `epsilon`; None where its log tells of none."""
     updates: int
     bytes: int
 
@@ -391,9 +395,37 @@ def _site_line(
         approvals=approvals(name, log.events, recipe_id) if log is not None else (),
         epsilon=max(spent, default=None),
         delta=_number(deltas[-1]) if deltas else None,
+        scores_epsilon=_scores_epsilon(log.events, recipe_id) if log is not None else None,
         updates=len(updates),
         bytes=sum(item.bytes or 0 for item in updates),
     )
+
+
+def _scores_epsilon(events: Sequence[Event], recipe_id: str) -> float | None:
+    """What a site's log says that noised scores of a recipe cost, by the account of this version.
+
+    The event's own epsilon is that of all that the site has ever released.
+    """
+    from common.accounting import Event as Noised
+    from common.accounting import epsilon_pld
+
+    # Asked again after a crash, a release is not paid for again.
+    paid: dict[tuple[object, object, Noised], float] = {}
+    base: object = None
+    try:
+        for event in events:
+            facts = event.facts
+            if event.kind == "plan received":
+                base = facts.get("weights")
+                continue
+            if (event.kind, facts.get("releases"), facts.get("recipe_id")) != ("budget reserved", "scores", recipe_id):
+                continue
+            noise, rate, steps = (facts[name] for name in ("noise_multiplier", "sampling_rate", "steps"))
+            noised = Noised(noise_multiplier=noise, sampling_rate=rate, steps=steps)
+            paid[str(base), str(facts.get("round")), noised] = float(facts["delta"])
+        return epsilon_pld([noised for *_, noised in paid], max(paid.values())) if paid else None
+    except (PrivacyError, KeyError, TypeError, ValueError):  # facts are signed, but not by us
+        return None
 
 
 def _scores(said: object) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 import fedicom
+from common.accounting import Event as Noised
+from common.accounting import epsilon_pld
 from common.audit import AuditLog
 from common.audit_report import account, write_account
 from common.config import load_settings
@@ -437,6 +439,48 @@ def test_the_json_beside_the_page_says_the_same(tmp_path):
     assert {sent["scores"] for sent in story["sent"] if sent["what"] == "update"} == {"yes"}
     assert [line["facts"]["why"] for line in plain["refusals"]] == ["site refused (policy): <script>alert(1)</script>"]
     assert plain["other"] == []
+
+
+def rows_of(path: Path, title: str) -> list[list[str]]:
+    """Cells of the table with this caption."""
+    (found,) = (part for part in re.findall(r"<table.*?</table>", path.read_text(), re.DOTALL) if title in part)
+    return [
+        [re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr>(.*?)</tr>", found, re.DOTALL)
+    ]
+
+
+def test_how_an_update_was_noised_is_unknown_and_not_none_where_the_sites_log_is_not_there(tmp_path):
+    folder = federation(tmp_path, at("north", "update sent", 2, noise_multiplier=0.0))
+    (folder / "south.jsonl").unlink()
+    write_account(account(read_logs([tmp_path]), {}), tmp_path / "page.html")
+    head, *rows = rows_of(tmp_path / "page.html", "Every message with results")
+    column = head.index("Clip / noise")
+    shown = {(row[0], row[2], row[3]): row[column] for row in rows}
+    assert shown == {
+        ("north", "update", "1"): "1 / 1.1", ("north", "update", "2"): "none", ("north", "evaluation", "3"): "–",
+        ("south", "update", "1"): "–", ("south", "update", "2"): "–", ("south", "evaluation", "3"): "–",
+    }  # fmt: skip
+
+
+def test_what_noised_scores_cost_stands_beside_the_epsilon_of_updates(tmp_path):
+    """Noise 5.3, two histograms: epsilon 1 at delta 1e-5; the event's own epsilon is that of all releases."""
+    folder = federation(tmp_path)
+    log = AuditLog(folder / "north.jsonl", KEYS["north"], clock=lambda: datetime(2026, 3, 3, tzinfo=UTC))
+    for _ in range(2):  # asked again after a crash: paid once
+        log.append("plan received", recipe_id=RECIPE, round=3, work="evaluate", weights=digest("weights", 2))
+        log.append("budget reserved", round=3, recipe_id=RECIPE, noise_multiplier=5.3, sampling_rate=1.0, steps=2,
+                   epsilon=3.61, delta=1e-5, releases="scores")  # fmt: skip
+    told = account(read_logs([tmp_path]), {})
+    paid = epsilon_pld([Noised(noise_multiplier=5.3, sampling_rate=1.0, steps=2)], 1e-5)
+    assert [site.scores_epsilon for site in told.stories[0].sites] == [paid, None]
+    assert 0.98 < paid <= 1.0
+    write_account(told, tmp_path / "page.html")
+    text, _ = seen(tmp_path / "page.html")
+    assert "Epsilon of updates 3.00 highest of any site, one recipe; of noised scores 1.00" in text
+    assert "3.00 delta 1e-05 and 1.00 of scores" in text
+    log.append("budget reserved", round=4, recipe_id=RECIPE, noise_multiplier="much", releases="scores")
+    assert account(read_logs([tmp_path]), {}).stories[0].sites[0].scores_epsilon is None
 
 
 def test_the_report_of_changed_logs_says_not_verified_first_and_ends_with_1(tmp_path, capsys):
