@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 from pydicom.pixels.utils import pixel_array
 
 from common.imaging import worker
@@ -19,6 +18,7 @@ from common.imaging.frames import MultiFrame
 from common.imaging.header import Overrun, inflatable_meta, inflate, read_header, tags_of
 from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of, padding_range
 from common.imaging.refusal import Refusal, RefusalCode
+from common.imaging.tables import lookup
 
 _PALETTES = tuple(f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue"))
 _TAGS = tags_of(
@@ -35,10 +35,11 @@ def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArra
     """Decodes one single-frame image.
 
     Modality LUT or rescale of this very file (PET slopes differ from slice to slice) in float64; colour becomes
-    luminance (ITU-R BT.601). A VOI LUT Sequence of a projection image is applied: it is the tone curve with which
-    the picture was made. Window Center and Width are not: they are a display setting that clips, and the recipe's
-    own intensity rule follows. MONOCHROME1 is inverted within the range of Bits Stored, the same map for every
-    image of a detector; CT and PET keep their physical values whatever the display polarity.
+    luminance (ITU-R BT.601) from 0 to 255, however many bits a colour has. A VOI LUT Sequence of a projection image is
+    applied: it is the tone curve with which the picture was made. Window Center and Width are not: they are a display
+    setting that clips, and the recipe's own intensity rule follows. MONOCHROME1 is inverted within the range of Bits
+    Stored, the same map for every image of a detector; CT and PET keep their physical values whatever the display
+    polarity.
 
     Args:
         path: A single-frame file.
@@ -95,10 +96,14 @@ def _luminance(path: Path, layout: Layout, dataset: Dataset, projection: bool) -
     if layout.photometric == "PALETTE COLOR":
         if any(f"Segmented{name}Data" in dataset for name in _PALETTES):  # six bytes may become millions
             raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "Colours from a segmented palette are not supported.")
-        stored = apply_color_lut(stored, dataset)
+        inputs = _range(layout, 1, 0)
+        tables = [lookup(dataset, name, inputs, signed=layout.signed) for name in _PALETTES]
+        colours = ((table(stored), table.largest) for table in tables)
+    else:
+        colours = ((layout.in_range(stored[..., channel]), (1 << layout.stored) - 1) for channel in range(3))
     grey = np.zeros(stored.shape[:2], dtype=np.float64)  # colour by colour: all three in float64 are 24 times the file
-    for channel, weight in enumerate((0.299, 0.587, 0.114)):
-        grey += weight * stored[..., channel].astype(np.float64)
+    for (values, largest), weight in zip(colours, (0.299, 0.587, 0.114), strict=True):
+        grey += 255 / largest * weight * values.astype(np.float64)
     return grey.astype(np.float32)
 
 
@@ -288,18 +293,15 @@ def _through_tables(
     (stored,) = stored_frames(path, layout, [0])
     values: NDArray[np.floating[Any]]
     if dataset.get("ModalityLUTSequence"):
-        values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float64)
-        limits = _table_range(dataset.ModalityLUTSequence)
+        table = lookup(dataset.ModalityLUTSequence[0], "LUT", _range(layout, 1, 0), signed=layout.signed)
+        values, limits, signed = table(stored).astype(np.float64), (0.0, float(table.largest)), False
     else:
         slope, intercept = _rescale(dataset)
         values, limits = _line(stored, layout, slope, intercept), _range(layout, slope, intercept)
+        signed = limits[0] < 0
     if projection and dataset.get("VOILUTSequence"):
-        whole = np.round(values).astype(np.int32)  # a lookup table is indexed by whole numbers
-        values, limits = np.asarray(apply_voi(whole, dataset), np.float64), _table_range(dataset.VOILUTSequence)
+        table = lookup(dataset.VOILUTSequence[0], "LUT", limits, signed=signed)
+        values, limits = table(values).astype(np.float64), (0.0, float(table.largest))
     if _inverted(layout, modality):
         values = sum(limits) - values
     return _checked(values, _padding_mask(stored, padding_range(dataset, layout)))
-
-
-def _table_range(tables: Sequence[Dataset]) -> tuple[float, float]:
-    return 0.0, float((1 << int(tables[0].LUTDescriptor[2])) - 1)

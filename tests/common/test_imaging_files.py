@@ -151,7 +151,8 @@ def test_a_palette_ultrasound_is_read_through_its_colours(tmp_path: Path) -> Non
     for name, part in (("Red", 0.299), ("Green", 0.587), ("Blue", 0.114)):
         table = np.frombuffer(dataset[f"{name}PaletteColorLookupTableData"].value, dtype="<u2")
         level[: len(table)] += part * table
-    np.testing.assert_allclose(image.values_YX, level[index], rtol=1e-4)
+    # entries of 16 bits; a recipe's window of 0 to 255 is for colours of 8 bits as well as for these
+    np.testing.assert_allclose(image.values_YX, level[index] * 255 / 65535, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
