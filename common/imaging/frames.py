@@ -13,12 +13,12 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from common.imaging import worker
-from common.imaging.header import Header, numbers, read_header, tags_of, text
+from common.imaging.header import PHYSICAL, Header, numbers, read_header, tags_of, text
 from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, padding_range
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
 _TAGS = tags_of(
-    *LAYOUT_TAGS, "SOPClassUID", "ImageType", "DimensionIndexSequence", "SharedFunctionalGroupsSequence",
+    *LAYOUT_TAGS, "Modality", "SOPClassUID", "ImageType", "DimensionIndexSequence", "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence", "RescaleSlope", "RescaleIntercept", "PixelSpacing", "SpacingBetweenSlices",
     "SliceThickness", "FrameIncrementPointer", "SliceVector", "DetectorInformationSequence",
 )  # fmt: skip
@@ -106,15 +106,16 @@ def frames_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
     with quiet():
         dataset, element = read_header(Path(path), _TAGS, bounded=False)
         layout = layout_of(dataset, element)
+        modality = text(dataset, "Modality")
         if dataset.get("SOPClassUID") == uid.NuclearMedicineImageStorage:
-            frames = _reconstruction(dataset)
+            frames = _reconstruction(dataset, modality)
         else:
-            frames = _enhanced(dataset)
+            frames = _enhanced(dataset, modality)
     padding = padding_range(dataset, layout)
     yield {"layout": asdict(layout), "padding": padding, "frames": [asdict(frame) for frame in frames]}, b""
 
 
-def _enhanced(dataset: Dataset) -> list[Frame]:
+def _enhanced(dataset: Dataset, modality: str) -> list[Frame]:
     """Source: DICOM PS3.3 C.7.6.16.2 and C.7.6.17 (dimensions)."""
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     per_frame = dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -133,7 +134,7 @@ def _enhanced(dataset: Dataset) -> list[Frame]:
         indices = [] if index is None else [index] if isinstance(index, int) else list(index)
         dimensions = [str(indices[place]) if place < len(indices) else "" for place in telling]
         direction = group("MRDiffusionSequence").get("DiffusionGradientDirectionSequence") or [Dataset()]
-        scale = group("PixelValueTransformationSequence")
+        slope, intercept = rescale(group("PixelValueTransformationSequence"), modality)
         frames.append(
             Frame(
                 position_mm=numbers(group("PlanePositionSequence"), "ImagePositionPatient"),
@@ -145,8 +146,8 @@ def _enhanced(dataset: Dataset) -> list[Frame]:
                     text(direction[0], "DiffusionGradientOrientation"),
                     *(text(group(sequence), keyword) for sequence, keyword in _REPEATS),
                 ),
-                slope=_number(scale, "RescaleSlope", 1.0),
-                intercept=_number(scale, "RescaleIntercept", 0.0),
+                slope=slope,
+                intercept=intercept,
             )
         )
     return frames
@@ -163,7 +164,7 @@ def _frame_type(group: Any, dataset: Dataset) -> tuple[str, ...]:
     return tuple(str(part) for part in dataset.get("ImageType") or ())
 
 
-def _reconstruction(dataset: Dataset) -> list[Frame]:
+def _reconstruction(dataset: Dataset, modality: str) -> list[Frame]:
     """A tomographic reconstruction of nuclear medicine: the first slice has a position, the others follow it.
 
     Source: DICOM PS3.3 C.8.4.8, C.8.4.15: a positive Spacing Between Slices stacks along row x column.
@@ -171,7 +172,7 @@ def _reconstruction(dataset: Dataset) -> list[Frame]:
     vector: Any = dataset.get("SliceVector")
     numbers_N = [int(number) for number in ([vector] if isinstance(vector, int) else vector or [])]
     detectors = dataset.get("DetectorInformationSequence") or []
-    step_mm = _number(dataset, "SpacingBetweenSlices", 0.0)
+    step_mm = _number(dataset, "SpacingBetweenSlices") or 0.0
     pointer: Any = dataset.get("FrameIncrementPointer")
     pointers = [] if pointer is None else [pointer] if isinstance(pointer, int) else list(pointer)
     count = int(dataset.get("NumberOfFrames") or 1)
@@ -188,7 +189,7 @@ def _reconstruction(dataset: Dataset) -> list[Frame]:
     normal = np.cross(orientation[:3], orientation[3:])
     spacing_mm = numbers(dataset, "PixelSpacing")
     image_type = tuple(str(part) for part in dataset.get("ImageType") or ())
-    slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
+    slope, intercept = rescale(dataset, modality)
     return [
         Frame(
             position_mm=tuple(float(mm) for mm in first + (number - 1) * step_mm * normal),
@@ -203,6 +204,26 @@ def _reconstruction(dataset: Dataset) -> list[Frame]:
     ]
 
 
-def _number(dataset: Dataset, keyword: str, default: float) -> float:
+def rescale(dataset: Dataset, modality: str) -> tuple[float, float]:
+    """Slope and intercept, 1 and 0 where a modality without a physical unit has none.
+
+    Raises:
+        Refusal: One stands without the other, or CT or PET has none: its stored values are no Hounsfield units and no
+            activity, and a slice among others would be off by a thousand. Or they are no numbers.
+
+    Source: DICOM PS3.3 C.8.2.1 and C.8.9.4 (required), C.11.1.
+    """
+    slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
+    if slope is not None and intercept is not None:
+        if slope == 0 or not np.isfinite([slope, intercept]).all():
+            raise Refusal(RefusalCode.CORRUPT, "The rescale slope or intercept is zero or no number.")
+        return slope, intercept
+    if slope is None and intercept is None and modality not in PHYSICAL:
+        return 1.0, 0.0
+    why = "The header lacks Rescale Slope or Intercept, without which the pixel values mean nothing; export again."
+    raise Refusal(RefusalCode.MISSING_HEADER, why)
+
+
+def _number(dataset: Dataset, keyword: str) -> float | None:
     value = dataset.get(keyword)
-    return default if value is None or value == "" else float(value)
+    return None if value is None or value == "" else float(value)

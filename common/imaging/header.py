@@ -33,6 +33,9 @@ content that passes takes pydicom less than a second and 50 MiB."""
 _LONG_HEADER_BYTES = 2**26
 """What a deflated header may unpack to in the worker."""
 
+PHYSICAL = ("CT", "PT")
+"""Modalities whose values have a unit: without a rescale they are not known."""
+
 Kind = Literal["slice", "multiframe", "projection"]
 
 _KINDS: dict[str, Kind] = {

@@ -14,8 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 
 from common.imaging import worker
-from common.imaging.frames import MultiFrame
-from common.imaging.header import Overrun, inflatable_meta, inflate, read_header, tags_of
+from common.imaging.frames import MultiFrame, rescale
+from common.imaging.header import PHYSICAL, Overrun, inflatable_meta, inflate, read_header, tags_of, text
 from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of, padding_range
 from common.imaging.refusal import Refusal, RefusalCode
 from common.imaging.tables import lookup
@@ -60,13 +60,13 @@ def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArra
     layout = layout_of(dataset, element)
     if layout.frames != 1:
         raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
-    modality = str(dataset.get("Modality"))
+    modality = text(dataset, "Modality")
     if layout.photometric == "PALETTE COLOR" or layout.samples == 3:
         return _luminance(path, layout, dataset, projection), None
     _need_grey(layout)
     if dataset.get("ModalityLUTSequence") or (projection and dataset.get("VOILUTSequence")):
         return _through_tables(path, layout, dataset, projection, modality)
-    slope, intercept = _rescale(dataset)
+    slope, intercept = rescale(dataset, modality)
     inverted = _inverted(layout, modality)
     if inverted and not projection and (slope, intercept) != (1, 0):  # might differ from slice to slice
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice that is inverted and has a scale of its own.")
@@ -132,7 +132,6 @@ def decode_frames(
     limits: list[float] = []
     for frame, stored in zip(sorted(order), stored_frames(path, layout, sorted(order)), strict=True):
         slope, intercept = found.frames[frame].slope, found.frames[frame].intercept
-        _check_rescale(slope, intercept)
         z = slice_of[frame]
         values_ZYX[z] = _line(stored, layout, slope, intercept)
         limits.extend(_range(layout, slope, intercept))
@@ -171,7 +170,7 @@ def _need_grey(layout: Layout) -> None:
 
 
 def _inverted(layout: Layout, modality: str) -> bool:
-    return layout.photometric == "MONOCHROME1" and modality not in ("CT", "PT")
+    return layout.photometric == "MONOCHROME1" and modality not in PHYSICAL
 
 
 # --- stored values
@@ -272,20 +271,6 @@ def _range(layout: Layout, slope: float, intercept: float) -> tuple[float, float
     return min(ends), max(ends)
 
 
-def _rescale(dataset: Dataset) -> tuple[float, float]:
-    slope, intercept = (
-        default if (value := dataset.get(keyword)) is None or value == "" else float(value)
-        for keyword, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
-    )
-    _check_rescale(slope, intercept)
-    return slope, intercept
-
-
-def _check_rescale(slope: float, intercept: float) -> None:
-    if slope == 0 or not np.isfinite([slope, intercept]).all():
-        raise Refusal(RefusalCode.CORRUPT, "The rescale slope or intercept is zero or no number.")
-
-
 def _through_tables(
     path: Path, layout: Layout, dataset: Dataset, projection: bool, modality: str
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
@@ -296,7 +281,7 @@ def _through_tables(
         table = lookup(dataset.ModalityLUTSequence[0], "LUT", _range(layout, 1, 0), signed=layout.signed)
         values, limits, signed = table(stored).astype(np.float64), (0.0, float(table.largest)), False
     else:
-        slope, intercept = _rescale(dataset)
+        slope, intercept = rescale(dataset, modality)
         values, limits = _line(stored, layout, slope, intercept), _range(layout, slope, intercept)
         signed = limits[0] < 0
     if projection and dataset.get("VOILUTSequence"):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from pydicom.datadict import tag_for_keyword
 
-from common.imaging.header import REPEATS, TAGS, Header, scan
+from common.imaging.header import PHYSICAL, REPEATS, TAGS, Header, scan
 from common.imaging.layout import COMPRESSED
 from common.imaging.refusal import RefusalCode, Refused
 
@@ -146,7 +146,7 @@ class Examiner:
         known = self._known.get(key)
         if known is None or not known.tells(regular):
             result = scan(path)
-            plan = _plan(regular) if isinstance(result, Header) else None
+            plan = _plan(regular, result) if isinstance(result, Header) else None
             # these two may come from bytes that the key does not hold
             if isinstance(result, Header) or result.code not in (RefusalCode.CORRUPT, RefusalCode.UNREADABLE):
                 self._known[key] = _Known(result, plan, regular.left)
@@ -161,7 +161,7 @@ class Examiner:
         if own is None:
             return scan(path), None, syntax, regular.start
         header = replace(like, path=path, **own)  # type: ignore[arg-type]
-        return header, None if plan is None else _moved(plan, regular), syntax, regular.start
+        return header, None if plan is None else _moved(plan, regular, like), syntax, regular.start
 
 
 class _Known(NamedTuple):
@@ -354,7 +354,7 @@ def _own(regular: _Regular, like: Header) -> dict[str, object] | None:
     return fields
 
 
-def _plan(regular: _Regular) -> Plan | None:
+def _plan(regular: _Regular, header: Header) -> Plan | None:
     """How to read the pixels without a parser; None where `pixels.decode` has more to do than one straight line."""
     codec = regular.syntax.decode()
     if regular.syntax in _NATIVE:
@@ -393,11 +393,15 @@ def _plan(regular: _Regular) -> Plan | None:
         ends = [end - 2**16 if signed and end >= 2**15 else end for end in (low, high)]
         padding = min(ends), max(ends)
     plan = Plan(0, (rows, columns), f"<{'i' if signed else 'u'}{allocated // 8}", bits, 1.0, 0.0, padding, codec)
-    return _moved(plan, regular)
+    return _moved(plan, regular, header)
 
 
-def _moved(plan: Plan, regular: _Regular) -> Plan | None:
+def _moved(plan: Plan, regular: _Regular, like: Header) -> Plan | None:
     """The plan for another slice of the same series."""
+    if (_SLOPE in regular.own) != (_INTERCEPT in regular.own):
+        return None
+    if _SLOPE not in regular.own and like.modality in PHYSICAL:
+        return None
     scale = [1.0, 0.0]
     for place, tag in enumerate((_SLOPE, _INTERCEPT)):
         if tag in regular.own:

@@ -67,7 +67,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "pixel format or compression that is not read (bits, samples, colour slices)",
         "export in another format",
     ),
-    "missing_header": ("no SOP class, no identifiers, or no size", "export again"),
+    "missing_header": ("no SOP class, identifiers or size, or (CT, PET) no rescale", "export again"),
     "missing_geometry": ("position, orientation or spacing is missing or senseless", "export again, with geometry"),
     "missing_pixels": ("a header without pixels", "transfer again"),
     "truncated": ("shorter than its header says", "transfer again"),

@@ -255,6 +255,29 @@ def test_rescaling_uint16_does_not_overflow(tmp_path: Path) -> None:
     assert one_volume(read_folder(write(tmp_path, *slices))).values_ZYX.max() == 179993.0
 
 
+@pytest.mark.parametrize("value", [None, ""], ids=["absent", "empty"])
+@pytest.mark.parametrize("keywords", [("RescaleSlope",), ("RescaleIntercept",), ("RescaleSlope", "RescaleIntercept")])
+def test_ct_and_pet_without_slope_and_intercept_are_refused(
+    tmp_path: Path, keywords: tuple[str, ...], value: Any
+) -> None:
+    pet = {"sop_class": uid.PositronEmissionTomographyImageStorage, "modality": "PT"}
+    for name, more in (("ct", {}), ("pet", pet)):
+        # one such slice among others would be off by the intercept
+        slices = [ct(z, **{**more, **(dict.fromkeys(keywords, value) if z == 1 else {})}) for z in range(3)]
+        reading = read_folder(write(tmp_path / name, *slices))
+        assert all_refused(reading) == {RefusalCode.MISSING_HEADER, RefusalCode.INCOMPLETE}
+
+
+def test_mr_and_radiographs_may_lack_both_slope_and_intercept_and_not_one(tmp_path: Path) -> None:
+    mr = {"sop_class": uid.MRImageStorage, "modality": "MR", "RescaleIntercept": None}
+    volume = one_volume(read_folder(write(tmp_path / "none", *(ct(z, RescaleSlope=None, **mr) for z in range(3)))))
+    np.testing.assert_array_equal(volume.values_ZYX[1], pixels(1).astype(np.float32))
+    one = read_folder(write(tmp_path / "one", *(ct(z, **mr) for z in range(3))))
+    assert all_refused(one) == {RefusalCode.MISSING_HEADER}
+    one = read_folder(write(tmp_path / "dx", radiograph(np.zeros((2, 2), np.uint8), RescaleIntercept=5)))
+    assert all_refused(one) == {RefusalCode.MISSING_HEADER}
+
+
 def test_bits_above_bits_stored_are_masked(tmp_path: Path) -> None:
     unsigned = [ct(z, stored=np.full((6, 4), 0xF005, "<u2"), BitsStored=12, HighBit=11) for z in range(2)]
     assert one_volume(read_folder(write(tmp_path / "u", *unsigned))).values_ZYX.max() == 5 * 2 - 1000

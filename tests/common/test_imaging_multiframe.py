@@ -79,6 +79,20 @@ def test_frames_are_ordered_by_position_and_scaled_frame_by_frame(tmp_path: Path
     assert volume.affine @ [3, 1, 2, 1] == pytest.approx([-10 + 1.6, 20.5, 6, 1])
 
 
+@pytest.mark.parametrize("modality", ["CT", "PT", "MR"])
+def test_a_frame_without_a_pixel_value_transformation_is_refused_where_values_have_a_unit(
+    tmp_path: Path, modality: str
+) -> None:
+    made = enhanced([0, 2, 4])
+    made.Modality = modality
+    del made.PerFrameFunctionalGroupsSequence[1].PixelValueTransformationSequence
+    reading = read(tmp_path, made)
+    assert [refused.code for refused in reading.refused] == ([] if modality == "MR" else [RefusalCode.MISSING_HEADER])
+    made = enhanced([0, 2, 4])
+    del made.PerFrameFunctionalGroupsSequence[1].PixelValueTransformationSequence[0].RescaleSlope
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.MISSING_HEADER]
+
+
 def test_padding_of_a_multi_frame_file_takes_the_smallest_valid_value(tmp_path: Path) -> None:
     made = enhanced([0, 2, 4])
     made.add_new("PixelPaddingValue", "US", 1)

@@ -25,6 +25,7 @@ from pydicom.uid import (
     HTJ2KLossless,
     ImplicitVRLittleEndian,
     JPEGLSLossless,
+    MRImageStorage,
     RLELossless,
 )
 
@@ -80,6 +81,11 @@ def bits(stored: int) -> Change:
         made.BitsStored, made.HighBit = stored, stored - 1
 
     return change
+
+
+def mr(made: Dataset) -> None:
+    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = MRImageStorage
+    made.Modality = "MR"
 
 
 def table(made: Dataset, _: int) -> None:
@@ -154,6 +160,10 @@ SERIES: dict[str, tuple[dict[str, Any], Change]] = {
     "slope too large for float32": ({"dtype": "<u2"}, values(RescaleSlope="257", RescaleIntercept="1")),
     "absurd slope": ({}, values(RescaleSlope="1E300")),
     "no slope": ({}, lambda made, _: (made.pop("RescaleSlope"), made.pop("RescaleIntercept"))),
+    "no slope, MR": ({}, lambda made, _: (made.pop("RescaleSlope"), made.pop("RescaleIntercept"), mr(made))),
+    "no slope in one slice": ({}, lambda made, z: z == 2 and (made.pop("RescaleSlope"), made.pop("RescaleIntercept"))),
+    "slope without intercept, MR": ({}, lambda made, _: (made.pop("RescaleIntercept"), mr(made))),
+    "empty slope": ({}, values(RescaleSlope="", RescaleIntercept="")),
     "slope 0": ({}, values(RescaleSlope="0")),
     "table": ({}, table),
     "padding": ({}, lambda made, z: made.add_new("PixelPaddingValue", "SS", int(stored(z)[3]))),
@@ -270,6 +280,7 @@ def test_the_series_above_go_the_fast_way_or_the_usual_one_as_they_should(
         "big endian", "absurd slope", "slope 0", "table", "padding only", "MONOCHROME1", "MONOCHROME1 of MR",
         "more pixels than declared", "trailing padding", "fewer pixels than declared", "two patients",
         "one image twice", "JPEG-LS, one slice cut off", "wrong transfer syntax",
+        "no slope", "no slope in one slice", "slope without intercept, MR", "empty slope",
     }  # fmt: skip
 
 
