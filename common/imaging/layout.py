@@ -107,6 +107,11 @@ class Layout:
         low = -(1 << (self.stored - 1)) if self.signed else 0
         return low, low + (1 << self.stored) - 1
 
+    def value_range(self, slope: float, intercept: float) -> tuple[float, float]:
+        """What the smallest and the largest stored value become."""
+        ends = [end * slope + intercept for end in self.stored_range]
+        return min(ends), max(ends)
+
     def in_range(self, stored: NDArray[Any]) -> NDArray[Any]:
         """The lowest Bits Stored bits, with the sign that the header says."""
         width = 8 if self.stored <= 8 else 16 if self.stored <= 16 else 32
@@ -226,6 +231,14 @@ def check_behind(tag: int) -> None:
     if 0 < tag <= PIXEL_DATA:
         why = "Behind its pixels the file holds a piece of another image; transfer it again."
         raise Refusal(RefusalCode.CORRUPT, why)
+
+
+def need_grey(layout: Layout) -> None:
+    """Refuses what is not one grey value a pixel."""
+    if layout.samples != 1 or layout.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Refusal(
+            RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported."
+        )
 
 
 def padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:

@@ -10,22 +10,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import Dataset
 from pydicom.pixels.utils import pixel_array
 
 from common.imaging import worker
-from common.imaging.frames import MultiFrame, rescale
-from common.imaging.header import PHYSICAL, Overrun, inflatable_meta, inflate, read_header, tags_of, text
-from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of, padding_range
+from common.imaging.frames import MultiFrame
+from common.imaging.header import PHYSICAL, inflatable_meta, inflate
+from common.imaging.layout import Layout, need_grey
 from common.imaging.refusal import Refusal, RefusalCode
-from common.imaging.tables import lookup
+from common.imaging.single import Single, read_single
 
-_PALETTES = tuple(f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue"))
-_TAGS = tags_of(
-    *LAYOUT_TAGS, "Modality", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence",
-    *(f"{name}{part}" for name in _PALETTES for part in ("Descriptor", "Data")),
-    *(f"Segmented{name}Data" for name in _PALETTES),
-)  # fmt: skip
 _DTYPES = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4")
 _EXACT = 2.0**23
 """Whole numbers up to twice this are exact in float32."""
@@ -53,28 +46,25 @@ def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArra
 
     Source: DICOM PS3.3 C.7.6.3, C.7.5.1.1.2 (padding), C.11.1, C.11.2; PS3.4 N.2.
     """
-    try:
-        dataset, element = read_header(path, _TAGS)
-    except Overrun:
-        raise Refusal(RefusalCode.TOO_LARGE, "The header is longer than that of any single image.") from None
-    layout = layout_of(dataset, element)
-    if layout.frames != 1:
-        raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
-    modality = text(dataset, "Modality")
-    if layout.photometric == "PALETTE COLOR" or layout.samples == 3:
-        return _luminance(path, layout, dataset, projection), None
-    _need_grey(layout)
-    if dataset.get("ModalityLUTSequence") or (projection and dataset.get("VOILUTSequence")):
-        return _through_tables(path, layout, dataset, projection, modality)
-    slope, intercept = rescale(dataset, modality)
-    inverted = _inverted(layout, modality)
-    if inverted and not projection and (slope, intercept) != (1, 0):  # might differ from slice to slice
+    found = read_single(path, projection=projection)
+    layout = found.layout
+    inverted = _inverted(layout, found.modality)
+    if inverted and not projection and found.modality_lut is None and found.scale != (1, 0):
+        # might differ from slice to slice
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice that is inverted and has a scale of its own.")
     (stored,) = stored_frames(path, layout, [0])
-    values = _line(stored, layout, slope, intercept)
+    if found.colour:
+        return _luminance(stored, found), None
+    values: NDArray[np.floating[Any]]
+    if found.modality_lut is None:
+        values, limits = _line(stored, layout, *found.scale), layout.value_range(*found.scale)
+    else:
+        values, limits = found.modality_lut(stored).astype(np.float32), found.modality_lut.limits
+    if found.tone_curve is not None:
+        values, limits = found.tone_curve(values).astype(np.float32), found.tone_curve.limits
     if inverted:
-        values = sum(_range(layout, slope, intercept)) - values
-    return _checked(values, _padding_mask(stored, padding_range(dataset, layout)))
+        values = sum(limits) - values
+    return _checked(values, _padding_mask(stored, found.padding))
 
 
 def _checked(
@@ -89,18 +79,12 @@ def _checked(
     return singles, padding
 
 
-def _luminance(path: Path, layout: Layout, dataset: Dataset, projection: bool) -> NDArray[np.float32]:
-    if not projection:
-        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice in colour is a derived picture, not measured.")
-    (stored,) = stored_frames(path, layout, [0])
-    if layout.photometric == "PALETTE COLOR":
-        if any(f"Segmented{name}Data" in dataset for name in _PALETTES):  # six bytes may become millions
-            raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "Colours from a segmented palette are not supported.")
-        inputs = _range(layout, 1, 0)
-        tables = [lookup(dataset, name, inputs, signed=layout.signed) for name in _PALETTES]
-        colours = ((table(stored), table.largest) for table in tables)
+def _luminance(stored: NDArray[Any], found: Single) -> NDArray[np.float32]:
+    if found.palette:
+        colours = ((table(stored), table.limits[1]) for table in found.palette)
     else:
-        colours = ((layout.in_range(stored[..., channel]), (1 << layout.stored) - 1) for channel in range(3))
+        largest = float((1 << found.layout.stored) - 1)
+        colours = ((found.layout.in_range(stored[..., channel]), largest) for channel in range(3))
     grey = np.zeros(stored.shape[:2], dtype=np.float64)  # colour by colour: all three in float64 are 24 times the file
     for (values, largest), weight in zip(colours, (0.299, 0.587, 0.114), strict=True):
         grey += 255 / largest * weight * values.astype(np.float64)
@@ -125,7 +109,7 @@ def decode_frames(
         Refusal: The pixels cannot be decoded or are not supported.
     """
     layout = found.layout
-    _need_grey(layout)
+    need_grey(layout)
     slice_of = {frame: z for z, frame in enumerate(order)}
     values_ZYX = np.empty((len(order), layout.rows, layout.columns), dtype=np.float32)
     padding_ZYX: NDArray[np.bool_] | None = None
@@ -134,7 +118,7 @@ def decode_frames(
         slope, intercept = found.frames[frame].slope, found.frames[frame].intercept
         z = slice_of[frame]
         values_ZYX[z] = _line(stored, layout, slope, intercept)
-        limits.extend(_range(layout, slope, intercept))
+        limits.extend(layout.value_range(slope, intercept))
         padding_YX = _padding_mask(stored, found.padding)
         if padding_YX is not None:
             if padding_ZYX is None:
@@ -160,13 +144,6 @@ def _padding_mask(stored: NDArray[Any], padding: tuple[int, int] | None) -> NDAr
     low, high = padding
     mask = (stored >= low) & (stored <= high)  # numpy 2 compares integers beyond the dtype exactly
     return mask if mask.any() else None
-
-
-def _need_grey(layout: Layout) -> None:
-    if layout.samples != 1 or layout.photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Refusal(
-            RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported."
-        )
 
 
 def _inverted(layout: Layout, modality: str) -> bool:
@@ -263,30 +240,3 @@ def _line(stored: NDArray[Any], layout: Layout, slope: float, intercept: float) 
     if intercept != 0:
         values += intercept
     return values
-
-
-def _range(layout: Layout, slope: float, intercept: float) -> tuple[float, float]:
-    """What the smallest and the largest stored value become."""
-    ends = [end * slope + intercept for end in layout.stored_range]
-    return min(ends), max(ends)
-
-
-def _through_tables(
-    path: Path, layout: Layout, dataset: Dataset, projection: bool, modality: str
-) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-    """Values after the Modality LUT and, of a projection, the tone curve."""
-    (stored,) = stored_frames(path, layout, [0])
-    values: NDArray[np.floating[Any]]
-    if dataset.get("ModalityLUTSequence"):
-        table = lookup(dataset.ModalityLUTSequence[0], "LUT", _range(layout, 1, 0), signed=layout.signed)
-        values, limits, signed = table(stored).astype(np.float64), (0.0, float(table.largest)), False
-    else:
-        slope, intercept = rescale(dataset, modality)
-        values, limits = _line(stored, layout, slope, intercept), _range(layout, slope, intercept)
-        signed = limits[0] < 0
-    if projection and dataset.get("VOILUTSequence"):
-        table = lookup(dataset.VOILUTSequence[0], "LUT", limits, signed=signed)
-        values, limits = table(values).astype(np.float64), (0.0, float(table.largest))
-    if _inverted(layout, modality):
-        values = sum(limits) - values
-    return _checked(values, _padding_mask(stored, padding_range(dataset, layout)))

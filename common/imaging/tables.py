@@ -11,6 +11,8 @@ from pydicom.dataset import Dataset
 
 from common.imaging.refusal import Refusal, RefusalCode
 
+TABLE_BYTES = 2**17
+"""The largest table has 65,536 entries of two bytes."""
 _AT_ONCE = 2**20
 """Values that are looked up at a time: their places take eight bytes each."""
 
@@ -26,9 +28,9 @@ class Lookup:
     """Of an entry."""
 
     @property
-    def largest(self) -> int:
+    def limits(self) -> tuple[float, float]:
         """What an entry may be."""
-        return int((1 << self.bits) - 1)
+        return 0.0, float((1 << self.bits) - 1)
 
     def __call__(self, values: NDArray[Any]) -> NDArray[np.unsignedinteger[Any]]:
         """The entries of the values, rounded; what lies outside the table takes its first or last entry."""

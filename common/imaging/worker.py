@@ -242,9 +242,14 @@ _CLOSED, _DAMAGE = 0, 64
 
 
 def _jobs() -> dict[str, Job]:
-    from common.imaging import codecs, frames, header
+    from common.imaging import codecs, frames, header, single
 
-    return {"unpack": codecs.unpack, "scan": header.scan_job, "frames": frames.frames_job}
+    return {
+        "unpack": codecs.unpack,
+        "scan": header.scan_job,
+        "frames": frames.frames_job,
+        "single": single.single_job,
+    }
 
 
 def _work(jobs: Mapping[str, Job]) -> NoReturn:

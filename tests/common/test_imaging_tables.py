@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import Dataset
 
-from common.imaging import RefusalCode, read_folder
+from common.imaging import RefusalCode, header, read_folder
+from common.imaging.refusal import Refusal
+from common.imaging.single import read_single
 from common.imaging.tables import Lookup
 from tests.common.test_imaging_hostile import all_refused, ct, one_volume, radiograph, write
 
@@ -143,6 +145,43 @@ def test_colours_of_16_and_12_bits_have_the_scale_of_8(tmp_path: Path) -> None:
             BitsStored=bits, HighBit=bits - 1,
         )  # fmt: skip
         assert read(tmp_path / str(bits), made) == pytest.approx([0, 255], rel=1e-6)
+
+
+@pytest.mark.parametrize("undefined_length", [False, True])
+def test_several_tone_curves_of_65536_entries_are_no_reason_to_refuse_a_radiograph(
+    tmp_path: Path, undefined_length: bool
+) -> None:
+    curves = [table(0, 0, 16, range(65536))[0] for _ in range(9)]  # 1.1 MiB
+    made = radiograph(STORED, VOILUTSequence=curves)
+    made["VOILUTSequence"].is_undefined_length = undefined_length
+    assert read(tmp_path, made) == STORED.ravel().tolist()
+
+
+def test_the_header_of_one_image_says_the_same_in_the_other_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"ModalityLUTSequence": table(8, 2, 10, range(8)), "VOILUTSequence": table(9, 1, 8, range(9), bytes_each=1)}
+    made = (
+        twelve(**both, PixelPaddingValue=7),
+        twelve(RescaleSlope=0.1, RescaleIntercept=-3),
+        palette(256, 16, STORED),
+        radiograph(np.zeros((2, 2), np.uint8), RescaleSlope=0, RescaleIntercept=0),
+    )
+    paths = sorted(write(tmp_path, *made).iterdir())
+
+    def found() -> list[str]:
+        def one(path: Path) -> str:
+            try:
+                return repr(read_single(path, projection=True))
+            except Refusal as refusal:
+                return str(refusal)
+
+        return [one(path) for path in paths]
+
+    here = found()
+    monkeypatch.setattr(header, "_HEADER_BYTES", 100)
+    assert found() == here
+    assert len(set(here)) == 4
 
 
 @given(
