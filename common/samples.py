@@ -274,5 +274,5 @@ def maker() -> str:
     own = [here / f"{name}.py" for name in ("samples", "filling", "preparing", "pseudonyms", "shard", "labels")]
     for path in sorted([*(here / "imaging").rglob("*.py"), *own]):
         digest.update(path.read_bytes())
-    libraries = [f"{name} {version(name)}" for name in ("pydicom", "highdicom", "nibabel", "numpy", "scipy")]
-    return " ".join([digest.hexdigest(), *libraries])
+    libraries = ("pydicom", "highdicom", "imagecodecs", "pillow", "nibabel", "numpy", "scipy")
+    return " ".join([digest.hexdigest(), *(f"{name} {version(name)}" for name in libraries)])

@@ -6,6 +6,7 @@ import hashlib
 import stat
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from common import filling as room
-from common import preparing
+from common import preparing, samples
 from common.cache import make_room, parse_size, purge, set_limit, shown, usage
 from common.config import Preprocessing, Task
 from common.errors import ConfigError, DataError, StorageError
@@ -284,3 +285,20 @@ def test_a_tilted_series_is_a_sample_only_where_the_recipe_corrects_it_and_that_
         assert len(found.samples.x_N) == PATIENTS + 1
         assert found.corrected == {"gantry tilt of 15.0 degrees resampled": 1}
         assert found.refused == {}
+
+
+@pytest.mark.parametrize("library", ["imagecodecs", "pillow", "pydicom"])
+def test_another_version_of_what_decodes_pixels_prepares_anew(
+    site: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    real = room.prepared_units
+    monkeypatch.setattr(room, "prepared_units", lambda units, *rest: counts.append(len(units)) or real(units, *rest))
+    read(site)
+    monkeypatch.setattr(samples, "version", lambda name: "another" if name == library else version(name))
+    samples.maker.cache_clear()
+    try:
+        read(site)
+    finally:
+        samples.maker.cache_clear()
+    assert counts == [PATIENTS, PATIENTS]
