@@ -112,7 +112,9 @@ class Preparation:
         done = total // 2 + len(refused) - len(self.index.outside)
         made_by = (self.wanted.decode(), maker())
         catalogue = Catalogue(self.index)
-        units = [unit_of(series, self.task, self.key, self.labels, made_by) for series in catalogue]
+        units = [
+            unit_of(series, self.task, self.key, self.labels, catalogue.shared_ids, made_by) for series in catalogue
+        ]
         made = {unit.name: found for unit in units if (found := workshop.known(unit.name)) is not None}
         todo = [unit for unit in units if unit.name not in made]
         done += sum(unit.files for unit in units if unit.name in made)
@@ -159,13 +161,31 @@ class Preparation:
                 f"same {key}; check that task.key={key} is what the first column holds; {counts}"
             )
         if lost:
-            shown = ", ".join(map(str, lost[:_SHOWN_ROWS])) + (", ..." if len(lost) > _SHOWN_ROWS else "")
             raise DataError(
-                f"labels.csv row {lost[0]}: no image has this {key}; {len(lost)} such rows ({shown}) of "
-                f"{len(self.labels)}; add the images or remove the rows; {counts}"
+                f"labels.csv row {lost[0]}: no image has this {key}; {_rows(lost)} of {len(self.labels)}; "
+                f"add the images or remove the rows; {counts}"
+            )
+        patients: dict[str, set[str]] = {}
+        for row in rows:
+            if row.code not in ("no_patient", "shared_patient"):
+                patients.setdefault(row.label, set()).add(row.patient)
+        several = sorted(
+            label.row
+            for identifier, label in self.labels.items()
+            if len(patients.get(pseudonym(self.key, "label", identifier), ())) > 1
+        )
+        if several:
+            raise DataError(
+                f"labels.csv row {several[0]}: images of more than one patient have this {key}, expected one patient; "
+                f"{_rows(several)}; label by patient or series, correct the images or remove the rows; {counts}"
             )
         if all(row.at is None for row in rows):
             raise DataError(f"none of {len(rows)} images can be used for a {self.task.dimensions}D task; {counts}")
+
+
+def _rows(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:_SHOWN_ROWS])) + (", ..." if len(numbers) > _SHOWN_ROWS else "")
+    return f"{len(numbers)} such rows ({shown})"
 
 
 def _write_index(place: Path, index: Mapping[str, Any], form: Form) -> None:

@@ -56,6 +56,8 @@ class Unit:
     """Of its files."""
     volume_bytes: int
     """Of its pixels as float32."""
+    shared_id: bool = False
+    """Its Patient ID comes from another issuer elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,19 @@ class Outcome:
     """False: another try may go better."""
 
 
-def unit_of(series: Series, task: Task, key: bytes, labels: Container[str], made_by: Sequence[str]) -> Unit:
+def unit_of(
+    series: Series,
+    task: Task,
+    key: bytes,
+    labels: Container[str],
+    shared_ids: Container[str],
+    made_by: Sequence[str],
+) -> Unit:
     """Names a series by all that decides its samples.
 
     Args:
         labels: Identifiers in labels.csv.
+        shared_ids: Patient IDs that more than one issuer gave.
         made_by: The preprocessing, and the code that does it.
     """
     headers = [entry.header for entry in series.entries]
@@ -152,10 +162,11 @@ def unit_of(series: Series, task: Task, key: bytes, labels: Container[str], made
         for entry in series.entries
     )
     uid = headers[0].series_uid
-    words = [json.dumps(files), json.dumps(sorted(labelled)), *made_by, uid]
+    shared_id = any(header.patient_id.strip() in shared_ids for header in headers)
+    words = [json.dumps(files), json.dumps(sorted(labelled)), json.dumps(shared_id), *made_by, uid]
     size = sum(entry.mark.size for entry in series.entries if entry.mark is not None)
     pixels = sum(4 * header.shape[0] * header.shape[1] for header in headers)
-    return Unit(pseudonym(key, "unit", *words), uid, labelled, len(files), size, max(2 * size, pixels))
+    return Unit(pseudonym(key, "unit", *words), uid, labelled, len(files), size, max(2 * size, pixels), shared_id)
 
 
 def jobs_for(units: Sequence[Unit]) -> int:
@@ -254,6 +265,8 @@ def _not_a_sample(item: Volume | Image, work: _Work) -> str | None:
         return "other_modality"
     if not item.source.patient_id.strip():
         return "no_patient"  # would merge strangers into one patient: one split, one privacy unit
+    if work.unit.shared_id:
+        return "shared_patient"  # for the same reason
     return None if identifier(item.source, work.task) in work.unit.labelled else "no_label"
 
 

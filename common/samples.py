@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from common.imaging import Progress
     from common.imaging.index import Index
 
-NOT_A_SAMPLE = ("no_label", "no_patient", "wrong_dimensions", "other_modality", "not_preparable", "not_finite")
+NOT_A_SAMPLE = (
+    "no_label", "no_patient", "shared_patient", "wrong_dimensions", "other_modality", "not_preparable", "not_finite",
+)  # fmt: skip
 """Why an image that was read is no sample; files that are no image have the codes of `common.imaging`."""
 _MIN_KEY_BYTES = 16
 
@@ -100,12 +102,12 @@ def prepare_folder(
 
     Returns:
         Samples sorted by keyed pseudonym, and the count of unused files by reason: the codes of
-        `common.imaging` and no_label, no_patient, wrong_dimensions, other_modality,
-        not_preparable, not_finite.
+        `common.imaging` and those of `NOT_A_SAMPLE`.
 
     Raises:
         ConfigError: The key is short, the cache lies among the images, or float16 is not exact enough.
-        DataError: No images, no labels, a label row without image or in conflict, one class only.
+        DataError: No images, no labels, a label row without image, in conflict or of several patients, one class
+            only.
         StorageError: The cache could not be written, is larger than its limit, or opens with another secret;
             nothing half-written is trusted.
     """

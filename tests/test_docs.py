@@ -220,7 +220,7 @@ def test_the_data_page_lists_exactly_the_codes_of_refusal() -> None:
     assert re.findall(row, imaging, re.MULTILINE) == [str(code) for code in RefusalCode]
     source = (ROOT / "common" / "samples.py").read_text(encoding="utf-8")
     codes = re.findall(row, cohort.split("\n## ")[0], re.MULTILINE)
-    assert len(codes) == 6
+    assert len(codes) == 7
     for code in codes:
         assert f'"{code}"' in source, code
 

@@ -100,6 +100,8 @@ class Report:
     unlabelled: int
     """Images and volumes without a label."""
     rows_without_image: int
+    rows_of_several_patients: int
+    """Rows of labels.csv with images of more than one patient: no cohort is made of them."""
     class_images: Mapping[str, int]
     class_patients: Mapping[str, int]
     """Patients with at least one image of the class."""
@@ -179,6 +181,10 @@ def make_report(
             class_images[name] += 1
             class_patients[name].add(picture.patient)
     patients = {picture.patient for picture in pictures}
+    patients_of_row: dict[str, set[str]] = {}
+    for picture in pictures:
+        if picture.target is not None:
+            patients_of_row.setdefault(picture.unit, set()).add(picture.patient)
     report = Report(
         made=made,
         fingerprint=fingerprint,
@@ -192,6 +198,7 @@ def make_report(
         volumes=sum(picture.dimensions == 3 for picture in pictures),
         unlabelled=sum(picture.target is None for picture in pictures),
         rows_without_image=found.rows_without_image,
+        rows_of_several_patients=sum(len(found) > 1 for found in patients_of_row.values()),
         class_images=class_images,
         class_patients={name: len(members) for name, members in class_patients.items()},
         histograms=_histograms(pictures),
@@ -438,6 +445,11 @@ def _with_findings(report: Report) -> Report:
     say("error", split, f"{_many(split, 'image')} on different sides of the split, equal pixel by pixel")
     conflict = sum(group.labels_differ for group in report.duplicates)
     say("error", conflict, f"{_many(conflict, 'image')} with copies that have another label", "keep the right label")
+    several = report.rows_of_several_patients
+    say(
+        "error", several, f"{_many(several, 'row')} of labels.csv with images of more than one patient",
+        "label by patient or series, or correct the images",
+    )  # fmt: skip
     for each in report.agreement:
         value = each.kappa.value
         if value is None:

@@ -144,10 +144,14 @@ def survey(
     Raises:
         DataError: There is no such folder, or no image in it.
     """
-    seen, refused, total = _everything(folder, cache, key, data, progress, jobs, secret)
-    nameless = [each for each in seen if not each.source.patient_id.strip()]
-    refused["no_patient"] += sum(len(each.source.files) for each in nameless)
-    seen = [each for each in seen if each.source.patient_id.strip()]
+    everything, refused, shared, total = _everything(folder, cache, key, data, progress, jobs, secret)
+    seen = []
+    for each in everything:
+        patient = each.source.patient_id.strip()
+        if patient and patient not in shared:
+            seen.append(each)
+        else:  # strangers would become one patient
+            refused["shared_patient" if patient else "no_patient"] += len(each.source.files)
     if not seen:
         raise DataError(f"the folder holds no usable image; files refused: {dict(+refused) or 'none'}")
     return _collected(seen, table, key, dict(sorted((+refused).items())), total)
@@ -177,7 +181,7 @@ def where(
     Raises:
         DataError: As `survey`.
     """
-    seen, _, _ = _everything(folder, cache, key, (), progress, jobs, secret)
+    seen, *_ = _everything(folder, cache, key, (), progress, jobs, secret)
     found = []
     for each in seen:
         source = each.source
@@ -203,8 +207,9 @@ def _everything(
     progress: Progress | None,
     jobs: int | None,
     secret: bytes | None,
-) -> tuple[list[_Seen], Counter[str], int]:
-    """What is seen of all images; code -> files that are refused; and the number of files."""
+) -> tuple[list[_Seen], Counter[str], frozenset[str], int]:
+    """What is seen of all images; code -> files that are refused; Patient IDs of several issuers; and the number of
+    files."""
     if not folder.is_dir():
         raise DataError("the data folder does not exist; expected a folder of DICOM files")
     images = images_folder(folder)
@@ -241,7 +246,7 @@ def _everything(
             refused.update(found[1])
             plain = {"seen": [_plain(one, each.series) for one in found[0]], "refused": found[1]}
             memory.keep(memory.name_of(each.series), plain)
-    return seen, refused, total
+        return seen, refused, known.catalogue.shared_ids, total
 
 
 def _plain(seen: _Seen, series: Series) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class Catalogue:
         self._copies = volume._copies(iter(index.doubled()))
         self.uids = index.series_uids()
         """Series Instance UIDs, sorted by the path of their first file."""
+        self.shared_ids = index.shared_ids()
+        """Patient IDs that do not stand for one patient."""
 
     def __iter__(self) -> Iterator[Series]:
         return map(self.series, self.uids)

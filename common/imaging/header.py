@@ -87,7 +87,8 @@ Acquisition Time comes last because it also differs from slice to slice."""
 TAGS: tuple[int, ...] = tuple(
     tag if isinstance(tag, int) else int(Tag(tag))
     for tag in (
-        "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "AccessionNumber",
+        "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "PatientID", "IssuerOfPatientID",
+        "AccessionNumber",
         "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "BurnedInAnnotation", "FrameOfReferenceUID",
         "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing",
         "NominalScannedPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "Units", "ConcatenationUID",
@@ -108,6 +109,8 @@ class Header:
     series_uid: str = field(repr=False)
     study_uid: str = field(repr=False)
     patient_id: str = field(repr=False)
+    issuer: str = field(repr=False)
+    """Who gave the Patient ID (0010,0021); mostly empty."""
     accession: str = field(repr=False)
     modality: str
     manufacturer: str
@@ -185,6 +188,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
         series_uid=text(dataset, "SeriesInstanceUID"),
         study_uid=text(dataset, "StudyInstanceUID"),
         patient_id=text(dataset, "PatientID"),
+        issuer=text(dataset, "IssuerOfPatientID"),
         accession=text(dataset, "AccessionNumber"),
         modality=text(dataset, "Modality"),
         manufacturer=text(dataset, "Manufacturer"),

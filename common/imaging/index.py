@@ -201,6 +201,15 @@ class Index:
         )
         return [_header(self._path(key), header, own) for key, header, own in rows]
 
+    def shared_ids(self) -> frozenset[str]:
+        """Patient IDs that come from more than one issuer: two hospitals may have numbered their patients alike."""
+        issuers: dict[str, set[str]] = {}
+        for (common,) in self._db.execute("SELECT header FROM common"):
+            header = dict(zip(_COMMON, json.loads(common), strict=True))
+            if header["issuer"]:
+                issuers.setdefault(header["patient_id"].strip(), set()).add(header["issuer"])
+        return frozenset(patient for patient, found in issuers.items() if len(found) > 1)
+
     def content_hash(self, path: Path) -> str:
         """SHA-256 of the file, computed once for as long as the file stays the same.
 

@@ -287,6 +287,19 @@ def test_equal_images_on_two_sides_of_the_split_are_an_error(small: Path, run: R
     assert found["duplicates"][0]["labels_differ"]
 
 
+def test_strangers_under_one_row_are_an_error_and_under_one_patient_id_are_left_out(small: Path, run: Run) -> None:
+    for number in range(6):
+        change(small / "dicom" / f"{number}.dcm", AccessionNumber=str(number % 5))
+    rows = (f"{number},{('left', 'right')[number % 2]}" for number in range(5))
+    (small / "labels.csv").write_text("\n".join(["accession,label", *rows]) + "\n")
+    code, found, _ = run(small)
+    assert (code, found["rows_of_several_patients"]) == (1, 1)
+    change(small / "dicom" / "0.dcm", IssuerOfPatientID="CLINIC A")
+    change(small / "dicom" / "5.dcm", IssuerOfPatientID="CLINIC B", PatientID=name(0))
+    code, found, _ = run(small)
+    assert (code, found["rows_of_several_patients"], found["refused"]) == (0, 0, {"shared_patient": 2})
+
+
 def test_volumes_and_multi_label_tables_are_reported_too(tmp_path: Path, run: Run) -> None:
     from simulations.dicom_writer import axial, write_series
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 
 from common import filling, samples
@@ -52,6 +53,14 @@ def label(folder: Path, lines: Sequence[str]) -> None:
 
 def read(folder: Path, task: Task = TASK, data: Preprocessing = DATA, **kwargs: Any) -> Prepared:
     return prepare_folder(folder, task, data, cache=folder.parent / "cache", key=KEY, **kwargs)
+
+
+def change(file: Path, **values: str) -> None:
+    dataset = pydicom.dcmread(file)
+    for keyword, value in values.items():
+        setattr(dataset, keyword, value)
+    dataset.save_as(file)
+    time.sleep(0.03)
 
 
 @pytest.fixture
@@ -437,6 +446,41 @@ def test_a_row_without_image_is_named_by_number(site: Path) -> None:
         read(site)
     assert "MRN" not in str(caught.value)
     assert not list((site.parent / "cache").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("key", ["accession", "study"])
+def test_a_row_whose_images_are_of_several_patients_is_named_by_number(site: Path, key: str) -> None:
+    """An accession number that two departments gave, or one study with the images of two patients."""
+    element = {"accession": "AccessionNumber", "study": "StudyInstanceUID"}[key]
+    for number in range(6):
+        change(site / "dicom" / f"p{number}" / "1.dcm", **{element: f"1.2.{number % 5}"})
+    label(
+        site, [f"{key},label", *(f"1.2.{number},{('negative', 'positive')[number % 2]}" for number in (3, 2, 1, 0, 4))]
+    )
+    with pytest.raises(
+        DataError, match=rf"row 5: images of more than one patient have this {key}.*1 such rows \(5\)"
+    ) as caught:
+        read(site, replace(TASK, key=key))
+    assert "MRN" not in str(caught.value)
+    assert "1.2." not in str(caught.value)
+    change(site / "dicom" / "p5" / "1.dcm", PatientID="MRN-0000")
+    assert len(read(site, replace(TASK, key=key)).samples.patients) == 5
+
+
+def test_a_patient_id_of_two_issuers_is_not_one_patient(site: Path, prepared_series: list[int]) -> None:
+    for number, issuer in ((0, "CLINIC A"), (1, ""), (2, "CLINIC A")):
+        change(site / "dicom" / f"p{number}" / "1.dcm", IssuerOfPatientID=issuer)
+    assert len(read(site).samples.x_N) == 6
+    stranger = site / "dicom" / "p0" / "2.dcm"
+    write_image(stranger, image_of(9), CR, replace(someone(0), study=2))
+    change(stranger, IssuerOfPatientID="CLINIC B")
+    got = read(site)
+    assert got.refused == {"shared_patient": 2}
+    assert pseudonym(KEY, "patient", "MRN-0000")[:16] not in got.samples.patients
+    assert len(got.samples.x_N) == 5
+    change(stranger, IssuerOfPatientID="CLINIC A")
+    assert read(site).refused == {}
+    assert prepared_series == [6, 2, 2]  # no other series is prepared anew
 
 
 def test_labels_that_match_nothing_say_how_many_rows_and_images(site: Path) -> None:
