@@ -153,10 +153,7 @@ def _told(log: Log, other: Log, check: Check) -> str:
         return f"{other.path.name} remembers no head of {log.path.name} yet"
     behind = log.events[-1].number - (check.vouched or 0)
     after = f"; {behind} later events are vouched for by nobody yet" if behind else ""
-    return (
-        f"{other.path.name} remembers {check.anchors} heads of {log.path.name}, all of them there, in order and in time"
-        f"{after}"
-    )
+    return f"{other.path.name} remembers {check.anchors} heads of {log.path.name}, all of them there and in time{after}"
 
 
 def _report(arguments: argparse.Namespace) -> int:

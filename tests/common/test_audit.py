@@ -258,15 +258,57 @@ def test_a_coordinators_log_cut_or_written_anew_by_its_own_key_is_found_by_the_s
         verify_against(verify(server, KEY.public), anchors)
 
 
-def test_heads_out_of_order_are_found(tmp_path):
-    _, site = pair(tmp_path)
-    events = verify(site)
-    first, last = events[1].hash, events[-1].hash
-    log = AuditLog(tmp_path / "other.jsonl", KEY)
-    log.append("round", heads={"north": last})
-    log.append("round", heads={"north": first})
-    with pytest.raises(AuditError, match="older head"):
-        verify_against(events, verify(tmp_path / "other.jsonl"), name="north")
+def late_answer(folder: Path) -> tuple[Path, Path]:
+    """As `pair`, and a question between rounds 2 and 3 whose answer is noted after round 3: event 5 of the site's."""
+    server, site = AuditLog(folder / "server.jsonl", KEY), AuditLog(folder / "north.jsonl", KEY)
+    server.append("sites present", heads={"north": site.head})
+    late = ""
+    for number in range(1, 4):
+        if number == 3:
+            late = site.append("question received", server_head=server.head)
+        site.append("plan received", round=number, server_head=server.head)
+        site.append("update sent", round=number)
+        server.append("round aggregated", round=number, heads={"north": site.head})
+    server.append("sites joined", heads={"north": late})
+    return folder / "server.jsonl", folder / "north.jsonl"
+
+
+def test_an_answer_that_is_noted_late_is_no_fault_of_either_log(tmp_path):
+    server, site = map(verify, late_answer(tmp_path))
+    assert [event.facts["heads"]["north"] for event in server[1:]] == [site[at].hash for at in (0, 2, 4, 7, 5)]
+    assert verify_against(site, server, name="north") == 5
+    assert verify_against(server, site) == 4
+
+
+@pytest.mark.parametrize("keep", range(1, 8))
+def test_with_a_late_answer_a_log_that_was_cut_anywhere_is_still_found(tmp_path, keep):
+    server, site = late_answer(tmp_path)
+    site.write_bytes(b"".join(lines(site)[:keep]))
+    with pytest.raises(AuditError, match="which this log has not") as caught:
+        verify_against(verify(site, KEY.public), verify(server), name="north")
+    vouched = max(at for at in (0, 2, 4) if at < keep)  # the head of event 7 misses before that of 5 is looked for
+    assert (caught.value.fault, caught.value.number) == ("cut or rewritten", vouched + 1)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_with_a_late_answer_an_event_that_was_written_anew_is_still_found(tmp_path, number):
+    server, site = late_answer(tmp_path)
+    rewritten(site, number, KEY, kind="another")
+    with pytest.raises(AuditError, match="which this log has not") as caught:
+        verify_against(verify(site, KEY.public), verify(server), name="north")
+    assert caught.value.fault == "cut or rewritten"
+    assert caught.value.number is not None
+    assert caught.value.number <= number
+
+
+def test_with_a_late_answer_newest_events_that_were_replaced_are_still_found(tmp_path):
+    server, site = late_answer(tmp_path)
+    site.write_bytes(b"".join(lines(site)[:6]))  # up to the older head, which was remembered last
+    log = AuditLog(site, KEY)
+    log.append("plan received", round=3)
+    log.append("update sent", round=3, digest="another")
+    with pytest.raises(AuditError, match="event 4 of the other side remembers head"):
+        verify_against(verify(site, KEY.public), verify(server), name="north")
 
 
 @pytest.mark.parametrize("heads", [None, {}, [], "north", {"south": "ab"}, 5])
