@@ -329,7 +329,7 @@ class _Authority:
             f"{where} to the coordinator: `fedicom provision install KIT --home DIR`, then a restart",
             f"{self.path / 'registry.json'} to every site: `fedicom site join registry.json`; until then a site "
             "refuses the coordinator's messages",
-            "recipes have to be signed again; approvals of the same recipe stay",
+            "recipes have to be signed again, and approved again at every site",
         )
 
     def renew_gateway(self, out: Path | None, sealing: _Sealing | None, by: str) -> tuple[str, ...]:

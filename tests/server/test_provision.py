@@ -28,14 +28,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fedicom
+from client.approvals import Approvals
 from common import kit
 from common.audit import AuditLog, verify
+from common.config import Federation, Recipe
 from common.deployment import FederationPlan, Policy, ServerHome, SiteConfig, SiteHome, read_yaml
 from common.enrolment import install_kit, install_registry, public_file, warnings
 from common.errors import ConfigError, FedicomError, StorageError
 from common.identity import Certificate, NodeKey, Signer, expiring
+from common.journal import SharedLog
 from common.kit import check_kit, read_folder
 from common.registry import read_registry
+from common.signed import sign_recipe
 from common.vault import Secret, is_sealed, seal, unseal
 from server import provision as provisioning
 from server.certificates import CertificateAuthority
@@ -595,6 +599,24 @@ def test_a_new_key_of_the_coordinator_is_pinned_by_the_next_registry(kits):
     site = SiteHome(kits / "north")
     install_registry(site, authority / "registry.json")
     assert site.registry.coordinator == new
+
+
+def test_a_new_key_of_the_coordinator_ends_the_approvals_as_it_says(kits):
+    authority, server, site = kits / "authority", ServerHome(kits / "coordinator"), SiteHome(kits / "north")
+    settings_file = site.path / "site.yaml"
+    settings_file.write_text(settings_file.read_text().replace("require_privacy: true", "require_privacy: false"))
+    recipe = Recipe(name="toy", federation=Federation(sites=1, quorum=1))
+    log, approvals = SharedLog(site.audit_file, Signer.load(site.signing_key)), Approvals(site)
+    approvals.approve(sign_recipe(recipe, Signer.load(server.signing_key)), by="Dr A", log=log)
+    assert approvals.find(recipe.id) is not None
+    told = rotate(authority, "coordinator")
+    assert "signed again, and approved again at every site" in told[-1]
+    install_kit(server, read_folder(kits / "coordinator-2"))
+    install_registry(site, authority / "registry.json")
+    with pytest.raises(ConfigError, match="is not valid any more"):
+        approvals.find(recipe.id)
+    approvals.approve(sign_recipe(recipe, Signer.load(server.signing_key)), by="Dr A", log=log)
+    assert approvals.find(recipe.id) is not None
 
 
 def test_a_new_certificate_is_trusted_by_the_sites_as_they_are(kits):
