@@ -142,7 +142,7 @@ class Shelf:
         """Names of the pieces that this site has written; None when it is not asked in this round."""
         if self._limit(ticket, site) is None:
             return None
-        return sorted(entry.name for entry in self._entries(ticket, site) if DIGEST.fullmatch(entry.name))
+        return sorted(name for name in self._entries(ticket, site) if DIGEST.fullmatch(name))
 
     @contextmanager
     def writing(self, ticket: str, site: str, name: str, size: int) -> Iterator[Writing | int]:
@@ -153,10 +153,10 @@ class Shelf:
             yield 404
             return
         entries = self._entries(ticket, site)
-        if any(entry.name == name for entry in entries):
+        if name in entries:
             yield 200
             return
-        used = sum(entry.stat().st_size for entry in entries if DIGEST.fullmatch(entry.name))
+        used = sum(size_ for piece, size_ in entries.items() if DIGEST.fullmatch(piece))
         many = len(entries) >= limit // PIECE_BYTES + _SPARE_PIECES
         if many or not 0 < size <= PIECE_BYTES or used + self._coming.get(key, 0) + size > limit:
             yield 413
@@ -172,11 +172,14 @@ class Shelf:
             if not self._coming[key]:
                 del self._coming[key]
 
-    def _entries(self, ticket: str, site: str) -> list[os.DirEntry[str]]:
-        try:
-            return list(os.scandir(self._folder / ticket / "from" / site))
-        except OSError:  # the round has just ended
-            return []
+    def _entries(self, ticket: str, site: str) -> dict[str, int]:
+        """Name -> bytes of all that the site has written, or is writing."""
+        found = {}
+        with suppress(OSError):  # the round has just ended
+            for entry in os.scandir(self._folder / ticket / "from" / site):
+                with suppress(FileNotFoundError):  # a part that got its name, or was given up
+                    found[entry.name] = entry.stat().st_size
+        return found
 
     def _limit(self, ticket: str, site: str) -> int | None:
         """Bytes that the site may write in this round; None when it has no part in it."""

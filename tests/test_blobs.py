@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +156,25 @@ def test_an_answer_that_was_not_sent_or_has_another_length_is_said_to_be_missing
         for site, size in (("south", len(PIECE)), ("north", len(PIECE) - 1), ("north", len(PIECE) + 1)):
             with pytest.raises(ExchangeError, match=f"site {site} announced weights that it has not sent"):
                 round_.answers(site).get(NAME, memoryview(bytearray(size)))
+
+
+def test_a_round_that_ends_while_its_pieces_are_counted_is_no_error(tmp_path, monkeypatch):
+    shelf, listed = Shelf(tmp_path), os.scandir
+    with Store(tmp_path, "run").round(("north",), 100) as round_:
+        assert write(shelf, round_.ticket, "north", PIECE) is None
+
+        def ends(path: Path) -> list[os.DirEntry[str]]:
+            found = list(listed(path))
+            monkeypatch.undo()
+            shutil.rmtree(round_.folder)
+            return found
+
+        monkeypatch.setattr("server.blobs.os.scandir", ends)
+        with shelf.writing(round_.ticket, "north", name_of(b"more"), 4) as room:
+            assert not isinstance(room, int)
+            with pytest.raises(FileNotFoundError):  # the gateway answers 503, and 404 when the site comes again
+                room.part.open("xb")
+        assert write(shelf, round_.ticket, "north", b"more") == 404
 
 
 def test_what_is_being_written_when_a_round_ends_goes_with_it(tmp_path):
