@@ -17,12 +17,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.storage import private_folder
+from common.errors import StorageError
+from common.storage import private_folder, to_system, write_whole
 
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STEADY_S = 0.5, 60.0, 60.0
-_MAX_LOG_BYTES = 16 << 20
+_MAX_LOG_BYTES, _LOOK_S = 16 << 20, 5.0
+"""A log that is longer at a look begins anew; its last bytes before that stay beside it, as `.log.1`."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -128,6 +130,7 @@ class _Kept:
         self.code: int | None = None
         self._thread = threading.Thread(target=self._keep, name=f"keeps {child.name}", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._shorten, name=f"shortens {child.name}.log", daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -176,10 +179,21 @@ class _Kept:
                 return
             pause_s = min(2 * pause_s, self._child.longest_pause_s)
 
+    def _shorten(self) -> None:
+        """Bounds the log while the child writes it, for what is in it may be a stranger's doing."""
+        while True:
+            with suppress(OSError):  # not there yet
+                if self._log_file.stat().st_size > _MAX_LOG_BYTES:
+                    with suppress(StorageError), self._log_file.open("rb") as log_:  # no room for it: it goes
+                        log_.seek(-_MAX_LOG_BYTES, os.SEEK_END)
+                        write_whole(self._log_file.with_suffix(".log.1"), log_.read(_MAX_LOG_BYTES), to_system)
+                    # The child has the file open, so it keeps its name; lines of this very moment may be lost.
+                    os.truncate(self._log_file, 0)
+            if self._stopping.wait(_LOOK_S):
+                return
+
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         try:
-            if self._log_file.exists() and self._log_file.stat().st_size > _MAX_LOG_BYTES:
-                self._log_file.replace(self._log_file.with_suffix(".log.1"))
             handle = os.open(self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 return subprocess.Popen(  # noqa: S603 - our own commands, no shell

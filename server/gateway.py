@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from datetime import UTC, datetime
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from common.config import validate_json
 from common.errors import ConfigError, FedicomError
 from common.storage import storing, to_system, write_whole
 from server.blobs import Shelf
-from server.gateway_beside import Beside, Entry, Listeners, Refused
+from server.gateway_beside import Beside, Entry, Listeners, Refused, Requests, log
 from server.gateway_rules import (
     ANSWERS,
     BELL_ROUTE,
@@ -66,10 +65,9 @@ from server.gateway_rules import (
     stamp,
     upstream_tls,
 )
+from server.runs import utc_now
 
 __all__ = ["Gateway", "GatewayConfig", "GatewayLimits", "GatewayStats", "RegistryKeys", "flower_header", "serve"]
-
-log = logging.getLogger("fedicom.gateway")
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _CHUNK_BYTES = 1 << 16
@@ -89,6 +87,7 @@ class Gateway:
         """
         limits = config.limits
         self.config, self.limits, self.stats = config, limits, GatewayStats()
+        self.requests = Requests(self.stats)
         self.port = config.listen_port
         self.stopping = False
         self.idle: set[asyncio.Task[Any]] = set()
@@ -173,6 +172,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(stop, *helpers, *self._tasks, return_exceptions=True)
             self._save_stats()
+            self.requests.tell()
 
     def keys(self) -> Mapping[str, str]:
         """Who is allowed now.
@@ -191,7 +191,7 @@ class Gateway:
         now = time.monotonic()
         if now - self._said.get(message, -_REPEAT_S) >= _REPEAT_S:
             self._said = {text: at for text, at in self._said.items() if now - at < _REPEAT_S} | {message: now}
-            log.log(level, json.dumps({"time": _now(), "message": message}))
+            log.log(level, json.dumps({"time": utc_now("milliseconds"), "message": message}))
 
     async def upstream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A new connection to the SuperLink; none is ever shared by two requests.
@@ -211,19 +211,6 @@ class Gateway:
             raise Refused(502, "upstream certificate") from None
         except OSError:  # TimeoutError as well
             raise Refused(502, "upstream down") from None
-
-    def note(self, entry: Entry) -> None:
-        """Counts and logs a request."""
-        self.stats.request(entry.site, entry.status, entry.received, entry.sent)
-        line = {
-            "time": _now(), "site": entry.site, "address": entry.address, "method": entry.method, "route": entry.route,
-            "status": entry.status, "bytes_in": entry.received, "bytes_out": entry.sent,
-            "seconds": round(time.monotonic() - entry.began, 4),
-        }  # fmt: skip
-        if entry.refused is not None:
-            self.stats.refused(entry.refused)
-            line["refused"] = entry.refused
-        log.info(json.dumps(line))
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -298,11 +285,12 @@ class Gateway:
     async def _write_stats(self) -> None:
         while True:
             await asyncio.to_thread(self._save_stats)
+            self.requests.tell()
             await asyncio.sleep(_STATS_EVERY_S)
 
     def _save_stats(self) -> None:
         if self.config.stats is not None:
-            plain = {"time": _now(), "port": self.port, **self.stats.snapshot()}
+            plain = {"time": utc_now("milliseconds"), "port": self.port, **self.stats.snapshot()}
             try:
                 with self._saving:
                     write_whole(self.config.stats, (json.dumps(plain) + "\n").encode(), to_system)
@@ -359,7 +347,7 @@ class _Conversation(Beside):
             await self._refuse(refused, entry)
         finally:
             if entry.status:
-                self._gateway.note(entry)
+                self._gateway.requests.note(entry)
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
 
     async def _head(self) -> h11.Request | None:
@@ -539,10 +527,6 @@ def _less(counts: Counter[str], key: str) -> None:
     counts[key] -= 1
     if counts[key] <= 0:
         del counts[key]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def serve(config: GatewayConfig) -> None:

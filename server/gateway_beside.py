@@ -1,9 +1,14 @@
-"""What the gateway answers itself, beside Flower's calls: weights out of the folder of `server.blobs`, and the bell."""
+"""What the gateway answers itself, beside Flower's calls: weights out of the folder of `server.blobs`, and the bell.
+
+And what it writes down of a request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +20,13 @@ import h11
 from common.bell import LOOK_S, Bell
 from common.blobs import BELL_S
 from server.blobs import Writing
-from server.gateway_rules import BELL_ROUTE, BLOB_ROUTE, GatewayLimits
+from server.gateway_rules import BELL_ROUTE, BLOB_ROUTE, GatewayLimits, GatewayStats
+from server.runs import utc_now
 
 if TYPE_CHECKING:
     from server.gateway import Gateway
+
+log = logging.getLogger("fedicom.gateway")
 
 _BLOCK_BYTES = 1 << 20
 """Of weights: what is read from, or written to the disk at a time, outside the loop."""
@@ -46,6 +54,36 @@ class Entry:
     sent: int = 0
     refused: str | None = None
     began: float = 0.0
+
+
+class Requests:
+    """A line for each request, but for a stranger's beyond their rate: those are counted, or each would cost a line."""
+
+    def __init__(self, stats: GatewayStats) -> None:
+        self._stats, self._untold = stats, 0
+
+    def note(self, entry: Entry) -> None:
+        """Counts and logs a request."""
+        self._stats.request(entry.site, entry.status, entry.received, entry.sent)
+        line = {
+            "time": utc_now("milliseconds"), "site": entry.site, "address": entry.address, "method": entry.method,
+            "route": entry.route, "status": entry.status, "bytes_in": entry.received, "bytes_out": entry.sent,
+            "seconds": round(time.monotonic() - entry.began, 4),
+        }  # fmt: skip
+        if entry.refused is not None:
+            self._stats.refused(entry.refused)
+            line["refused"] = entry.refused
+        if entry.status == 429:
+            self._untold += 1
+        else:
+            log.info(json.dumps(line))
+
+    def tell(self) -> None:
+        """Logs how many were counted alone since the last call."""
+        if self._untold:
+            message = f"{self._untold} more requests without a member's credentials were answered 429"
+            log.warning(json.dumps({"time": utc_now("milliseconds"), "message": message}))
+            self._untold = 0
 
 
 class Listeners:

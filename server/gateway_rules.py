@@ -102,7 +102,7 @@ class GatewayLimits:
     requests_per_s_per_node: Rate = 50.0
     request_burst_per_node: Count = 200
     refusals_per_s_per_address: Rate = 1.0
-    """Requests without a known node's credentials; more are answered 429 whatever they ask."""
+    """Requests without a known node's credentials; more are answered 429 whatever they ask, and counted, not logged."""
     refusal_burst_per_address: Count = 20
 
 
@@ -138,7 +138,7 @@ class GatewayConfig:
     """nginx only: name in the embedded gateway's certificate."""
     limits: GatewayLimits = GatewayLimits()
     access_log: Path | None = None
-    """JSON Lines, one a request; null writes them to standard error."""
+    """JSON Lines, one a request, for logrotate to keep short; null writes them to standard error."""
     stats: Path | None = None
     """JSON of the counters, written every five seconds."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -56,6 +57,27 @@ def supervisor(tmp_path: Path, heard: Heard) -> Iterator[Supervisor]:
     made = Supervisor(tmp_path / "logs", heard)
     yield made
     made.stop_all(2)
+
+
+def test_the_log_of_a_child_that_writes_without_end_is_bounded_while_it_runs(
+    supervisor: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.supervise._MAX_LOG_BYTES", 1000)
+    monkeypatch.setattr("common.supervise._LOOK_S", 0.02)
+    program = "for number in range(10**9): print(number, flush=True); import time; time.sleep(.001)"
+    supervisor.start(Child(name="wordy", command=[sys.executable, "-c", program]))
+    log, older = tmp_path / "logs" / "wordy.log", tmp_path / "logs" / "wordy.log.1"
+    until(older.exists, "the first turn")
+    before = older.read_text()
+    assert len(before) == 1000
+    until(lambda: older.read_text() != before, "the second turn")
+    largest = 0
+    for _ in range(50):
+        largest = max(largest, log.stat().st_size, older.stat().st_size)
+        time.sleep(0.01)
+    assert largest < 50_000
+    assert stat.S_IMODE(older.stat().st_mode) == 0o600
+    assert {path.name for path in log.parent.glob("[!.]*")} == {"wordy.log", "wordy.log.1"}
 
 
 def test_a_child_that_is_killed_is_started_again(supervisor: Supervisor, heard: Heard) -> None:

@@ -868,6 +868,23 @@ def test_the_access_log_has_one_line_a_request_without_bodies_and_keys(door):
     assert door.sites.keys["north"].header[:40] not in text
 
 
+def test_requests_of_strangers_beyond_their_rate_cost_no_line_each(kind, open_door, upstream):
+    strict = replace(LOOSE, refusals_per_s_per_address=0.02, refusal_burst_per_address=3)
+    door = open_door(kind, upstream.port, strict)
+    answers = [door.call(site=None).status_code for _ in range(30)]
+    door.call()
+    until(lambda: any(line.get("site") == "north" for line in door.log()))
+    door.stop()
+    lines = door.log()
+    assert sum(line.get("status") in (401, 429) for line in lines) == answers.count(401) < 10
+    if door.gateway:
+        told = [
+            int(words[0]) for line in lines if (words := line.get("message", "").split())[1:3] == ["more", "requests"]
+        ]
+        assert sum(told) == answers.count(429)
+        assert door.gateway.stats.snapshot()["requests"]["-"]["429"] == answers.count(429)
+
+
 # --- what only the embedded gateway does ---------------------------------------------------------------------------
 
 
