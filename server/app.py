@@ -552,9 +552,11 @@ class _Net:
         wait(pause_s)
 
     def forget(self, ids: Iterable[str]) -> None:
-        """Waits no more for the answers to these."""
-        for name in ids:
-            self._waiting.pop(name, None)
+        """Waits no more for the answers to these, and lets the Grid know, where it wants to."""
+        forgotten = [name for name in ids if self._waiting.pop(name, None) is not None]
+        forget: Callable[[Iterable[str]], None] | None = getattr(self._grid, "forget", None)
+        if forget is not None and forgotten:
+            forget(forgotten)
 
 
 def _usable(visit: _Visit) -> bool:

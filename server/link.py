@@ -10,14 +10,13 @@ fails when Flower changes it.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import importlib
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +75,7 @@ from common.errors import ExchangeError, FedicomError, StorageError
 from common.registry import Registry
 from common.storage import full, locked, private_folder, write_whole
 from common.supervise import Child
+from server.link_layers import Key, Layer, Locked, key_of, seldom
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +92,6 @@ _MAX_OBJECTS = 100_000
 _SPARE_BYTES = 16 << 20
 _PUSHES = 3
 _KEY_OPTION = "--superexec-auth-secret-file"
-_KEY_HEADER = "fedicom-superlink"
-_NODES = "/v1/fleet/"
-"""What nodes call; the SuperLink checks their own signatures."""
-_APIS = {"Control": "/v1/control/", "Runtime": "/v1/runtime/", "NodeAuth": _NODES, "Fleet": _NODES}
-"""Flower's layers that are for some calls only, by how their names begin."""
-_CLEAN_S = 1.0
 
 # What Flower wants to see of an app. There is no code in it, and nobody looks for the two names: each side runs what
 # it has installed.
@@ -263,9 +257,14 @@ class _RunGrid(HttpGrid):
     def __init__(self, home: ServerHome, address: str, certificate: bytes, token: str) -> None:
         super().__init__(address, False, certificate, token=token)
         self._sent, self._answered, self._mark = Bell(home.sent_bell), Bell(home.answered_bell), ""
-        self.patience, self._key, self._disk = _Patient(_PATIENCE_S, home.superlink), _Key(home), home.superlink
+        self.patience, self._key, self._disk = (
+            _Patient(_PATIENCE_S, home.superlink),
+            Key(home),
+            home.superlink,
+        )
         self._retry_invoker = self.patience  # type: ignore[assignment]  # Flower calls nothing but `invoke`
         self._arriving: dict[str, _Arriving] = {}
+        self._forgotten: set[str] = set()
         self._largest = 0
         """Bytes of the largest message sent and what travels beside it: no honest reply has more than twice that."""
 
@@ -304,15 +303,35 @@ class _RunGrid(HttpGrid):
         raise _LinkError(f"the SuperLink took a message in none of {_PUSHES} attempts; see its log")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that are here as a whole; call again for those that are still on their way."""
+        """The replies that are here as a whole; call again for those that are still on their way.
+
+        A node sends one reply after the other: of two that are here by half, the older one is refused.
+        """
         self._mark = self._answered.mark
         coming = {reply.asked for reply in self._arriving.values()}
-        if wanted := sorted(set(message_ids) - coming):
+        if wanted := sorted({*message_ids, *self._forgotten} - coming):
             found = self.client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+                key, data = head.metadata.message_id, head.metadata
                 objects = [part.object_id for part in iterate_object_tree(tree)]
-                self._arriving[head.metadata.message_id] = _Arriving(head.metadata.reply_to_message_id, objects)
-        return [message for key in list(self._arriving) if (message := self._taken(key)) is not None]
+                self._arriving[key] = _Arriving(data.reply_to_message_id, data.src_node_id, objects)
+        came: list[Message] = []
+        half: dict[int, str] = {}
+        for key, reply in list(self._arriving.items()):
+            if reply.asked in self._forgotten:
+                self._forgotten.discard(reply.asked)
+                self._refused(key, "late")
+            elif (message := self._taken(key)) is not None:
+                came.append(message)
+            else:
+                if (older := half.get(reply.node)) is not None:
+                    came.append(self._refused(older, "half a reply"))
+                half[reply.node] = key
+        return came
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """What answers these is thrown away when it comes: nobody else would free the SuperLink of it."""
+        self._forgotten |= set(message_ids)
 
     def wait(self, pause_s: float) -> None:
         """Returns when a site may have answered since the last `pull_messages`, or after a while.
@@ -341,9 +360,6 @@ class _RunGrid(HttpGrid):
                 reply.size += len(reply.contents[part])
                 if reply.size > 2 * self._largest + _SPARE_BYTES:
                     raise ExchangeError(f"a reply of more than {reply.size} bytes to a plan of {self._largest}")
-            self.client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(node=self.node, run_id=run_id, message_object_id=key)
-            )
             message = inflate_object_from_contents(key, reply.contents)
             if not isinstance(message, Message):
                 raise ExchangeError("a reply that is no message")
@@ -353,9 +369,21 @@ class _RunGrid(HttpGrid):
         except _LinkError:
             raise
         except Exception as error:  # what a site sends must not stop the coordinator, whatever it is
-            message = _unavailable(run_id, self.node.node_id, reply.asked, type(error).__name__)
-        del self._arriving[key]
+            return self._refused(key, type(error).__name__)
+        self._free(key)
         return message
+
+    def _refused(self, key: str, why: str) -> Message:
+        asked = self._arriving[key].asked
+        self._free(key)
+        return _unavailable(self.run.run_id, self.node.node_id, asked, why)
+
+    def _free(self, key: str) -> None:
+        """Ends a reply, here and at the SuperLink, which would keep what it has of it until the run ends."""
+        self.client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=key)
+        )
+        del self._arriving[key]
 
 
 def _number(value: object) -> int:
@@ -366,6 +394,7 @@ def _number(value: object) -> int:
 class _Arriving:
     asked: str
     """Id of the message that this one answers."""
+    node: int
     objects: list[str]
     contents: dict[str, bytes] = field(default_factory=dict)
     size: int = 0
@@ -422,7 +451,10 @@ def _said(response: httpx.Response) -> str:
 @contextmanager
 def _control(home: ServerHome, port: int) -> Iterator[ControlHttpClient]:
     with ControlHttpClient.from_server_address(
-        f"{_HOST}:{port}", insecure=False, root_certificates=_certificate(home), interceptors=[_Key(home)]
+        f"{_HOST}:{port}",
+        insecure=False,
+        root_certificates=_certificate(home),
+        interceptors=[Key(home)],
     ) as client:
         yield client
 
@@ -458,7 +490,7 @@ def _begin(
                 SuperExecAuthHttpInterceptor(
                     master_secret=home.superexec_secret.read_bytes(), protected_methods=frozenset({method})
                 ),
-                _Key(home),
+                Key(home),
             ],
         ) as executor,
     ):
@@ -529,69 +561,12 @@ def main() -> None:
     layers: Any = importlib.import_module("flwr.superlink.main")
     state: Any = importlib.import_module("flwr.supercore.corestate.sql_corestate").SqlCoreState
     middleware: Any = importlib.import_module("starlette.middleware").Middleware
-    key = _key(Path(sys.argv[sys.argv.index(_KEY_OPTION) + 1]))
-    extensions.get_middleware = lambda: (middleware(_Locked, key=key),)  # the outermost: nothing is read before it
+    key = key_of(Path(sys.argv[sys.argv.index(_KEY_OPTION) + 1]))
+    extensions.get_middleware = lambda: (middleware(Locked, key=key),)  # the outermost: nothing is read before it
     stack = layers._get_middleware
-    layers._get_middleware = lambda: [middleware(_Layer, part=part) for part in stack()]
-    state._cleanup_expired_task_tokens = _seldom(state._cleanup_expired_task_tokens)
+    layers._get_middleware = lambda: [middleware(Layer, part=part) for part in stack()]
+    state._cleanup_expired_task_tokens = seldom(state._cleanup_expired_task_tokens)
     program.flower_superlink()
-
-
-class _Locked:
-    """Lets a call pass that a node makes, or that carries the key."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], key: bytes) -> None:
-        self._app, self._key = app, key
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Callable[..., Awaitable[None]]) -> None:
-        given = dict(scope.get("headers", ())).get(_KEY_HEADER.encode(), b"")
-        named = scope["type"] == "http" and scope["path"].startswith(_NODES)
-        if named or scope["type"] == "lifespan" or hmac.compare_digest(given, self._key):
-            await self._app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
-
-
-class _Layer:
-    """One of Flower's layers, for the calls of its API: it would hand all others on as well, at the price of a task."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], part: Any) -> None:
-        self._app, self._layer = app, part.cls(app, *part.args, **part.kwargs)
-        self._api = next((api for begin, api in _APIS.items() if part.cls.__name__.startswith(begin)), "")
-
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-        others = scope["type"] == "http" and not scope["path"].startswith(self._api)
-        await (self._app if others else self._layer)(scope, receive, send)
-
-
-def _seldom(clean: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A method that does its work at most once in `_CLEAN_S`: a task is given up after 60 s without a sign."""
-    due = 0.0
-
-    def now_and_then(state: Any) -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + _CLEAN_S
-            clean(state)
-
-    return now_and_then
-
-
-class _Key:
-    """Puts the key on a call."""
-
-    def __init__(self, home: ServerHome) -> None:
-        self._key = _key(home.superexec_secret).decode()
-
-    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        context.request.headers[_KEY_HEADER] = self._key
-        return call_next(context)
-
-
-def _key(secret: Path) -> bytes:
-    # Not the secret itself: with that one signs Flower's own calls.
-    return hmac.new(secret.read_bytes(), b"fedicom superlink", hashlib.sha256).hexdigest().encode()
 
 
 if __name__ == "__main__":

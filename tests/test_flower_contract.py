@@ -39,7 +39,7 @@ from starlette.middleware import Middleware
 from client.link import supernode_child
 from common.deployment import FederationPlan, ServerHome, SiteHome
 from server import app as server_app
-from server import link as server_link
+from server import link_layers
 from server.gateway_rules import FLEET_ROUTES
 from server.link import superlink_child
 from server.provision import provision
@@ -206,14 +206,14 @@ def test_the_superlink_asks_our_lock_before_it_reads_anything():
     assert "return [*extensions.get_middleware()," in middleware
     assert "middleware=_get_middleware()" in ast.unparse(function(superlink_main, "create_app"))
     assert ControlHttpClient("https://localhost")._interceptors == ()
-    assert all(path.startswith(server_link._NODES) for _, path in FLEET_ROUTES)
+    assert all(path.startswith(link_layers.NODES) for _, path in FLEET_ROUTES)
 
 
 def test_flowers_layers_ask_for_no_other_calls_than_we_give_them():
     listed = [part.cls for part in superlink_main._get_middleware()]
     names = {layer.__name__ for layer in listed}
     # What passes everything: the translator of errors and that of bodies.
-    assert {name for name in names if not name.startswith(tuple(server_link._APIS))} == {
+    assert {name for name in names if not name.startswith(tuple(link_layers.APIS))} == {
         "BaseHTTPMiddleware", "ProtobufTranslationMiddleware",
     }  # fmt: skip
     asks = {
@@ -230,7 +230,7 @@ def test_flowers_layers_ask_for_no_other_calls_than_we_give_them():
             assert asks[layer.__name__] in ast.unparse(ast.parse(inspect.getsource(layer))), layer.__name__
             assert set(vars(layer)) & {"__call__"} == set()  # all its work is in `dispatch`
             room = re.match("Control|Runtime|NodeAuth|Fleet", layer.__name__)[0].replace("NodeAuth", "Fleet").lower()
-            assert server_link._Layer(None, Middleware(layer))._api == f"/v1/{room}/"
+            assert link_layers.Layer(None, Middleware(layer))._api == f"/v1/{room}/"
     assert len(asks) == len(names) - 2
     control = inspect.getmodule(next(layer for layer in listed if layer.__name__ == "ControlLicenseMiddleware"))
     assert all(path.startswith("/v1/control/") for _, path in control.CONTROL_SENSITIVE_ROUTE_KEYS)
@@ -249,7 +249,7 @@ def test_a_layer_sees_the_calls_of_its_api_and_no_others():
 
         return call
 
-    whole = server_link._Layer(app, Middleware(NodeAuthMiddleware))
+    whole = link_layers.Layer(app, Middleware(NodeAuthMiddleware))
     for scope in (
         {"type": "http", "path": "/v1/fleet/pull-object"},
         {"type": "http", "path": "/v1/runtime/pull-object"},
@@ -265,8 +265,8 @@ def test_what_has_expired_is_looked_for_once_a_second(monkeypatch):
     # a token that expired meanwhile opens nothing all the same
     assert "row.active_until < current" in inspect.getsource(core_state.get_task_by_token)
     now, cleaned = [100.0], []
-    monkeypatch.setattr(server_link.time, "monotonic", lambda: now[0])
-    clean = server_link._seldom(cleaned.append)
+    monkeypatch.setattr(link_layers.time, "monotonic", lambda: now[0])
+    clean = link_layers.seldom(cleaned.append)
     for at in (100.0, 100.5, 100.99, 101.0, 101.5, 102.5):
         now[0] = at
         clean(at)

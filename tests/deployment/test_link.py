@@ -41,6 +41,7 @@ from common.supervise import Child, Supervisor
 from common.weights import Weights
 from server import link
 from server.app import FlowerTransport
+from server.link_layers import KEY_HEADER
 from server.provision import provision, revoke
 
 _LONG_S = 300.0
@@ -293,7 +294,7 @@ def test_no_secret_stands_in_a_command_line(running):
 def test_a_user_of_the_coordinators_machine_without_its_key_can_neither_list_nor_start_nor_stop(running, grid, key):
     if key == "the secret itself":
         key = running.server.superexec_secret.read_bytes().hex().encode()
-    headers = {} if key is None else {link._KEY_HEADER: key}
+    headers = {} if key is None else {KEY_HEADER: key}
     tls = ssl.create_default_context(cafile=str(running.server.ca))
     with httpx.Client(base_url=f"https://127.0.0.1:{running.port}", verify=tls, headers=headers) as stranger:
         paths = [
