@@ -53,6 +53,7 @@ from server.gateway_rules import (
     RESPONSE_HEADERS,
     SIGNATURE,
     TIMESTAMP,
+    Answers,
     Buckets,
     GatewayConfig,
     GatewayLimits,
@@ -95,6 +96,7 @@ class Gateway:
         self.nodes: Counter[str] = Counter()
         """Connections by key."""
         self.node_requests = Buckets(limits.requests_per_s_per_node, limits.request_burst_per_node)
+        self.answers = Answers(limits.answer_bytes)
         self.refusals = Buckets(limits.refusals_per_s_per_address, limits.refusal_burst_per_address)
         self.shelf = Shelf(config.blobs) if config.blobs is not None else None
         self.listeners = Listeners(Bell(config.sent_bell)) if config.sent_bell is not None else None
@@ -346,6 +348,8 @@ class _Conversation(Beside):
         except Refused as refused:
             await self._refuse(refused, entry)
         finally:
+            if self._node is not None:
+                self._gateway.answers.note(self._node, entry.route, entry.received, entry.sent)
             if entry.status:
                 self._gateway.requests.note(entry)
         return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
@@ -414,6 +418,8 @@ class _Conversation(Beside):
         entry.site = site
         if not self._gateway.node_requests.take(key):
             raise Refused(503, "requests of the node")
+        if not self._gateway.answers.room(key, entry.route):
+            raise Refused(413, "answer size")
         if self._node != key:
             self.release()
             if self._gateway.nodes[key] >= self._limits.connections_per_node:

@@ -46,6 +46,8 @@ BLOB_ROUTE = re.compile(rf"{blobs.PATH}({blobs.TICKET.pattern})(?:/({blobs.DIGES
 """Path of what the gateway answers itself: GET and PUT with a name, GET without."""
 BELL_ROUTE = re.compile(rf"{blobs.BELL_PATH}({blobs.MARK.pattern})")
 """Path of what the gateway answers itself as soon as the coordinator has sent something (GET)."""
+QUESTIONS = "/v1/fleet/pull-messages"
+"""The call that brings a question: each once, and an empty body while there is none."""
 ANSWERS = frozenset(("/v1/fleet/push-messages", "/v1/fleet/push-object"))
 """Calls that bring an answer, or a piece of it."""
 KEY, TIMESTAMP, SIGNATURE = b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"
@@ -101,6 +103,9 @@ class GatewayLimits:
     connections_per_node: Count = 32
     requests_per_s_per_node: Rate = 50.0
     request_burst_per_node: Count = 200
+    answer_bytes: Count = 4 << 30
+    """What a node may push through Flower from one question to the next; it has to hold an update (masked, or with
+    `blobs: false`) a few times. Weights beside the messages have a limit of their own."""
     refusals_per_s_per_address: Rate = 1.0
     """Requests without a known node's credentials; more are answered 429 whatever they ask, and counted, not logged."""
     refusal_burst_per_address: Count = 20
@@ -288,6 +293,24 @@ class Buckets:
 
     def _level(self, at: tuple[float, float], now: float) -> float:
         return min(self._burst, at[0] + (now - at[1]) * self._rate)
+
+
+class Answers:
+    """How much each node has pushed since it was last given a question."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._pushed = most_bytes, Counter[str]()
+
+    def room(self, key: str, route: str) -> bool:
+        """Whether the node may make this call; one that has begun may pass the limit by its body."""
+        return route not in ANSWERS or self._pushed[key] < self._most
+
+    def note(self, key: str, route: str, received: int, sent: int) -> None:
+        """Counts the bodies of a call that has ended."""
+        if route in ANSWERS:
+            self._pushed[key] += received
+        elif route == QUESTIONS and sent:
+            del self._pushed[key]
 
 
 def network(address: str) -> str:

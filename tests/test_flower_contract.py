@@ -12,6 +12,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from flwr.clientapp import ClientApp
@@ -338,3 +339,16 @@ def test_flowers_programs_know_the_options_that_we_give(tmp_path):
         for option in options:
             assert f"{option} " in said or f"{option}\n" in said, option
         assert child.environment["FLWR_TELEMETRY_ENABLED"] == "0"
+
+
+def test_a_superlink_without_a_question_answers_nothing_at_all():
+    from flwr.proto.fleet_pb2 import PullMessagesRequest
+    from flwr.superlink.servicer.fleet.fleet_handlers import pull_messages
+
+    class Idle:
+        def get_message_ins(self, node_id: int, limit: int) -> list[object]:
+            assert limit == 1
+            return []
+
+    idle: Any = Idle()  # the gateway takes any byte for a question, which a node may answer
+    assert pull_messages(PullMessagesRequest(), idle, idle).SerializeToString() == b""

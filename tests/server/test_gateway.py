@@ -65,6 +65,7 @@ from server.gateway_nginx import nginx_config, write_nginx
 ROOT = Path(__file__).parents[2]
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 PULL, PUSH, OTHER = "/v1/fleet/pull-object", "/v1/fleet/push-object", "/v1/fleet/get-run"
+QUESTIONS = "/v1/fleet/pull-messages"
 MIB = 1 << 20
 BIG = random.Random(0).randbytes(12 * MIB)
 NOW = dt.datetime.now(dt.UTC)
@@ -891,6 +892,26 @@ def test_requests_of_strangers_beyond_their_rate_cost_no_line_each(kind, open_do
 @pytest.fixture
 def embedded(open_door, upstream) -> Door:
     return open_door("embedded", upstream.port)
+
+
+def test_what_a_node_pushes_from_one_question_to_the_next_is_limited_and_others_are_served(open_door, upstream):
+    door = open_door("embedded", upstream.port, replace(LOOSE, answer_bytes=1000))
+    assert [door.call(PUSH, bytes(400)).status_code for _ in range(4)] == [
+        200,
+        200,
+        200,
+        413,
+    ]  # 1200 have begun below it
+    assert door.call("/v1/fleet/push-messages").status_code == 413
+    assert door.call(OTHER, bytes(400)).status_code == 200  # what stores nothing
+    assert door.call(PUSH, bytes(400), site="south").status_code == 200
+    assert door.gateway.stats.snapshot()["refused"] == {"answer size": 2}
+    upstream.repeat = 0  # an empty answer: there is no question
+    assert door.call(QUESTIONS).content == b""
+    assert door.call(PUSH, bytes(400)).status_code == 413
+    upstream.repeat = 1
+    assert door.call(QUESTIONS).content
+    assert door.call(PUSH, bytes(400)).status_code == 200
 
 
 def test_another_sites_public_key_without_its_signature_opens_nothing(embedded, upstream):
