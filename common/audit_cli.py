@@ -221,7 +221,8 @@ def _lineage(found: Lineage) -> list[str]:
             f"  {site.name}: {len(site.rounds)} rounds"
             + (f", epsilon {rounded_up(site.epsilon)}" if site.epsilon is not None else "")
             + ("" if site.log else "; its own log is not there"),
-            "    patients: " + (", ".join(f"{split} {n or 'few'}" for split, n in site.patients.items()) or "not told"),
+            "    patients: "
+            + (", ".join(f"{split} {n or 'not told'}" for split, n in site.patients.items()) or "not told"),
             f"    data manifest: {', '.join(site.manifests)}",
             f"    approved by: {approved}",
             "    versions: " + ", ".join(f"{name} {version}" for name, version in sorted(site.versions.items())),

@@ -56,7 +56,7 @@ def test_the_price_of_noised_scores_is_on_the_card(tmp_path):
     assert "Not covered: the metrics" not in text
     exact = SiteSummary(name="south", patients={"train": 70}, test=Scores(patients=16, values={"auroc": 0.9}))
     text = card(tmp_path, report(recipe(privacy=PRIVATE), sites=(site, exact)))
-    assert "cost a site at most epsilon 0.5, beside the figures" in text
+    assert "cost a site at most epsilon 0.50, beside the" in text
     assert "Not covered: the metrics of the other sites, which carry no noise" in text
 
 
