@@ -279,6 +279,11 @@ def _rounds(run: Run, weights: str) -> tuple[tuple[RoundLink, ...], bool]:
         event.kind == "evaluation received" and event.number > last and event.facts.get("after") == weights
         for event in run.events
     )
+    if again and links[0].before == weights:
+        raise LineageError(
+            "early stopping took the weights from before the first round, which scored best; the model was trained on "
+            "nothing"
+        )
     for place, link in enumerate(links, start=1):
         if again and link.after == weights:
             return tuple(links[:place]), True

@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from common.audit_report import account, write_account
 from common.config import load_settings
 from common.errors import ConfigError
 from common.identity import Signer
-from common.lineage import LineageError, lineage, runs, trace
+from common.lineage import LineageError, _rounds, lineage, runs, trace
 from common.logs import check_logs, read_logs, state_of
 from common.signed import sign_recipe
 
@@ -565,3 +566,14 @@ def test_a_run_of_many_sites_and_rounds_still_draws(tmp_path):
     text, _ = seen(tmp_path / "page.html")
     assert "30 more sites" in text
     assert "87 more" in text
+
+
+def test_the_weights_from_before_the_first_round_are_named_as_trained_on_nothing():
+    def event(number: int, kind: str, **facts: Any) -> Any:
+        return SimpleNamespace(number=number, kind=kind, time="2026-01-01T00:00:00.000Z", facts=facts)
+
+    aggregated = event(1, "round aggregated", round=1, before="a" * 64, after="b" * 64, admitted={})
+    again = event(2, "evaluation received", after="a" * 64)
+    run = SimpleNamespace(rounds=[aggregated], events=[aggregated, again])
+    with pytest.raises(LineageError, match="trained on nothing"):
+        _rounds(run, "a" * 64)
