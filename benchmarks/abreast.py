@@ -15,13 +15,12 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import cohort, in_turns, machine, measured, own_peak_mb, ratio, spread, tell
+from measure import cohort, in_turns, machine, measured, moments, own_peak_mb, ratio, spread, tell
 from raw_loop import made
 
 SITES, SIZE, ROUNDS, WIDTH = 64, 28, 4, 32
@@ -112,22 +111,11 @@ def run(case: str, abreast: int, device: str, ends: Path) -> dict[str, Any]:
     compute_with(1)
     start = get_weights(build(recipe))
 
-    class Show(simulation.Silent):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def step(self, what: str, done: int, total: int) -> None:
-            if what == "Training" and not self.ends:
-                self.ends.append(time.perf_counter())
-
-        def round(self, state: Any, report: Any) -> None:
-            self.ends.append(time.perf_counter())
-
     folder = private_folder(Path(tempfile.mkdtemp(prefix="run-", dir=ends.parent)))
     settings = Settings(
         recipe=recipe, simulation=Simulation(device=device, threads=1, abreast=abreast), out=str(folder)  # type: ignore[arg-type]
     )  # fmt: skip
-    audit, show = simulation._audit(folder, "server"), Show()
+    audit, show = simulation._audit(folder, "server"), moments()
     federated = simulation._federate(settings, folder, names, cohorts, audit, torch.device(device), show)
     weights = federated.state.weights
     np.savez(ends, **weights, **{"start/" + name: value for name, value in start.items()})  # type: ignore[arg-type]

@@ -116,6 +116,24 @@ def cohort(x_N: Any, y_N: Any) -> Any:
     return Cohort(samples, np.repeat("train", n), "a" * 64, {})
 
 
+def moments() -> Any:
+    """What a simulation shows, as `ends`: when training began, and when each round was over (`time.perf_counter`)."""
+    from simulations.run import Silent
+
+    class Moments(Silent):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def step(self, what: str, done: int, total: int) -> None:
+            if what == "Training" and not self.ends:
+                self.ends.append(time.perf_counter())
+
+        def round(self, state: Any, report: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    return Moments()
+
+
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
     cpu = next(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Run, cohort, in_turns, machine, measured, own_peak_mb, spread, tell
+from measure import Run, cohort, in_turns, machine, measured, moments, own_peak_mb, spread, tell
 from raw_loop import made
 
 IMAGES, SIZE, ROUNDS = 20, 28, 3
@@ -180,17 +180,6 @@ def run(root: Path, sites: int) -> dict[str, Any]:
         def __getitem__(self, name: str) -> Any:
             return images(name)
 
-    class Show(simulation.Silent):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def step(self, what: str, done: int, total: int) -> None:
-            if what == "Training" and not self.ends:
-                self.ends.append(time.perf_counter())
-
-        def round(self, state: Any, report: Any) -> None:
-            self.ends.append(time.perf_counter())
-
     compute_with(1)
     build(recipe)  # the import of its library is no cost of a visit
     training, opening, logs = Clock(train), Clock(site_module.Site), Clock(simulation._audit)
@@ -199,7 +188,7 @@ def run(root: Path, sites: int) -> dict[str, Any]:
     simulation.__dict__["_audit"] = logs
     folder = private_folder(Path(tempfile.mkdtemp(prefix="run-", dir=root)))
     settings = Settings(recipe=recipe, simulation=Simulation(device="cpu", threads=1), out=str(folder))
-    audit, show = simulation._audit(folder, "server"), Show()
+    audit, show = simulation._audit(folder, "server"), moments()
     began, busy = time.perf_counter(), time.process_time()
     cpu = torch.device("cpu")
     federated = simulation._federate(settings, folder, names, Counted(names), audit, cpu, show)

@@ -15,7 +15,7 @@ from common.errors import ConfigError, FedicomError, PrivacyError
 from common.identity import Signer, signed_by
 from common.journal import Log
 from common.signed import SignedRecipe, parse_recipe
-from common.storage import private_folder, storing, write_whole
+from common.storage import drop_unfinished, private_folder, storing, write_whole
 
 FORMAT = "fedicom approval 1"
 _MAX_BYTES = 2 << 20
@@ -154,20 +154,22 @@ class Approvals:
         """
         with storing("a kept reply"):
             for folder in ("outbox", "remainders"):
-                for name in (f"{recipe_id[:16]}-*", f".{recipe_id[:16]}-*.tmp"):
-                    for kept in (self._home.state / folder).glob(name):
-                        kept.unlink()
+                for kept in (self._home.state / folder).glob(f"{recipe_id[:16]}-*"):
+                    kept.unlink()
+                drop_unfinished(self._home.state / folder, f"{recipe_id[:16]}-*")
 
     def withdrawing(self) -> tuple[str, ...]:
         """Recipes whose withdrawal was cut off before the log had it; withdrawn again they go."""
-        return tuple(sorted(path.stem for path in self._home.approved.glob("*.withdrawn") if _ID.fullmatch(path.stem)))
+        return self._named("withdrawn")
 
     def ids(self) -> tuple[str, ...]:
         """Recipes that have a record, whether it holds or not."""
-        if not self._home.approved.is_dir():
-            return ()
+        return self._named("json")
+
+    def _named(self, kind: str) -> tuple[str, ...]:
         with storing("the approved recipes"):
-            return tuple(sorted(path.stem for path in self._home.approved.glob("*.json") if _ID.fullmatch(path.stem)))
+            found = self._home.approved.glob(f"*.{kind}")
+            return tuple(sorted(path.stem for path in found if _ID.fullmatch(path.stem)))
 
     def all(self) -> tuple[Approval, ...]:
         """All approvals that hold, the newest last."""

@@ -50,7 +50,7 @@ from common.installed import code_hashes, package_versions
 from common.journal import Log, SharedLog
 from common.lineage import approvals as standing_approvals
 from common.models import build
-from common.storage import private_folder, storing
+from common.storage import drop_unfinished, private_folder, storing
 
 log = logging.getLogger(__name__)
 
@@ -162,8 +162,7 @@ class Resident:
         """
         with storing("what a stop in the middle of a write left"):
             for folder in ("outbox", "remainders", "sums"):
-                for part in (self._home.state / folder).rglob(".*.tmp"):
-                    part.unlink(missing_ok=True)
+                drop_unfinished(self._home.state / folder, below=True)
         events = self._events()
         heads = [str(event.facts["ledger_head"]) for event in events if event.facts.get("ledger_head")]
         self._ledger_head = heads[-1] if heads else GENESIS

@@ -243,14 +243,12 @@ class Site:
             trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
             if self._secure:
                 self.recipe.fixed_point.check(trained.delta, self._weight)
-        except (DivergedError, SecureAggregationError):
-            # This answer tells of the noise that was drawn: it is paid for, or it could be had again and again.
+        except Exception as error:
             if reserved is not None:
-                self._budget.settle(reserved, reserved.event.steps)
-            raise
-        except Exception:  # a card that is full, mostly: nothing of what was drawn is told, so it costs nothing
-            if reserved is not None:
-                self._budget.settle(reserved, 0)
+                # An answer that tells of the noise that was drawn is paid for, or it could be had again and again. Any
+                # other (a card that is full, mostly) tells nothing of it, and costs nothing.
+                tells = isinstance(error, DivergedError | SecureAggregationError)
+                self._budget.settle(reserved, reserved.event.steps if tells else 0)
             raise
         spent = self._spent(trained.clip_norm) if reserved is not None else None
         update = Update(

@@ -91,6 +91,16 @@ def write_whole(path: Path, data: bytes | tuple[bytes | memoryview, ...], flush:
             part.unlink(missing_ok=True)
 
 
+def drop_unfinished(folder: Path, name: str = "*", *, below: bool = False) -> None:
+    """Removes what processes that were killed in `write_whole` left of files of this name (a pattern).
+
+    Args:
+        below: In the folders of the folder too.
+    """
+    for part in folder.glob(f"{'**/' * below}.{name}.tmp"):
+        part.unlink(missing_ok=True)
+
+
 def commit(part: Path, path: Path, flush: Flush = to_disk) -> None:
     """Gives a finished, flushed file its name, durably: the folder's entry is flushed as well."""
     part.replace(path)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from common.errors import StorageError
-from common.storage import private_folder, write_whole
+from common.storage import drop_unfinished, private_folder, write_whole
 from common.vault import Secret, is_sealed, seal, unseal
 from common.weights import Weights
 from server.rounds import RoundReport, ServerState
@@ -49,8 +49,7 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     text = json.dumps(head)
     path = folder / f"round-{state.round:04d}.safetensors{'.sealed' if key else ''}"
     private_folder(folder)
-    for left in folder.glob(".round-*.tmp"):  # by a process that was killed while it wrote
-        left.unlink(missing_ok=True)
+    drop_unfinished(folder, "round-*")
     data = _safetensors(parts, {"fedicom": text, "sha256": _sha256(text)})
     write_whole(path, seal(b"".join(data), key) if key else data)
     # The same round may lie there in the other form, from before the key was given or taken away.

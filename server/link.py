@@ -257,11 +257,7 @@ class _RunGrid(HttpGrid):
     def __init__(self, home: ServerHome, address: str, certificate: bytes, token: str) -> None:
         super().__init__(address, False, certificate, token=token)
         self._sent, self._answered, self._mark = Bell(home.sent_bell), Bell(home.answered_bell), ""
-        self.patience, self._key, self._disk = (
-            _Patient(_PATIENCE_S, home.superlink),
-            Key(home),
-            home.superlink,
-        )
+        self.patience, self._key, self._disk = _Patient(_PATIENCE_S, home.superlink), Key(home), home.superlink
         self._retry_invoker = self.patience  # type: ignore[assignment]  # Flower calls nothing but `invoke`
         self._arriving: dict[str, _Arriving] = {}
         self._forgotten: set[str] = set()
@@ -451,10 +447,7 @@ def _said(response: httpx.Response) -> str:
 @contextmanager
 def _control(home: ServerHome, port: int) -> Iterator[ControlHttpClient]:
     with ControlHttpClient.from_server_address(
-        f"{_HOST}:{port}",
-        insecure=False,
-        root_certificates=_certificate(home),
-        interceptors=[Key(home)],
+        f"{_HOST}:{port}", insecure=False, root_certificates=_certificate(home), interceptors=[Key(home)]
     ) as client:
         yield client
 

@@ -237,8 +237,7 @@ def _results(report: RunReport) -> Iterator[str]:
         yield ""
         yield f"### Central test set by {_code(column)}"
         yield ""
-        # Beside the total of the test set, the other groups' counts would give away a suppressed one.
-        counted = not any(cell.suppressed for cell in cells.values())
+        counted = words.counted(cells)
         if not counted:
             yield "Counts are left out, as they would give the suppressed group away."
             yield ""

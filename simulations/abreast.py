@@ -12,10 +12,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -108,10 +107,8 @@ def train_abreast(
         )
         for visit in visits
     ]  # fmt: skip
-    found = [class_weights(recipe, visit.cohort) for visit in visits]
-    weight_SC = (
-        torch.stack([value for value in found if value is not None]).to(device) if found[0] is not None else None
-    )
+    factors = [value for visit in visits if (value := class_weights(recipe, visit.cohort)) is not None]
+    weight_SC = torch.stack(factors).to(device) if factors else None
     engines = [
         private_gradient(model, record_loss(recipe, visit.cohort), recipe, visit.private)
         for visit in visits
@@ -287,24 +284,20 @@ class Abreast:
         device: torch.device,
         *,
         width: int,
-        turn: AbstractContextManager[object],
         out: Path,
     ) -> None:
         """Starts with what an earlier part of the run has measured.
 
         Args:
             width: Sites in one pass at most, and visits that are under way at once.
-            turn: Held while the network is in use.
             out: Folder of the run.
         """
-        self.width = width
-        self._model, self._recipe, self._device, self._turn = model, recipe, device, turn
-        self._file = out / ABREAST_FILE
+        self.width, self.turn = width, Lock()
+        """`turn` is held while the network is in use."""
+        self._model, self._recipe, self._device, self._out = model, recipe, device, out
         self._door = Condition()
         self._of: dict[str, _Group] = {}
-        with storing("what was measured of sites abreast"):
-            text = self._file.read_text() if self._file.exists() else "{}"
-        self._trials: dict[int, _Trial] = {int(sites): _Trial(*found) for sites, found in json.loads(text).items()}
+        self._trials = _trials(out)
 
     def expect(self, sites: Sequence[str]) -> None:
         """These sites' visits begin in this order, `width` of them at once."""
@@ -326,7 +319,7 @@ class Abreast:
         visit = Visit(weights=weights, cohort=cohort, round=round_, site=site, private=private)
         known = self._trials.get(_about(self.width))
         if known is not None and known.times_as_fast < _WORTH:  # nobody waits for anybody
-            with self._turn:
+            with self.turn:
                 return self._alone(self._recipe, visit)
         with self._door:
             group = self._of[site]
@@ -338,7 +331,7 @@ class Abreast:
             led, group.led = group.led, True
         if not led:
             try:
-                with self._turn:
+                with self.turn:
                     group.results = self._together(group.visits)
             finally:
                 with self._door:
@@ -378,7 +371,7 @@ class Abreast:
         about = _about(len(visits))
         if about not in self._trials:
             self._trials[about] = self._measured(visits)
-            write_whole(self._file, (json.dumps(self._trials, indent=2) + "\n").encode())
+            write_whole(self._out / ABREAST_FILE, (json.dumps(self._trials, indent=2) + "\n").encode())
         return self._trials[about].times_as_fast >= _WORTH
 
     def _measured(self, visits: Sequence[Visit]) -> _Trial:
@@ -408,6 +401,13 @@ class _Trial(NamedTuple):
     why: str
 
 
+def _trials(out: Path) -> dict[int, _Trial]:
+    """About so many sites -> what an earlier part of the run found."""
+    with storing("what was measured of sites abreast"):
+        text = (out / ABREAST_FILE).read_text() if (out / ABREAST_FILE).exists() else "{}"
+    return {int(sites): _Trial(*found) for sites, found in json.loads(text).items()}
+
+
 def _about(sites: int) -> int:
     """The next power of two."""
     return 1 << (sites - 1).bit_length()
@@ -415,8 +415,7 @@ def _about(sites: int) -> int:
 
 def told(out: Path) -> str:
     """What became of the wish to train sites abreast, in a sentence."""
-    text = (out / ABREAST_FILE).read_text() if (out / ABREAST_FILE).exists() else "{}"
-    trials = {int(sites): _Trial(*found) for sites, found in json.loads(text).items()}
+    trials = _trials(out)
     if not trials:
         return (
             "No sites trained abreast: no two that were asked together take equally many steps, or, with batch norms, "

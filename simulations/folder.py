@@ -13,7 +13,7 @@ from typing import Any
 from common.config import Settings, as_plain
 from common.errors import ConfigError, StorageError
 from common.privacy_audit import FILE as AUDIT_FILE
-from common.storage import held_alone, private_folder, storing, write_whole
+from common.storage import drop_unfinished, held_alone, private_folder, storing, write_whole
 
 ABREAST_FILE = "abreast.json"
 """Of `simulations.abreast`: what it measured."""
@@ -71,9 +71,9 @@ def take_folder(settings: Settings, out: Path) -> None:
                     shutil.rmtree(out / name)
             for name in _OWN_FILES:
                 (out / name).unlink(missing_ok=True)
-    for folder in (out, *(out / name for name in _OWN)):
-        for part in folder.glob(".*.tmp") if folder == out else folder.rglob(".*.tmp"):
-            part.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    drop_unfinished(out)
+    for name in _OWN:
+        drop_unfinished(out / name, below=True)
     for partial in out.glob(".hospitals.partial-*"):
         shutil.rmtree(partial)
     write_whole(out / _RECORD, (json.dumps(record_of(settings), indent=2, sort_keys=True) + "\n").encode())

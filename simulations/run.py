@@ -185,7 +185,7 @@ def worker_app(settings_json: str) -> ClientApp:
     logging.getLogger().addHandler(LogFile(out))
     compute_with(_threads(settings))
     # The model now: while the coordinator builds its own, not when the first round waits for it.
-    site_of = _sites(settings, out, {}, _device(settings), _network(settings.recipe), threading.Lock())
+    site_of = _sites(settings, out, {}, _device(settings), _network(settings.recipe))
     return client_app(lambda context: site_of(str(context.node_config["site"])))
 
 
@@ -218,9 +218,8 @@ def _federate(
         model = _network(settings.recipe)
         _network.cache_clear()  # a run trains a network of its own
         ahead = _AHEAD if sum(value.numel() for value in model.parameters()) >= _LARGE else 1
-        turn = threading.Lock()
-        abreast = _abreast(settings, model, device, turn, out)
-        site_of = _sites(settings, out, cohorts, device, model, turn, abreast)
+        abreast = _abreast(settings, model, device, out)
+        site_of = _sites(settings, out, cohorts, device, model, abreast)
         for name in names[:_OPEN]:
             site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
         app = client_app(lambda context: site_of(str(context.node_config["site"])))
@@ -334,14 +333,12 @@ def _workers(settings: Settings, device: torch.device) -> Iterator[list[Worker]]
             worker.stop()
 
 
-def _abreast(
-    settings: Settings, model: nn.Module, device: torch.device, turn: threading.Lock, out: Path
-) -> Abreast | None:
+def _abreast(settings: Settings, model: nn.Module, device: torch.device, out: Path) -> Abreast | None:
     if settings.simulation.abreast == 1:
         return None
     from simulations.abreast import Abreast
 
-    return Abreast(model, settings.recipe, device, width=settings.simulation.abreast, turn=turn, out=out)
+    return Abreast(model, settings.recipe, device, width=settings.simulation.abreast, out=out)
 
 
 def _sites(
@@ -350,11 +347,11 @@ def _sites(
     cohorts: Mapping[str, Cohort],
     device: torch.device,
     model: nn.Module,
-    turn: threading.Lock,
     abreast: Abreast | None = None,
 ) -> Callable[[str], Site]:
     """Finds a site by its name. All share the model: every visit overwrites all of it that is exchanged."""
     recipe, door = settings.recipe, threading.Lock()
+    turn = abreast.turn if abreast is not None else threading.Lock()
     policy = _policy(recipe, settings.simulation.metrics)
     log_of = functools.lru_cache(maxsize=_LOGS)(lambda name: _audit(out, name, to_system))
 

@@ -288,8 +288,7 @@ def _subgroups(report: RunReport) -> Iterable[Html]:
     )
     keys = ("auroc", "sensitivity_at_specificity", "ece")
     for column, groups in sorted(report.subgroups.items()):
-        # Beside the total of the test set, the other groups' counts would give away a suppressed one.
-        counted = not any(metrics.suppressed for metrics in groups.values())
+        counted = words.counted(groups)
         rows: list[list[Child]] = []
         for value, metrics in sorted(groups.items()):
             if metrics.suppressed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from common.html import Html, tag
 
 if TYPE_CHECKING:
+    from common.metrics import Metrics
     from server.report import RunReport
 
 _METRICS = {
@@ -143,3 +144,9 @@ def moment(iso: str) -> str:
     """A time stamp for the eye: date, time to the minute, zone."""
     shown = re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d(\.\d+)?)?", r"\1 \2 ", iso)
     return re.sub(r"(\+00:00|Z)$", "UTC", shown)
+
+
+def counted(groups: Mapping[str, Metrics]) -> bool:
+    """Whether patients of subgroups may be counted: beside the total of the test set, the other groups' counts would
+    give away a suppressed one."""
+    return not any(metrics.suppressed for metrics in groups.values())

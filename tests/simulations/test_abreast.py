@@ -167,7 +167,7 @@ def test_a_private_step_in_which_no_site_draws_anybody_is_noise_alone() -> None:
 def trainer(tmp_path: Path, recipe: Recipe, width: int = 4, **faster: float) -> Abreast:
     known = {key.removeprefix("of"): (value, "") for key, value in faster.items()}
     (tmp_path / "abreast.json").write_text(json.dumps(known))
-    return Abreast(build(recipe), recipe, CPU, width=width, turn=threading.Lock(), out=tmp_path)
+    return Abreast(build(recipe), recipe, CPU, width=width, out=tmp_path)
 
 
 def all_at_once(found: Abreast, visits: list[Visit], *, leave: tuple[str, ...] = ()) -> dict[str, Any]:
