@@ -25,7 +25,7 @@ from common.enrolment import (
     site_yaml,
 )
 from common.identity import NodeKey, Signer, new_signing_key
-from common.storage import named_file
+from common.storage import named_file, named_path
 from common.vault import Secret
 
 
@@ -156,8 +156,7 @@ def join_verb(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     home = SiteHome(arguments.home)
     by = arguments.by or login()
-    if not arguments.kit.is_dir():
-        named_file(arguments.kit)
+    named_path(arguments.kit)
     if arguments.kit.suffix == ".json":
         registry = install_registry(home, arguments.kit, by=by)
         done: Sequence[str] = (f"registry of version {registry.version}, {len(registry.members)} sites",)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
-from common.storage import named_file
+from common.storage import named_file, named_path
 
 if TYPE_CHECKING:
     from common.chain import AuditError
@@ -82,7 +82,7 @@ def _logs(word: str) -> Path:
     from common.chain import part
 
     path = Path(word)
-    return path if path.is_dir() or part(path, 1).exists() else named_file(path)
+    return path if part(path, 1).exists() else named_path(path)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -176,6 +176,16 @@ def named_file(word: str | Path) -> Path:
     return path
 
 
+def named_path(word: str | Path) -> Path:
+    """A folder, or a file as of `named_file`.
+
+    Raises:
+        ConfigError: As `named_file`.
+    """
+    path = Path(word)
+    return path if path.is_dir() else named_file(path)
+
+
 def named_place(word: str | Path) -> Path:
     """A file that the user wants to be written, for argparse's `type`.
 

@@ -106,7 +106,7 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
             ("Calibration", _calibration(exported)),
             (
                 "Training",
-                f"{recipe.rounds} rounds planned, {report.trained} changed the model{_earlier(report)}; "
+                f"{recipe.rounds} rounds planned, {report.trained} changed the model{words.stopped_early(report)}; "
                 f"{recipe.federation.strategy} over {recipe.federation.sites} sites, {training.local_epochs:g} local "
                 f"epochs, {training.optimizer}, learning rate {training.lr:g}, batch {training.batch_size}, "
                 f"{training.loss}",
@@ -396,10 +396,6 @@ def release_section(audit: Mapping[str, Any]) -> Iterator[str]:
         yield f"- One-run audit (Steinke et al. 2023), {steps} steps: epsilon at least {rounded_down(low)} with"
         yield f"  {audit['confidence']:.0%} confidence, at most {rounded_up(high)} by the account. One training sees"
         yield "  only so much: the gap says nothing about the account."
-
-
-def _earlier(report: RunReport) -> str:
-    return "" if report.taken is None else f", and early stopping took the one after round {report.taken}"
 
 
 def _label(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.storage import named_file, named_place
+from common.storage import named_file, named_path, named_place
 from common.vault import Secret
 
 _EPILOG = """verbs:
@@ -124,8 +124,7 @@ def _install(words: Sequence[str]) -> int:
     from common.enrolment import install_kit
     from common.kit import read_folder, read_sealed
 
-    if not arguments.kit.is_dir():
-        named_file(arguments.kit)
+    named_path(arguments.kit)
     secret = Secret.passphrase_from
     files = (
         read_folder(arguments.kit)

@@ -16,7 +16,7 @@ from common.config import Phantom, Recipe, load_settings
 from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
-from common.storage import named_file
+from common.storage import named_path
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
 if TYPE_CHECKING:
@@ -257,8 +257,8 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: Calla
 
     source, out, sites = arguments.source, arguments.out, arguments.sites
     for path in (source, arguments.table):
-        if path is not None and not path.is_dir():
-            named_file(path)
+        if path is not None:
+            named_path(path)
     classes = tuple(arguments.classes.split(",")) if arguments.classes else None
     if source.suffix == ".npz":
         hospitals.import_medmnist(

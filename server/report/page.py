@@ -92,8 +92,9 @@ def _verdict(report: RunReport) -> str:
     trained = report.trained
     who = f"{count} hospital{'s' if count != 1 else ''}"
     rounds = f"{trained} round{'s' if trained != 1 else ''}"
-    earlier = "" if report.taken is None else f", and early stopping took the one after round {report.taken}"
-    start = f"A model was trained at {who} over {rounds}{earlier}; the images stayed where they were. "
+    start = (
+        f"A model was trained at {who} over {rounds}{words.stopped_early(report)}; the images stayed where they were. "
+    )
     central = _shown(report.central)
     auroc = words.value(central.values, "auroc") if central else None
     if auroc is None or central is None:

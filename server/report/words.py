@@ -146,6 +146,11 @@ def moment(iso: str) -> str:
     return re.sub(r"(\+00:00|Z)$", "UTC", shown)
 
 
+def stopped_early(report: RunReport) -> str:
+    """What follows the number of rounds, where early stopping took an earlier model than the last; else nothing."""
+    return "" if report.taken is None else f", and early stopping took the one after round {report.taken}"
+
+
 def counted(groups: Mapping[str, Metrics]) -> bool:
     """Whether patients of subgroups may be counted: beside the total of the test set, the other groups' counts would
     give away a suppressed one."""
