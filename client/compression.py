@@ -22,7 +22,7 @@ from common.compression import Form, quantised, rounds
 from common.errors import ExchangeError
 from common.exchange import RoundPlan
 from common.storage import Flush, private_folder, storing, to_disk, write_whole
-from common.weights import Weights
+from common.weights import Weights, room
 
 log = logging.getLogger(__name__)
 
@@ -95,4 +95,8 @@ def _plus(delta: Weights, left: Weights) -> Weights:
     """The sum where something was left; vectors have no remainder."""
     if any(left[name].shape != delta.shapes.get(name) for name in left):
         raise ExchangeError("what rounding left out of an earlier round is of another network; remove state/remainders")
-    return Weights({name: array + left[name] if name in left else array for name, array in delta.items()})
+    whole, sums = room(delta.shapes)
+    whole[...] = delta.whole
+    for name, array in left.items():
+        sums[name] += array
+    return Weights.filled(whole, sums)

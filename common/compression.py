@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ExchangeError
-from common.weights import Array, Weights
+from common.weights import Array, Weights, room
 
 Form = Literal["none", "bfloat16", "int8"]
 FORMS: tuple[Form, ...] = ("none", "bfloat16", "int8")
@@ -63,7 +63,13 @@ def quantised(weights: Weights, form: Form) -> Weights:
         return weights
     if not weights.finite:
         raise ExchangeError(f"the update holds NaN or infinity, which has no {form}; lower training.lr")
-    return Weights({name: _nearest(a, form) if rounds(a.shape) else a for name, a in weights.items()})
+    whole, found = room(weights.shapes)
+    for name, array in weights.items():
+        if rounds(array.shape):
+            _nearest(array.ravel(), form, found[name].reshape(-1))
+        else:
+            found[name][...] = array
+    return Weights.filled(whole, found)
 
 
 def holds(weights: Weights, form: Form) -> bool:
@@ -105,16 +111,16 @@ def unpacked(data: bytes | memoryview, shapes: Shapes, form: Form) -> Weights:
     expected = nbytes(shapes, form)
     if len(data) != expected:
         raise ExchangeError(f"an update of {len(data)} bytes came, expected {expected} of {form}")
-    found, raw, start = dict[str, Array](), np.frombuffer(data, np.uint8), 0
-    for name, shape in shapes.items():
-        own, size = _form_of(shape, form), math.prod(shape)
-        end = start + _array_bytes(size, own)
-        flat = _unpacked(raw[start:end], size, own)
-        if own != form:  # a copy: else these few would hold all bytes, and lie at any of them
-            flat = flat.copy()
-        found[name] = flat.reshape(tuple(shape))
+    if form == "none":
+        return Weights.filled(*room(shapes, np.frombuffer(data, "<f4")))
+    whole, found = room(shapes)
+    raw, start = np.frombuffer(data, np.uint8), 0
+    for array in found.values():
+        own = _form_of(array.shape, form)
+        end = start + _array_bytes(array.size, own)
+        _unpack(raw[start:end], own, array.reshape(-1))
         start = end
-    return Weights(found)
+    return Weights.filled(whole, found)
 
 
 def _form_of(shape: Sequence[int], form: Form) -> Form:
@@ -135,12 +141,11 @@ def _parts(flat: Array) -> Iterator[Array]:
     return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
 
 
-def _nearest(array: Array, form: Form) -> Array:
-    out, start = np.empty(array.size, np.float32), 0
-    for part in _parts(array.ravel()):
+def _nearest(flat: Array, form: Form, out: Array) -> None:
+    start = 0
+    for part in _parts(flat):
         out[start : start + part.size] = _bfloat16(part) if form == "bfloat16" else _rounded(part)
         start += part.size
-    return out.reshape(array.shape)
 
 
 def _packed(array: Array, form: Form) -> bytes | memoryview:
@@ -153,22 +158,23 @@ def _packed(array: Array, form: Form) -> bytes | memoryview:
     return b"".join(half.tobytes() for side in zip(*halves, strict=True) for half in side)
 
 
-def _unpacked(raw: Bytes, size: int, form: Form) -> Array:
+def _unpack(raw: Bytes, form: Form, out: Array) -> None:
+    size = out.size
     if form == "none":
-        return raw.view("<f4")
+        out[...] = raw.view("<f4")
+        return
     if form == "bfloat16":
-        return (raw.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        np.left_shift(raw.view("<u2"), 16, out=out.view(np.uint32), dtype=np.uint32)
+        return
     signed, blocks = raw.view(np.int8), raw.size - size
     k_B, q_N = signed[:blocks], signed[blocks:]
     if (k_B < _LEAST).any() or (k_B > _MOST).any() or (q_N < -127).any():
         raise ExchangeError("an int8 update holds a number that is none of its form")
-    out = np.empty(size, np.float32)
     for start in range(0, size, _CHUNK):
         q, k = q_N[start : start + _CHUNK], k_B[start // _BLOCK : (start + _CHUNK) // _BLOCK]
         if not ((_peaks(q) >= 64) | (k == _LEAST)).all():
             raise ExchangeError("an int8 update holds a block that a smaller power of two would hold")
         np.multiply(q, _powers(k, q.size), out=out[start : start + _CHUNK])
-    return out
 
 
 def _bfloat16(part: Array) -> Array:

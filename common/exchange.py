@@ -285,7 +285,7 @@ class Update:
     @property
     def nbytes(self) -> int:
         """Of `delta`, as it travels."""
-        return nbytes(self.delta.shapes, self.compression)
+        return self.delta.nbytes if self.compression == "none" else nbytes(self.delta.shapes, self.compression)
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import SecureAggregationError
-from common.weights import Weights
+from common.weights import Weights, room
 
 if TYPE_CHECKING:
     from common.config import Federation
@@ -117,17 +117,14 @@ class FixedPoint:
                 1..`max_weight`. Nothing is cut off and nothing wraps.
         """
         self.check(delta, weight)
-        bits, at, words = self.bits, 0, np.empty(delta.size + 1, "<u4")
+        bits, words = self.bits, np.empty(delta.size + 1, "<u4")
         scale, bound = weight * 2.0**bits, self._bound(bits)
-        for array in delta.values():
-            flat = array.reshape(-1)
-            for start in range(0, flat.size, _CHUNK):
-                part = np.rint(flat[start : start + _CHUNK].astype(np.float64) * scale).astype(np.int64)
-                if int(np.abs(part).max()) > bound:
-                    raise SecureAggregationError("a number of the update does not fit into the fixed point")
-                words[at : at + part.size] = part.astype(np.uint32)
-                at += part.size
-        words[at] = weight
+        for start in range(0, delta.size, _CHUNK):
+            part = np.rint(delta.whole[start : start + _CHUNK].astype(np.float64) * scale).astype(np.int64)
+            if int(np.abs(part).max()) > bound:
+                raise SecureAggregationError("a number of the update does not fit into the fixed point")
+            words[start : start + part.size] = part.astype(np.uint32)
+        words[-1] = weight
         return words
 
     def check(self, delta: Weights, weight: int) -> None:
@@ -159,21 +156,17 @@ class FixedPoint:
         weight, bound = int(words[-1]), count * self._bound(self.bits)
         if not count <= weight <= count * self.max_weight:
             raise SecureAggregationError(f"the secure sum's weight is {weight}, impossible for {count} sites")
-        arrays, at, scale = {}, 0, 2.0**-self.bits / weight
-        for name, shape in shapes.items():
-            flat = np.empty(math.prod(shape), np.float32)
-            for start in range(0, flat.size, _CHUNK):
-                part = words[at : at + min(_CHUNK, flat.size - start)].astype(np.uint32).view(np.int32)
-                wide = part.astype(np.int64)
-                if int(np.abs(wide).max()) > bound:
-                    raise SecureAggregationError(
-                        f"the secure sum of {count} sites has a number outside of its range: some site sent what is "
-                        "no masked update"
-                    )
-                flat[start : start + part.size] = wide * scale
-                at += part.size
-            arrays[name] = flat.reshape(shape)
-        return Weights(arrays), weight
+        (whole, arrays), scale = room(shapes), 2.0**-self.bits / weight
+        for start in range(0, size, _CHUNK):
+            part = words[start : min(start + _CHUNK, size)].astype(np.uint32).view(np.int32)
+            wide = part.astype(np.int64)
+            if int(np.abs(wide).max()) > bound:
+                raise SecureAggregationError(
+                    f"the secure sum of {count} sites has a number outside of its range: some site sent what is "
+                    "no masked update"
+                )
+            whole[start : start + part.size] = wide * scale
+        return Weights.filled(whole, arrays), weight
 
     def _bound(self, bits: int) -> int:
         """Largest size of one site's whole number."""

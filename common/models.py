@@ -101,24 +101,26 @@ def exchanged(model: nn.Module) -> tuple[str, ...]:
 
 def crossing(model: nn.Module) -> dict[str, torch.Tensor]:
     """What `exchanged` names, in its order: the tensors themselves, until the model moves to another device."""
-    modules = list(model.named_modules(remove_duplicate=False))  # a site asks at every visit, so the walk is made once
-    frozen = not all(value.requires_grad for _, module in modules for value in _held(module._parameters).values())
+    # A site asks at every visit: one walk, and no look at modules that hold nothing.
+    walk = model.named_modules(remove_duplicate=False)
+    holders = [
+        (f"{prefix}." * bool(prefix), module) for prefix, module in walk if module._parameters or module._buffers
+    ]
+    frozen = not all(value.requires_grad for _, module in holders for _, value in _held(module._parameters))
     found: dict[str, torch.Tensor] = {}
-    for prefix, module in modules:
-        start = f"{prefix}." if prefix else ""
-        trained = {name: value for name, value in _held(module._parameters).items() if value.requires_grad}
-        found |= {start + name: value.detach() for name, value in trained.items()}
-        if not adaptation.keeps_statistics(module) and (trained or not frozen):
-            found |= {
-                start + name: value.detach()
-                for name, value in _held(module._buffers).items()
-                if value.is_floating_point() and name not in module._non_persistent_buffers_set
-            }
+    for prefix, module in holders:
+        trained = [(name, value) for name, value in _held(module._parameters) if value.requires_grad]
+        for name, value in trained:
+            found[prefix + name] = value.detach()
+        if module._buffers and not adaptation.keeps_statistics(module) and (trained or not frozen):
+            for name, value in _held(module._buffers):
+                if value.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    found[prefix + name] = value.detach()
     return found
 
 
-def _held(values: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in values.items() if value is not None}
+def _held(values: Mapping[str, torch.Tensor | None]) -> list[tuple[str, torch.Tensor]]:
+    return [(name, value) for name, value in values.items() if value is not None]
 
 
 def buffers(model: nn.Module) -> frozenset[str]:
@@ -129,16 +131,15 @@ def buffers(model: nn.Module) -> frozenset[str]:
 
 def get_weights(model: nn.Module) -> Weights:
     """A float32 copy on the CPU of what is exchanged; later training does not change it."""
-    # .to() gives the same memory back when nothing has to change
-    return Weights({name: value.to("cpu", torch.float32).clone().numpy() for name, value in crossing(model).items()})
+    return Weights({name: value.to("cpu", torch.float32).numpy() for name, value in crossing(model).items()})
 
 
 def change_of(now: Mapping[str, torch.Tensor], weights: Weights) -> Weights:
     """What `crossing` gave minus `weights`, float32 on the CPU, without a copy of the whole in between."""
-    change = room({name: tuple(value.shape) for name, value in now.items()})
+    whole, change = room({name: tuple(value.shape) for name, value in now.items()})
     for name, value in now.items():
         np.subtract(value.to("cpu", torch.float32).numpy(), weights[name], out=change[name])
-    return Weights(change)
+    return Weights.filled(whole, change)
 
 
 def set_weights(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor]:
@@ -148,19 +149,10 @@ def set_weights(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor]:
         ExchangeError: A name is missing, unknown or of another shape; the model is then unchanged.
     """
     state = crossing(model)
-    missing = sorted(state.keys() - weights.keys())
-    unknown = sorted(weights.keys() - state.keys())
-    if missing or unknown:
+    if weights.shapes != {name: target.shape for name, target in state.items()}:
         raise ExchangeError(
-            f"weights do not fit the model: {len(missing)} names missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}; both sides must run the same recipe and version"
+            f"weights do not fit the model: {_misfit(state, weights)}; both sides must run the same recipe and version"
         )
-    for name, target in state.items():
-        if weights[name].shape != tuple(target.shape):
-            raise ExchangeError(
-                f"weights do not fit the model: {name} has shape {weights[name].shape}, expected "
-                f"{tuple(target.shape)}; both sides must run the same recipe and version"
-            )
     with torch.no_grad():
         for name, target in state.items():
             if target.device.type == "cpu" and target.dtype == torch.float32:
@@ -168,6 +160,14 @@ def set_weights(model: nn.Module, weights: Weights) -> dict[str, torch.Tensor]:
             else:
                 target.copy_(torch.tensor(weights[name]))
     return state
+
+
+def _misfit(state: Mapping[str, torch.Tensor], weights: Weights) -> str:
+    missing, unknown = sorted(state.keys() - weights.keys()), sorted(weights.keys() - state.keys())
+    if missing or unknown:
+        return f"{len(missing)} names missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+    name = next(name for name, target in state.items() if weights[name].shape != target.shape)
+    return f"{name} has shape {weights[name].shape}, expected {tuple(state[name].shape)}"
 
 
 def parameter_groups(model: nn.Module, training: Training) -> list[dict[str, Any]]:

@@ -6,8 +6,9 @@ import hashlib
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -25,22 +26,38 @@ class Weights(Mapping[str, Array]):
     is a `ValueError`, never a broadcast.
     """
 
-    __slots__ = ("__weakref__", "_arrays", "_digest", "_norm")
+    __slots__ = ("__weakref__", "_arrays", "_digest", "_norm", "_shapes", "whole")
+
+    whole: Array
+    """All numbers, array after array; cannot be written."""
 
     def __init__(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Copies nothing that is already a contiguous float32 array; later writes to `arrays` are forbidden.
+        """Copies the arrays; where they are computed anew, `room` and `filled` save that.
 
         Raises:
             ValueError: An array is not of a floating type (integer counters are not exchanged).
         """
-        held: dict[str, Array] = {}
         for name, array in arrays.items():
             if not np.issubdtype(array.dtype, np.floating):
                 raise ValueError(f"{name}: got {array.dtype}, expected a floating type")
-            value = np.asarray(array, dtype=np.float32, order="C").view()
-            value.flags.writeable = False
-            held[name] = value
-        self._arrays = held
+        whole, held = room({name: array.shape for name, array in arrays.items()})
+        for name, array in arrays.items():
+            np.copyto(held[name], array, casting="same_kind")
+        self._hold(whole, held)
+
+    @classmethod
+    def filled(cls, whole: Array, arrays: dict[str, Array]) -> Weights:
+        """What `room` gave, once it is written; later writes to it are forbidden."""
+        made = cls.__new__(cls)
+        made._hold(whole, arrays)
+        return made
+
+    def _hold(self, whole: Array, arrays: dict[str, Array]) -> None:
+        whole.flags.writeable = False
+        for array in arrays.values():
+            array.flags.writeable = False
+        self.whole, self._arrays = whole, arrays
+        self._shapes = {name: array.shape for name, array in arrays.items()}
         self._digest: str | None = None
         self._norm: float | None = None
 
@@ -62,13 +79,13 @@ class Weights(Mapping[str, Array]):
     __hash__ = None  # type: ignore[assignment]  # compared by content, used as no key
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in self._arrays.items()}
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
 
     @property
     def size(self) -> int:
         """How many numbers in all."""
-        return sum(array.size for array in self._arrays.values())
+        return self.whole.size
 
     @property
     def nbytes(self) -> int:
@@ -76,18 +93,8 @@ class Weights(Mapping[str, Array]):
 
     @property
     def flat(self) -> memoryview:
-        """The bytes of all arrays, little-endian float32, one after the other; copied only where they do not lie so."""
-        arrays = [np.asarray(array, dtype="<f4") for array in self._arrays.values()]
-        whole = arrays[0].base if arrays else None
-        if isinstance(whole, np.ndarray) and whole.flags.c_contiguous and whole.nbytes == self.nbytes > 0:
-            at = whole.ctypes.data
-            for array in arrays:
-                if array.base is not whole or array.ctypes.data != at:
-                    break
-                at += array.nbytes
-            else:
-                return whole.data.cast("B")
-        return memoryview(b"".join(array.ravel().data for array in arrays))
+        """The bytes of `whole`, little-endian."""
+        return np.asarray(self.whole, "<f4").data.cast("B") if self.size else memoryview(b"")
 
     @property
     def digest(self) -> str:
@@ -105,7 +112,7 @@ class Weights(Mapping[str, Array]):
         for name in sorted(self._arrays):
             array = self._arrays[name]
             state.update(f"{name}\0{','.join(map(str, array.shape))}\0".encode())
-            state.update(np.ascontiguousarray(array, dtype="<f4").data)
+            state.update(np.asarray(array, "<f4").data)
         return state.hexdigest()
 
     @property
@@ -113,7 +120,7 @@ class Weights(Mapping[str, Array]):
         """L2 norm over all numbers; infinite or NaN when one of them is."""
         if self._norm is None:
             with np.errstate(over="ignore", invalid="ignore"):
-                self._norm = math.sqrt(sum(_square_sum(array) for array in self._arrays.values()))
+                self._norm = math.sqrt(_square_sum(self.whole))
         return self._norm
 
     @property
@@ -122,43 +129,51 @@ class Weights(Mapping[str, Array]):
         return math.isfinite(self.norm)
 
     def __add__(self, other: Weights) -> Weights:
-        self._same(other)
-        return self._made(lambda name, array, out: np.add(array, other[name], out=out))
+        return self._made(partial(np.add, self.whole, self._numbers_of(other)))
 
     def __sub__(self, other: Weights) -> Weights:
-        self._same(other)
-        return self._made(lambda name, array, out: np.subtract(array, other[name], out=out))
+        return self._made(partial(np.subtract, self.whole, self._numbers_of(other)))
 
     def __mul__(self, factor: float) -> Weights:
-        return self._made(lambda name, array, out: np.multiply(array, np.float32(factor), out=out))
+        return self._made(partial(np.multiply, self.whole, np.float32(factor)))
 
     __rmul__ = __mul__
 
     def zeros(self) -> Weights:
         """Zeros of the same names and shapes."""
-        return Weights({name: np.zeros_like(array) for name, array in self._arrays.items()})
+        return self._made(lambda out: out.fill(0))
 
-    def _made(self, write: Callable[[str, Array, Array], object]) -> Weights:
-        made = room(self.shapes)
-        for name, array in self._arrays.items():
-            write(name, array, made[name])
-        return Weights(made)
+    def ordered(self, names: Iterable[str]) -> Weights:
+        """The same arrays in the order of all these names; copied only where that is another one."""
+        wanted = list(names)
+        return self if wanted == list(self._arrays) else Weights({name: self._arrays[name] for name in wanted})
 
-    def _same(self, other: Weights) -> None:
-        if self.shapes != other.shapes:
-            odd = [name for name in {**self.shapes, **other.shapes} if self.shapes.get(name) != other.shapes.get(name)]
+    def _numbers_of(self, other: Weights) -> Array:
+        if self._shapes != other._shapes:
+            both = {**self._shapes, **other._shapes}
+            odd = [name for name in both if self._shapes.get(name) != other._shapes.get(name)]
             raise ValueError(f"weights differ in names or shapes, first at {sorted(odd)[:3]}")
+        return other.ordered(self).whole
+
+    def _made(self, write: Callable[..., object]) -> Weights:
+        whole, arrays = room(self._shapes)
+        write(out=whole)
+        return Weights.filled(whole, arrays)
 
 
-def room(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Arrays to be written, which lie one after the other (`Weights.flat`)."""
-    whole, start = _block(sum(map(math.prod, shapes.values()))), 0
-    made: dict[str, Array] = {}
-    for name, shape in shapes.items():
-        end = start + math.prod(shape)
-        made[name] = whole[start:end].reshape(shape)
-        start = end
-    return made
+def room(shapes: Mapping[str, Sequence[int]], whole: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    """Numbers to be written, all of them and cut into arrays of these shapes, for `Weights.filled`.
+
+    Args:
+        whole: Where they lie; None: in new memory.
+    """
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    whole = _block(sum(sizes)) if whole is None else whole
+    made, start = dict[str, Array](), 0
+    for (name, shape), size in zip(shapes.items(), sizes, strict=True):
+        made[name] = whole[start : start + size].reshape(shape)
+        start += size
+    return whole, made
 
 
 _MAPPED = (32 << 20) // 4
@@ -189,8 +204,8 @@ def _stored(size: int) -> Array:
     return np.empty(size, np.float32)
 
 
-def _square_sum(array: Array) -> float:
-    flat, total = array.ravel(), 0.0
+def _square_sum(flat: Array) -> float:
+    total = 0.0
     for start in range(0, flat.size, _CHUNK):
         # float64: 10^7 float32 squares lose the small ones, and 10^20 has none
         wide = flat[start : start + _CHUNK].astype(np.float64)

@@ -24,7 +24,8 @@ from flwr.serverapp import strategy as flower
 from common.config import Federation
 from common.errors import FedicomError
 from common.exchange import Update
-from common.weights import Weights
+from common.weights import Array as WholeArray
+from common.weights import Weights, room
 
 Memory = Mapping[str, Weights]
 """What an adaptive strategy carries from round to round (`m_t`, `v_t`, `momentum_vector`)."""
@@ -45,7 +46,8 @@ class Gathering:
         self._order = deque(sorted(sites))
         self._early: dict[str, Update | None] = {}
         self._weight = 0.0
-        self._sum: dict[str, np.ndarray[Any, Any]] = {}
+        self._sum: tuple[WholeArray, dict[str, WholeArray]] | None = None
+        """Of the admitted updates times their weights, as `common.weights.room` cuts it."""
         self._kept: list[Update] = []
 
     def take(self, site: str, update: Update | None) -> None:
@@ -81,9 +83,13 @@ class Gathering:
                 _strategy(self._federation), [(item.delta, item.weight) for item in self._kept], names, round_
             )
             return Weights(found), {}
-        mean = {name: np.asarray(array / self._weight) for name, array in self._sum.items()}
+        assert self._sum is not None
+        whole, arrays = self._sum
+        self._sum = None
+        np.divide(whole, self._weight, out=whole)
+        mean = Weights.filled(whole, arrays)
         if self._federation.strategy not in _ADAPTIVE:
-            return Weights(mean), {}
+            return mean, {}
         split = [name for name in mean if name not in buffers]
         strategy = _strategy(self._federation)
         _restore(strategy, memory, {name: np.zeros(mean[name].shape, np.float32) for name in split})
@@ -92,18 +98,18 @@ class Gathering:
 
     def _add(self, update: Update) -> None:
         self._weight += update.weight
-        if not self._sum:
-            self._sum = {name: np.asarray(array * update.weight) for name, array in update.delta.items()}
+        if self._sum is None:
+            self._sum = room(update.delta.shapes)
+            np.multiply(update.delta.whole, update.weight, out=self._sum[0])
+            return
+        total, change = self._sum[0], update.delta.ordered(self._sum[1]).whole
+        if update.weight == 1:
+            total += change
             return
         part = np.empty(_CHUNK, np.float32)
-        for name, array in update.delta.items():
-            total, change = self._sum[name].reshape(-1), array.reshape(-1)
-            if update.weight == 1:
-                total += change
-                continue
-            for start in range(0, change.size, _CHUNK):
-                here = change[start : start + _CHUNK]
-                total[start : start + _CHUNK] += np.multiply(here, update.weight, out=part[: here.size])
+        for start in range(0, change.size, _CHUNK):
+            here = change[start : start + _CHUNK]
+            total[start : start + _CHUNK] += np.multiply(here, update.weight, out=part[: here.size])
 
 
 def aggregate(

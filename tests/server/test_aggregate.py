@@ -50,6 +50,13 @@ def test_two_sites_average_by_weight():  # 1 * 1/4 + 5 * 3/4 = 4
     assert memory == {}
 
 
+@pytest.mark.parametrize("weight", [1, 3])
+def test_arrays_are_added_by_name_in_whatever_order_a_site_sends_them(weight):
+    given = [update("north", weight=weight, a=[1.0], b=[2.0]), update("south", weight=weight, b=[6.0], a=[3.0])]
+    got, _ = step(Federation(site_weights="patients"), given)
+    assert {name: array.tolist() for name, array in got.items()} == {"a": [2.0], "b": [4.0]}
+
+
 FIVE = {"sites": 5, "quorum": 5}
 
 
