@@ -66,7 +66,7 @@ def client_app(
                 reply = node.step(asked)
         except ExchangeError as error:
             reply = node.misunderstood(str(error))
-        ticket = wire.ticket(message.content)
+        ticket = wire.ticket(message.content) if blobs is not None else None
         beside = blobs(ticket) if blobs is not None and ticket is not None else None
         return Message(wire.encode(reply, signer, beside) if signer else wire.hand(reply), reply_to=message)
 

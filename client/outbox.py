@@ -34,7 +34,9 @@ class Outbox:
 
     def find(self, recipe_id: str, round_: int, base: str, work: str = "train") -> Kept | None:
         """The reply that was kept for a question; None when there is none, or one of another version."""
-        found = sorted(self._folder.glob(f"{_stem(recipe_id, round_, base, work)}.*.bin"), key=_reservation)
+        # Most sites keep nothing, and are asked at every visit; a search in no folder is made for nothing.
+        stem = _stem(recipe_id, round_, base, work)
+        found = sorted(self._folder.glob(f"{stem}.*.bin"), key=_reservation) if self._folder.is_dir() else None
         if not found:
             return None
         try:

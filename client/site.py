@@ -91,6 +91,7 @@ class Site:
         turn: AbstractContextManager[object] = nullcontext(),
         trainer: Trainer | None = None,
         flush: Flush = to_disk,
+        told: str = "",
     ) -> None:
         """Wires a site.
 
@@ -108,6 +109,7 @@ class Site:
             turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
             trainer: Trains in the place of this site alone, and takes the turn itself; None: this site, alone.
             flush: Has a kept reply last before it is paid for; see `common.storage`.
+            told: The manifest with which this process wrote the start of this very site into its log before.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
@@ -116,13 +118,12 @@ class Site:
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
         self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
-        audit.append(
-            "site started",
-            recipe_id=recipe.id,
-            manifest=cohort.manifest,
-            patients={split: self._cell(cohort.patients(split)) for split in SPLITS},
-            versions=dict(package_versions()),
-        )
+        if told != cohort.manifest:
+            patients = {split: self._cell(cohort.patients(split)) for split in SPLITS}
+            audit.append(
+                "site started", recipe_id=recipe.id, manifest=cohort.manifest, patients=patients,
+                versions=dict(package_versions()),
+            )  # fmt: skip
 
     def hello(self, question: Question) -> Hello | Refusal:
         """Who this is, for the coordinator's list, or why it would not work on the recipe."""

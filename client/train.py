@@ -107,7 +107,9 @@ def train(
     order: Any = memory_format(recipe) if team is None else torch.preserve_format
     if order is not torch.preserve_format or next(model.parameters()).device != device:
         model.to(device, memory_format=order)  # type: ignore[call-overload]
-    trained = set_weights(model.train(), weights)
+    if not all(module.training for module in model.modules()):  # else it is said to every module once more
+        model.train()
+    trained = set_weights(model, weights)
     if team is not None and private is None and mixes(model):
         raise ConfigError(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "

@@ -39,7 +39,7 @@ from common.models import build
 from common.privacy_audit import PrivacyAudit
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
-from common.storage import Flush, all_to_disk, private_folder, storing, to_disk, to_system
+from common.storage import Flush, all_to_disk, storing, to_disk, to_system
 from server.app import server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
@@ -70,7 +70,7 @@ _AHEAD, _LARGE = 2, 1_000_000
 bookkeeping is Python's, which would only take turns with the training."""
 _OPEN = 256
 """Sites held open at once; one that was closed is opened again from its files."""
-_LOGS = 4096
+_LOGS = 16384
 """Logs held open at once, a few kB each; one that was closed is checked again."""
 _CORES = torch.get_num_threads()
 """Torch's own count before anybody sets another: it knows OMP_NUM_THREADS and the cores of this process."""
@@ -354,12 +354,13 @@ def _sites(
     turn = abreast.turn if abreast is not None else threading.Lock()
     policy = _policy(recipe, settings.simulation.metrics)
     log_of = functools.lru_cache(maxsize=_LOGS)(lambda name: _audit(out, name, to_system))
+    told: dict[str, str] = {}
 
     # A secure sum has steps, and what a site keeps between them is in its memory.
     @functools.lru_cache(maxsize=None if recipe.privacy.secure_aggregation else _OPEN)
     def opened(name: str) -> Site:
-        folder = private_folder(out / "sites" / name)
-        return Site(
+        folder = out / "sites" / name  # made by whatever is kept there
+        site = Site(
             name,
             recipe,
             cohorts.get(name) or _cohort(settings, out, name, Silent()),
@@ -373,7 +374,10 @@ def _sites(
             turn=turn,
             trainer=abreast.train if abreast is not None else None,
             flush=to_system,  # until the round is over, see `_Shown.ask`
+            told=told.get(name, ""),
         )
+        told[name] = site.cohort.manifest
+        return site
 
     def site(name: str) -> Site:
         with door:  # two visits are under way, and one site is opened once

@@ -296,6 +296,22 @@ def test_what_the_sites_wrote_is_on_the_disk_before_a_checkpoint_counts_on_it(
     assert all(count >= number for number, count in enumerate(before, 2))
 
 
+def test_a_site_that_is_closed_between_two_visits_says_once_with_what_it_started(
+    tmp_path: Path, hospitals: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_OPEN", 1)
+    out = tmp_path / "run"
+    plain = simulate(settings_of(out, hospitals))
+    logs_hold(out)
+    for site in SITES:
+        kinds = [event.kind for event in verify(out / "audit" / f"{site}.jsonl")]
+        assert kinds.count("site started") == 1
+        assert kinds.count("update sent") == 2
+    assert not (out / "sites").exists()  # none keeps anything
+    again = simulate(settings_of(out, hospitals, resume=True))
+    assert again.state.weights == plain.state.weights
+
+
 # Killed and resumed
 
 # Forks before torch has computed anything, so each life costs no import. A life ends by SIGKILL at its n-th write
