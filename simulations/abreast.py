@@ -25,6 +25,7 @@ from torch.func import functional_call, grad, vmap
 from client.cohort import Cohort
 from client.dp import PrivateGradient, seeded_noise
 from client.dp.bookkeeping import clip_factors, per_record, trainable
+from client.dp.rules import settle_norms
 from client.train import (
     Course,
     Private,
@@ -182,8 +183,9 @@ def _private_gradients(
     The sites draw different numbers of patients; those who are missing to the most are images of zeros, whose
     gradients are left out of the sums.
     """
+    settle_norms(model)
     for engine, x_B, target_B in zip(engines, x, target, strict=True):
-        engine.prepare(x_B, target_B)
+        engine.tested_with(x_B, target_B)
     if not any(map(len, x)):  # nobody was drawn anywhere: noise alone
         for value in parameters.values():
             value.grad = torch.zeros_like(value)
@@ -239,9 +241,10 @@ def _logits(model: nn.Module, recipe: Recipe, values: Values, x: torch.Tensor) -
 
 def _padded(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """(S, most records, ...), zeros after each site's own."""
-    whole = values[0].new_zeros(len(values), max(map(len, values)), *values[0].shape[1:])
-    for number, value in enumerate(values):
-        whole[number, : len(value)] = value
+    whole = values[0].new_empty(len(values), max(map(len, values)), *values[0].shape[1:])
+    for value, room in zip(values, whole, strict=True):
+        room[: len(value)] = value
+        room[len(value) :] = 0
     return whole
 
 

@@ -106,7 +106,8 @@ class PrivateGradient:
                 )
         if clip_quantile is not None and not 0 < clip_quantile < 1:
             raise PrivacyError(f"clip_quantile: got {clip_quantile}, expected a number between 0 and 1, or none")
-        if not trainable(model):
+        self._parameters = list(trainable(model).values())
+        if not self._parameters:
             raise PrivacyError("the model has no trainable parameter; unfreeze its head at least")
         self.model, self.loss_B = model, loss_B
         self.clip_norm, self.noise_multiplier = float(clip_norm), float(noise_multiplier)
@@ -153,7 +154,8 @@ class PrivateGradient:
 
     def sums(self, x_B: torch.Tensor, target_B: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The clipped sums and the norms before the clip, as `step` has them before the noise; private."""
-        self.prepare(x_B, target_B)
+        self.tested_with(x_B, target_B)
+        settle_norms(self.model)
         sums: list[torch.Tensor] = []
         norms: list[torch.Tensor] = []
         with _buffers_unchanged(self.model):
@@ -167,15 +169,14 @@ class PrivateGradient:
                     sums = chunk
                 norms.append(chunk_norms)
         if not norms:  # nobody was drawn: noise alone
-            sums = [torch.zeros_like(parameter) for parameter in trainable(self.model).values()]
+            sums = [torch.zeros_like(parameter) for parameter in self._parameters]
             norms = [sums[0].new_zeros(0)]
         return sums, torch.cat(norms)
 
-    def prepare(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        """What comes before the sums of a step: the self-test, with the first records, and no layer that mixes."""
+    def tested_with(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
+        """Runs the self-test, with the first records that there are; every step begins with this."""
         if not self._tested and len(x_B):
             self.self_test(x_B, target_B)
-        settle_norms(self.model)
 
     def release(self, sums: list[torch.Tensor], norms_P: torch.Tensor) -> None:
         """Sets `.grad` to these sums (taken over) with noise, over the public denominator."""
@@ -219,7 +220,7 @@ class PrivateGradient:
         return repr(self.model), modules, parameters, loss, shapes, ways
 
     def _test_gradients(self, x_B: torch.Tensor, target_B: torch.Tensor) -> None:
-        dtype = next(iter(trainable(self.model).values())).dtype
+        dtype = self._parameters[0].dtype
         model = copy.deepcopy(self.model).double().eval()
 
         def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -266,7 +267,7 @@ class PrivateGradient:
 
     def _release(self, sums: list[torch.Tensor]) -> None:
         scale = self.gradient_noise * self.clip_norm
-        for parameter, total in zip(trainable(self.model).values(), sums, strict=True):
+        for parameter, total in zip(self._parameters, sums, strict=True):
             if scale:
                 total.add_(self._noise.normal(total), alpha=scale)
             parameter.grad = total.div_(self.expected_batch)
@@ -284,13 +285,12 @@ class PrivateGradient:
     def _test_noise(self) -> None:
         if not self.noise_multiplier:
             return
-        parameters = list(trainable(self.model).values())
-        before = [parameter.grad for parameter in parameters]
-        self._release([torch.zeros_like(parameter) for parameter in parameters])
-        squares = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
-        for parameter, grad in zip(parameters, before, strict=True):
+        before = [parameter.grad for parameter in self._parameters]
+        self._release([torch.zeros_like(parameter) for parameter in self._parameters])
+        squares = sum(float(p.grad.double().square().sum()) for p in self._parameters if p.grad is not None)
+        for parameter, grad in zip(self._parameters, before, strict=True):
             parameter.grad = grad
-        count = sum(parameter.numel() for parameter in parameters)
+        count = sum(parameter.numel() for parameter in self._parameters)
         expected = (self.gradient_noise * self.clip_norm / self.expected_batch) ** 2
         # Mean of `count` squares has relative standard deviation sqrt(2 / count); the upper tail is heavier for few.
         allowed = 8 * math.sqrt(2 / count) + 60 / count
