@@ -437,3 +437,20 @@ def test_a_step_about_what_the_site_has_not_is_refused_and_logged(tmp_path: Path
         assert reply.code == "message"
         assert why in reply.why
         assert verify(tmp_path / "audit.jsonl")[-1].kind == "plan refused"
+
+
+def test_an_unexpected_error_in_a_step_leaves_as_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("/data/SECRET-1/a.dcm")
+
+    monkeypatch.setattr(Sums, "agree", fail)
+    recipe = small()
+    masked = dict.fromkeys(("north", "east", "south"), "e" * 64)
+    reply = site_of(tmp_path, recipe).step(
+        Survivors(recipe_id=recipe.id, round=1, base="c" * 64, session="d" * 64, masked=masked)
+    )
+    assert isinstance(reply, Refusal)
+    assert reply.why == "RuntimeError at the site; see its own log"
+    assert "SECRET" not in (tmp_path / "audit.jsonl").read_text()

@@ -10,7 +10,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
@@ -387,6 +391,80 @@ def test_signatures_of_strangers_and_of_other_lists_do_not_count():
     assert member.open(server.session, server.masked, good)
 
 
+def test_only_signatures_of_sites_on_the_list_count():
+    # s5 did not send, and s7 is of the registry alone: what they sign vouches for no list.
+    circle = Circle(5)
+    server = circle.agreed(unmasked=["s5"])
+    came = [f"{site} {digest}" for site, digest in sorted(server.masked.items())]
+    text = "\n".join(("fedicom secure aggregation list", server.session, "s1 s2 s3 s4 s5", *came)).encode()
+    signed = {site: SIGNERS[site].sign(text) for site in (*circle.names, "s7")}
+    assert {site: signed[site] for site in server.masked} == server.signatures
+    few = {site: signature for site, signature in signed.items() if site != "s4"}
+    with pytest.raises(SecureAggregationError, match="3 sites have signed this list, expected 4"):
+        circle.members["s1"].open(server.session, server.masked, few)
+
+
+def test_boxes_and_lists_are_enough_of_the_sums_own_sites_and_hold_this_one():
+    circle = Circle(5)
+    member, boxes = circle.members["s1"], circle.dealt().boxes()["s1"]
+    session = circle.server.session
+    for wrong in ({**boxes, "s8": boxes["s2"]}, {site: box for site, box in boxes.items() if site != "s1"}):
+        with pytest.raises(SecureAggregationError, match="expected at least 4 of the session's, with this one"):
+            member.mask(session, wrong, circle.updates["s1"])
+    masked = {site: circle.members[site].mask(session, circle.server.boxes()[site], circle.updates[site]).digest
+              for site in circle.names}  # fmt: skip
+    for number, wrong in ((3, dict(list(masked.items())[:3])), (6, {**masked, "s8": masked["s2"]})):
+        with pytest.raises(SecureAggregationError, match=f"the list has {number} sites, expected at least 4"):
+            member.agree(session, wrong)
+    assert member.agree(session, masked)  # nothing of the above was signed
+
+
+def test_hashes_are_over_all_that_they_are_about():
+    circle = Circle(4)
+    server = circle.masked()
+
+    def spelt(purpose: str, *parts: str) -> str:
+        return hashlib.sha256("\n".join((f"fedicom secure aggregation {purpose}", *parts)).encode()).hexdigest()
+
+    keys = [f"{site} {offer.mask_key} {offer.share_key}" for site, offer in sorted(server.offers.items())]
+    assert server.session == spelt("session", "a" * 64, "3", "b" * 64, *keys)
+    seed, boxes = circle.members["s1"].deal(server.offers)[1:]
+    about = (server.session, "s1")
+    assert seed == spelt("commitment", *about, circle.members["s1"]._seed.hex())
+    for holder, box in boxes.items():
+        of_seed, of_key = (share.hex() for share in circle.members[holder]._shares["s1"])
+        assert box.seed_share == spelt("commitment", *about, "seed", holder, of_seed)
+        assert box.key_share == spelt("commitment", *about, "key", holder, of_key)
+
+
+def test_every_key_is_made_for_one_purpose_of_one_sum():
+    used: list[bytes] = []
+
+    def noted(key, words, negative):
+        used.append(key)
+        add_mask(key, words, negative)
+
+    circle = Circle(3, mask=noted)
+    circle.masked()
+    session, offers = circle.server.session, circle.server.offers
+
+    def made(secret: bytes, purpose: str) -> bytes:
+        info = f"fedicom secure aggregation {purpose}".encode()
+        return HKDF(SHA256(), 32, salt=bytes.fromhex(session), info=info).derive(secret)
+
+    def shared(own: X25519PrivateKey, other: str) -> bytes:
+        return own.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other)))
+
+    one = circle.members["s1"]
+    pairs = [made(shared(one._mask_key, offers[other].mask_key), f"pair s1 {other}") for other in ("s2", "s3")]
+    assert used[:3] == [made(one._seed, "self"), *pairs]
+    for dealer, holder in (("s1", "s2"), ("s2", "s1"), ("s1", "s1")):
+        own, other = circle.members[holder], offers[dealer].share_key
+        key = made(shared(own._share_key, other), f"share {dealer} to {holder}")
+        sealed = bytes.fromhex(circle.server.boxes()[holder][dealer].sealed)
+        assert ChaCha20Poly1305(key).decrypt(bytes(12), sealed, session.encode()) == b"".join(own._shares[dealer])
+
+
 # Keys
 
 
@@ -488,6 +566,7 @@ def test_the_coordinator_refuses_what_is_not_for_its_sum():
         (lambda: server.deal("s1", *dealing[:2], {"s1": dealing[2]["s1"]}), "not one for each site"),
         (lambda: server.sign("s1", "f" * 64, ""), "another session"),
         (lambda: server.open("s1", server.session, {}, {}), "not of the seeds in the sum"),
+        (lambda: server.open("s1", server.session, dict.fromkeys(server.masked, "0" * 66), {}), "keys of those who"),
         (lambda: Aggregator(SUBJECT, {}, threshold=3, numbers=1), "0 offers of keys, expected at least 3"),
     ):
         with pytest.raises(SecureAggregationError, match=why):

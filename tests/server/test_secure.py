@@ -272,6 +272,35 @@ def test_an_older_sum_cannot_be_opened_once_another_update_was_masked(tmp_path):
     assert isinstance(wards.answer("s2", openings[-1][1]), Shares)
 
 
+def test_a_step_that_names_a_session_of_another_round_or_other_weights_is_not_taken(tmp_path):
+    # Else an update could go into a second sum, of which the site would remember nothing under its own round.
+    wards = Wards(recipe_of(), tmp_path)
+    run(wards)
+    asks = [ask for site, ask in wards.asks if site == "s1" and not isinstance(ask, Gathering)]
+    assert [type(ask) for ask in asks] == [Masking, Survivors, Opening] * 2  # two rounds
+    remembered = {path.name: path.read_text() for path in (tmp_path / "s1").iterdir()}
+    for ask in asks:
+        for change in ({"round": 3 - ask.round}, {"base": "e" * 64}, {"recipe_id": "f" * 64}):
+            wards.kept["s1", 3 - ask.round] = wards.kept["s1", ask.round]
+            with pytest.raises(SecureAggregationError, match="no keys of that session"):
+                wards.answer("s1", replace(ask, **change))
+    assert {path.name: path.read_text() for path in (tmp_path / "s1").iterdir()} == remembered
+
+
+def test_a_list_that_was_signed_is_not_opened_once_another_one_was(tmp_path):
+    wards = Wards(recipe_of(), tmp_path, away(*NAMES[:4], at=Opening))
+    with pytest.raises(QuorumError):
+        run(wards)
+    site, ask = [(site, ask) for site, ask in wards.asks if isinstance(ask, Opening)][-1]
+    (record,) = (tmp_path / site).glob("*.json")
+    signed = record.read_text()
+    record.write_text(json.dumps(json.loads(signed) | {"opened": ["s1", "s2", "s3"]}))  # as by a second process
+    with pytest.raises(SecureAggregationError, match="was opened for another list of sites"):
+        wards.answer(site, ask)
+    record.write_text(signed)
+    assert isinstance(wards.answer(site, ask), Shares)
+
+
 def test_what_a_site_remembers_must_be_readable_and_written_before_a_share_leaves(tmp_path, monkeypatch):
     wards = Wards(recipe_of(), tmp_path, away(*NAMES[:4], at=Opening))
     with pytest.raises(QuorumError):
