@@ -538,6 +538,33 @@ class Faulty:
         raise NotImplementedError
 
 
+class Given:
+    """Noise of one number."""
+
+    secret = True
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def normal(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(like, self.number)
+
+    def uniform(self, count: int) -> object:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("number", "share"), [(1.0, 0.7), (9.0, 1.0), (-9.0, 0.0)])
+def test_the_noise_of_a_step_is_of_the_bound_before_it_moves_and_that_moves_by_a_share(
+    number: float, share: float
+) -> None:
+    # Nobody is drawn, and the count is noise of 2 alone: 2 / 10 + 1 / 2, cut off at 0 and 1.
+    model = nn.Linear(1, 1, bias=False)
+    private = engine(model, noise_multiplier=1.0, expected_batch=10, clip_quantile=0.5, noise=Given(number))
+    private.step(torch.empty(0, 1), torch.empty(0))
+    assert private.clip_norm == pytest.approx(math.exp(-0.2 * (share - 0.5)))
+    assert model.weight.grad.item() == pytest.approx(number * math.sqrt(16 / 15) / 10)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("factor", [0.0, 1 / 8, 0.8, 1.3])
 def test_noise_of_another_variance_than_accounted_fails_the_self_test(factor: float) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3))

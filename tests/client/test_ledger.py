@@ -6,6 +6,8 @@ import errno
 import json
 import multiprocessing
 import os
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,41 @@ def test_a_crash_counts_as_spent_and_the_retry_of_the_same_visit_pays_once(tmp_p
     assert crashed.reserve("a", round=2, base="w", event=EVENT).number != first.number
     assert crashed.reserve("b", round=1, base="w", event=EVENT).number != first.number
     assert len(crashed.events()) == 4
+
+
+def test_an_open_visit_is_taken_over_by_none_that_costs_something_else(tmp_path: Path) -> None:
+    # After a crash the site may have more patients, or be asked for scores: that was not paid for.
+    ledger = make(tmp_path, replace(POLICY, epsilon=30.0))
+    first = ledger.reserve("a", round=1, base="w", event=EVENT)
+    more = ledger.reserve("a", round=1, base="w", event=replace(EVENT, steps=21))
+    scores = ledger.reserve("a", round=1, base="w", event=EVENT, kind="scores")
+    assert len({first.number, more.number, scores.number}) == 3
+    assert sum(event.steps for event in ledger.events()) == 20 + 21 + 20
+    assert ledger.spent() == scores.epsilon > more.epsilon > first.epsilon
+
+
+def test_a_reservation_of_a_ledger_that_was_exchanged_meanwhile_settles_no_other(tmp_path: Path) -> None:
+    mine = make(tmp_path / "a").reserve("a", round=1, base="w", event=EVENT)
+    for number, (recipe, round_) in enumerate((("b", 1), ("a", 2))):  # their first entries have the same number
+        other = make(tmp_path / f"{number}")
+        assert other.reserve(recipe, round=round_, base="w", event=EVENT).number == mine.number
+        with pytest.raises(PrivacyError, match="has no reservation"):
+            other.settle(mine, 1)
+        assert other.events() == (EVENT,)
+
+
+def test_the_name_of_a_new_ledger_and_each_of_its_lines_last_before_the_caller_hears_of_them(tmp_path: Path) -> None:
+    path, lasting = tmp_path / "ledger.jsonl", []
+
+    def flush(handle: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        lasting.append("its name" if folder else path.read_bytes().count(b"\n"))
+
+    ledger = Ledger(path, COHORT, POLICY, flush)
+    reservation = ledger.reserve("a", round=1, base="w", event=EVENT)
+    assert lasting == ["its name", 1, 2]  # open, reserve
+    ledger.settle(reservation, 20)
+    assert lasting == ["its name", 1, 2, 3]
 
 
 def test_after_the_reply_left_the_same_visit_is_paid_again(tmp_path: Path) -> None:
@@ -255,9 +292,11 @@ def test_a_head_that_others_remember_must_be_in_the_ledger_before_anything_is_re
     ledger.settle(ledger.reserve("a", round=3, base="w", event=EVENT, known=[ledger.head, ""]), 20)
     anchored = ledger.head
     path.write_bytes(older)
-    with pytest.raises(PrivacyError, match="older than others remember it"):
-        ledger.reserve("a", round=4, base="w", event=EVENT, known=[anchored])
+    for known in ([anchored], ["", ledger.head, anchored]):
+        with pytest.raises(PrivacyError, match="older than others remember it"):
+            ledger.reserve("a", round=4, base="w", event=EVENT, known=known)
     assert path.read_bytes() == older
+    ledger.reserve("a", round=4, base="w", event=EVENT, known=["0" * 64, ledger.head])  # zeros: the empty one's
     path.unlink()  # a new ledger for the same patients is caught as well
     with pytest.raises(PrivacyError, match="older than others remember it"):
         make(tmp_path).reserve("a", round=4, base="w", event=EVENT, known=[anchored])

@@ -397,6 +397,25 @@ def test_small_cells_leave_as_nothing(house: House, trained: list[Any]) -> None:
     assert update.spent is None  # nothing was trained here
 
 
+@pytest.mark.parametrize(("own", "recipes", "told"), [(8, 5, 8), (9, 5, 0), (5, 8, 8), (5, 9, 0)])
+@pytest.mark.parametrize("metrics", ["bounded", "noised"])
+def test_the_larger_of_the_sites_and_the_recipes_smallest_cell_counts(
+    tmp_path: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch, metrics: str, own: int, recipes: int, told: int
+) -> None:
+    monkeypatch.setattr(module, "noised", lambda counts, *_: counts)  # so that the number is known
+    house = House(tmp_path, recipe_of(evaluation=Evaluation(bootstraps=100, min_cell=recipes)))
+    house.cap = 30.0
+    site = house.open(min_cell=own, metrics=metrics)
+    hello = site.hello(house.question())
+    assert isinstance(hello, Hello)
+    assert hello.patients["validation"] == told  # of eight
+    update = site.visit(house.plan(4, "evaluate"))
+    assert isinstance(update, Update)
+    assert update.validation is not None
+    assert update.validation.patients == told
+    assert bool(update.validation.values) == (told > 0 and metrics == "bounded")  # four of each class are too few
+
+
 def test_a_site_may_send_no_scores_at_all(house: House, trained: list[Any]) -> None:
     site = house.open(metrics="none")
     for plan in (house.plan(), house.plan(4, "evaluate")):
