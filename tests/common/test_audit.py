@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,31 @@ def test_new_facts_with_new_hashes_but_no_key_are_named(log):
     rewritten(log, 2, None, facts={"round": 99})
     assert first_bad(log) == 2
     assert first_bad(log, None) == 2
+
+
+def test_an_event_that_its_owner_signed_anew_alone_is_named_by_the_one_that_followed_it(log):
+    rows = lines(log)
+    rewritten(log, 2, KEY, facts={"round": 99})
+    log.write_bytes(b"".join([*rows[:2], lines(log)[2], *rows[3:]]))
+    with pytest.raises(AuditError, match="does not follow the event before it") as caught:
+        verify(log, KEY.public)
+    assert (caught.value.fault, caught.value.number) == ("unchained", 3)
+
+
+def test_the_name_of_a_log_and_each_of_its_lines_last_before_the_caller_hears_of_them(tmp_path):
+    path, lasting = tmp_path / "north.jsonl", []
+
+    def flush(handle: int) -> None:
+        folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        lasting.append(
+            sorted(file.name for file in tmp_path.glob("*.jsonl")) if folder else path.read_bytes().count(b"\n")
+        )
+
+    written = AuditLog(path, KEY, rotate_bytes=1, flush=flush)
+    assert lasting == [1, ["north.jsonl"]]
+    written.append("in a new file")
+    renamed, both = ["north.0001.jsonl"], ["north.0001.jsonl", "north.jsonl"]
+    assert lasting[2:] == [renamed, 1, both, 2]  # log continued, the event itself
 
 
 def test_a_log_written_anew_with_a_foreign_key_is_named(log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -440,6 +441,29 @@ def test_a_hand_over_is_named_where_only_the_old_key_is_expected(handed):
     assert fault(path, {OWN.public}) == ("foreign key", path.name, 2)
     assert fault(path, {new.public}) == ("foreign key", path.name, 0)
     assert fault(path, Signer.temporary().public) == ("foreign key", path.name, 0)
+
+
+def test_a_key_that_handed_the_log_over_again_is_not_the_one_that_signs_it_now(handed):
+    path, second = handed
+    third = Signer.temporary()
+    AuditLog(path, second).hand_over(third)
+    assert len(verify(path, third.public)) == len(verify(path, {OWN.public, second.public, third.public})) == 5
+    assert fault(path, second.public) == ("foreign key", path.name, 0)
+
+
+def test_a_hand_over_that_could_not_be_written_leaves_the_log_with_the_old_key(handed, monkeypatch):
+    path, second = handed
+    written = AuditLog(path, second)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(written, "_flush", full)
+    with pytest.raises(StorageError):
+        written.hand_over(Signer.temporary())
+    monkeypatch.undo()
+    written.append("still under it")
+    assert verify(path, second.public)[-1].kind == "still under it"
 
 
 def test_a_key_cannot_be_brought_in_without_its_owner(tmp_path):
