@@ -573,6 +573,13 @@ def test_noise_of_another_variance_than_accounted_fails_the_self_test(factor: fl
     engine(model, noise_multiplier=1.0, noise=Faulty(1.0)).step(*batch(64))
 
 
+def test_no_noise_at_all_fails_the_self_test_of_a_network_too_small_to_tell_a_variance() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # of 195 numbers any variance from 0 to 2.1 is allowed
+    with pytest.raises(PrivacyError, match="the noise has 0.0000 of the variance that is accounted"):
+        engine(model, noise_multiplier=1.0, noise=Faulty(0.0)).step(*batch(64))
+    engine(model, noise_multiplier=1.0, noise=Faulty(1.0)).step(*batch(64))
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e38])
 def test_a_record_with_a_gradient_that_is_not_finite_contributes_exactly_zero(poison: float, fast: bool) -> None:

@@ -179,6 +179,7 @@ LIES: dict[str, tuple[Change, str]] = {
         lambda log, kind, facts: None if kind == "recipe approved" and facts["by"] == "dpo@south" else facts,
         "round 1: south trained .* holds no approval that stood then",
     ),
+    "data of another recipe": (at("north", "site started", recipe_id="97" * 32), "does not say with which data"),
     "no approval": (at("south", "recipe approved"), "round 1: south trained .* holds no approval"),
     "an approval of another recipe": (at("south", "recipe approved", recipe_id="98" * 32), "holds no approval"),
     "no round": (lambda log, kind, facts: None if kind == "round aggregated" else facts, "trained on nothing"),
@@ -192,6 +193,14 @@ def test_a_link_that_does_not_hold_is_a_refusal_that_says_which(tmp_path, lie):
     change, says = LIES[lie]
     federation(tmp_path, change)
     with pytest.raises(LineageError, match=says):
+        traced(tmp_path)
+
+
+def test_an_approval_that_came_after_the_training_does_not_count(tmp_path):
+    folder = federation(tmp_path, at("south", "recipe approved"))
+    late = {"recipe_id": RECIPE, "by": "dpo@south", "coordinator": KEYS["server"].public}
+    AuditLog(folder / "south.jsonl", KEYS["south"]).append("recipe approved", **late)
+    with pytest.raises(LineageError, match="round 1: south trained .* holds no approval that stood then"):
         traced(tmp_path)
 
 
