@@ -38,19 +38,22 @@ def test_an_approval_holds_the_whole_signed_recipe_and_who_gave_it(house: House)
     }  # fmt: skip
     assert last.time[:16] == found.time[:16]
     assert approvals.all() == (found,)
+    assert house.home.approved.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_withdrawn_approval_is_gone_with_the_reply_that_was_kept(house: House) -> None:
     mine, other = approve(house), approve(house, seed=1)
-    outbox = house.home.state / "outbox"
-    outbox.mkdir(parents=True)
+    outbox, left_out = folders = [house.home.state / name for name in ("outbox", "remainders")]
+    for folder in folders:
+        folder.mkdir(parents=True)
     for recipe_id in (mine, other):
         (outbox / f"{recipe_id[:16]}-000001-abc.bin").write_bytes(b"update")
+        (left_out / f"{recipe_id[:16]}-000001.safetensors").write_bytes(b"what rounding left out")
     approvals = Approvals(house.home)
     approvals.withdraw(mine, by="Dr Roe", log=house.log)
     assert approvals.find(mine) is None
     assert approvals.ids() == (other,)
-    assert [path.name[:16] for path in outbox.iterdir()] == [other[:16]]
+    assert [path.name[:16] for folder in folders for path in folder.iterdir()] == [other[:16]] * 2
     last = verify(house.home.audit_file)[-1]
     assert (last.kind, last.facts) == ("approval withdrawn", {"recipe_id": mine, "by": "Dr Roe"})
     with pytest.raises(ConfigError, match="not approved here"):

@@ -121,6 +121,34 @@ def test_an_engine_that_does_not_clip_is_caught(monkeypatch: pytest.MonkeyPatch)
     assert {"sensitivity to one patient", "clipped sums against a loop over patients"} <= failed()
 
 
+def test_a_voxel_that_is_no_number_and_passes_the_clip_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def factors(squares_P: torch.Tensor, clip_norm: float, views: int = 1) -> bookkeeping.Factors:
+        below = clip_norm * (1 - 64 * torch.finfo(squares_P.dtype).eps)
+        return bookkeeping.Factors((below / squares_P.sqrt()).clamp(max=1.0), None, views)
+
+    for module in (bookkeeping, engine):
+        monkeypatch.setattr(module, "clip_factors", factors)
+    assert failed() == {"sensitivity to one patient"}
+
+
+def test_less_noise_than_the_epsilon_of_the_recipe_needs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = mechanism.solve_noise
+    monkeypatch.setattr(mechanism, "solve_noise", lambda *words: 0.97 * honest(*words))
+    assert failed() == {"account"}  # the noise is what is planned, and the plan costs too much
+
+
+def test_a_step_more_than_is_accounted_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = work.private_batches
+
+    def one_more(*words: Any, **more: Any) -> Iterator[Any]:
+        for index in honest(*words, **more):
+            yield index
+        yield index
+
+    monkeypatch.setattr(work, "private_batches", one_more)
+    assert "number of steps" in failed()
+
+
 def test_noise_from_a_seed_that_the_server_knows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def from_the_recipe(recipe: Recipe, round_: int, site: str) -> object:
         source = seeded_noise(work.seed_of("noise", recipe, round_, site))

@@ -287,6 +287,17 @@ def test_a_step_that_names_a_session_of_another_round_or_other_weights_is_not_ta
     assert {path.name: path.read_text() for path in (tmp_path / "s1").iterdir()} == remembered
 
 
+def test_a_site_shares_its_secrets_out_to_no_fewer_sites_than_the_recipes_quorum(tmp_path):
+    wards = Wards(recipe_of(5), tmp_path)  # four of five, though three are more than half
+    plan = RoundPlan(recipe_id=wards.recipe.id, round=1, work="train", weights=START)
+    offers = {update.site: update.offer for update in wards.ask(plan, wards.names, 1.0)}
+    about = {"recipe_id": wards.recipe.id, "round": 1, "base": START.digest}
+    few = {site: offers[site] for site in NAMES[:3]}
+    with pytest.raises(SecureAggregationError, match="3 sites are to be summed, expected 4 to 5"):
+        wards.answer("s1", Gathering(**about, offers=few))
+    assert wards.answer("s1", Gathering(**about, offers={**few, "s4": offers["s4"]}))
+
+
 def test_a_list_that_was_signed_is_not_opened_once_another_one_was(tmp_path):
     wards = Wards(recipe_of(), tmp_path, away(*NAMES[:4], at=Opening))
     with pytest.raises(QuorumError):
