@@ -575,7 +575,7 @@ def test_noise_of_another_variance_than_accounted_fails_the_self_test(factor: fl
 
 def test_no_noise_at_all_fails_the_self_test_of_a_network_too_small_to_tell_a_variance() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))  # of 195 numbers any variance from 0 to 2.1 is allowed
-    with pytest.raises(PrivacyError, match="the noise has 0.0000 of the variance that is accounted"):
+    with pytest.raises(PrivacyError, match=r"the noise has 0\.0000 of the variance that is accounted"):
         engine(model, noise_multiplier=1.0, noise=Faulty(0.0)).step(*batch(64))
     engine(model, noise_multiplier=1.0, noise=Faulty(1.0)).step(*batch(64))
 

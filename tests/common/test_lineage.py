@@ -200,7 +200,7 @@ def test_an_approval_that_came_after_the_training_does_not_count(tmp_path):
     folder = federation(tmp_path, at("south", "recipe approved"))
     late = {"recipe_id": RECIPE, "by": "dpo@south", "coordinator": KEYS["server"].public}
     AuditLog(folder / "south.jsonl", KEYS["south"]).append("recipe approved", **late)
-    with pytest.raises(LineageError, match="round 1: south trained .* holds no approval that stood then"):
+    with pytest.raises(LineageError, match=r"round 1: south trained .* holds no approval that stood then"):
         traced(tmp_path)
 
 
