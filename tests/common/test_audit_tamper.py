@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fedicom
-from common.audit import AuditLog, verify
+from common.audit import AuditError, AuditLog, verify, verify_against
 from common.chain import digest_of, line_of
 from common.identity import Signer
 from common.registry import Member, Registry
@@ -183,6 +183,21 @@ def test_a_site_whose_times_contradict_the_other_sides_is_named(tmp_path, hours,
     assert (code, said["first_bad"]["fault"]) == (1, "time contradicted")
     assert (said["first_bad"]["log"], said["first_bad"]["number"]) == ("north.jsonl", number)
     assert check(tmp_path, "north", capsys, "--tolerance", 4000)[0] == 0
+
+
+@pytest.mark.parametrize("again", [2, 1], ids=["the same head", "an older one"])
+def test_the_first_event_that_remembers_a_head_bounds_all_that_stood_before_it(tmp_path, again):
+    # North's clock is 20 minutes fast; what the server noted again half an hour later, a late answer, excuses nothing.
+    clock = Clock()
+    server = AuditLog(tmp_path / "server.jsonl", SIGNERS["server"], clock=clock)
+    north = AuditLog(tmp_path / "north.jsonl", SIGNERS["north"], clock=lambda: clock() + timedelta(minutes=20))
+    heads = [north.head, north.append("question received"), north.append("question received")]
+    server.append("sites present", heads={"north": heads[2]})
+    clock.now += timedelta(minutes=30)
+    server.append("sites joined", heads={"north": heads[again]})
+    with pytest.raises(AuditError, match="was written before event 1 of the other side") as caught:
+        verify_against(verify(tmp_path / "north.jsonl"), verify(tmp_path / "server.jsonl"), name="north")
+    assert (caught.value.fault, caught.value.number) == ("time contradicted", 0)
 
 
 def test_a_clock_set_back_for_one_update_is_told_by_the_log_and_contradicted_by_the_other_side(tmp_path, capsys):
