@@ -84,7 +84,7 @@ def require_quality(home: SiteHome, gate: QualityGate) -> None:
     if data is None:
         raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
     key = read_private(home.cohort_key, "a cohort key")
-    if found := standing_objections(home.quality_file, Path(data), key, gate):
+    if found := standing_objections(home.quality_file, home.path / data, key, gate):
         raise QualityError(f"the limits of site.yaml (quality) are not kept: {'; '.join(found)}")
 
 

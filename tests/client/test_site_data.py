@@ -85,6 +85,15 @@ def test_the_limits_need_a_data_folder(house: House) -> None:
         require_quality(house.home, QualityGate())
 
 
+def test_the_limits_look_at_a_relative_data_folder_below_the_sites_home(house: House, tmp_path: Path) -> None:
+    images = house.home.path / "images"
+    shutil.copytree(house.images, images)
+    house.configure(quality=LENIENT, data="images")
+    report(house, images, tmp_path)
+    assert Path.cwd() != house.home.path
+    assert isinstance(Node(house).hello(), Hello)
+
+
 def test_the_key_of_site_yaml_encrypts_what_the_node_keeps_of_its_images(house: House) -> None:
     plain = Node(house).hello()
     shutil.rmtree(house.home.cache)
