@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -371,8 +372,9 @@ class Workshop:
 
     def close(self) -> None:
         """Leaves the files for the next call."""
-        self._out.close()
-        self._rows.close()
+        for file in (self._out, self._rows):
+            with suppress(OSError):  # of a full disk, again; half a line and half a row do not count
+                file.close()
 
     def forget(self) -> None:
         """Removes the files."""

@@ -63,8 +63,10 @@ class Remembered:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             self._db = _opened(path)
-        except sqlite3.Error:
-            # all of it can be seen again
+        except sqlite3.OperationalError as problem:  # a full disk, or another report at work
+            raise _failed(problem) from None
+        except sqlite3.DatabaseError:
+            # damaged; all of it can be seen again
             for end in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     path.with_name(path.name + end).unlink()
@@ -130,7 +132,10 @@ class Remembered:
 
     def _commit(self) -> None:
         if time.monotonic() - self._last > _COMMIT_S:
-            self._db.commit()
+            try:
+                self._db.commit()
+            except sqlite3.Error as problem:
+                raise _failed(problem) from None
             self._last = time.monotonic()
 
 

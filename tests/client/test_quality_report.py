@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import re
+import resource
 import time
 from collections.abc import Callable
 from html import unescape
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
 
-from client.quality import cli
+from client.quality import cli, remembered
 from client.quality import survey as survey_module
 from client.quality.gate import QualityGate, standing_objections
 from client.quality.survey import patient_pseudonym, unit_pseudonym
@@ -372,6 +373,25 @@ def test_what_is_remembered_names_nobody_and_is_encrypted_with_the_cache(small: 
         assert usage(cache).indexes == 1
         purge(cache)
         assert not looks.exists()
+
+
+def test_a_disk_that_fills_while_images_are_looked_at_is_told_in_words(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "_COMMIT_S", 0.0)
+    with remembered.Remembered(tmp_path, small, (), KEY, None) as memory:
+        memory.keep("first", {"seen": []})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with remembered.Remembered(tmp_path, small, (), KEY, None) as memory:
+        assert memory.find("first") == {"seen": []}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limit[1]))
+        try:
+            with pytest.raises(StorageError, match=r"what was seen of the images cannot be kept.*free space"):
+                memory.keep("second", {"seen": "x" * 2**17})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with remembered.Remembered(tmp_path, small, (), KEY, None) as memory:
+        assert memory.find("first") == {"seen": []}
 
 
 def test_a_pseudonym_of_the_report_leads_to_its_files_on_the_screen_alone(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import stat
 import time
@@ -271,6 +272,19 @@ def test_a_full_disk_is_a_storage_error_and_leaves_no_part(site: Path) -> None:
     with pytest.raises(StorageError, match="kept could not be written"):
         write_whole(kept, b"new")
     assert kept.read_bytes() == b"old"
+
+
+def test_a_disk_that_fills_while_series_are_prepared_gets_its_room_back(site: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * 256, limit[1]))  # room for four of the six samples
+    try:
+        with pytest.raises(StorageError, match=r"the prepared samples could not be written"):
+            read(site)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    (place,) = (path.parent for path in (site.parent / "cache").glob("*/.lock"))
+    assert [path.name for path in place.iterdir()] == [".lock"]
+    assert len(read(site).samples.targets_N) == 6
 
 
 def test_images_that_change_while_they_are_read_are_refused(site: Path) -> None:
