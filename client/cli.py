@@ -330,7 +330,7 @@ def _status(home: SiteHome) -> dict[str, Any]:
     if not status:
         return {**fixed, "state": "stopped"}
     updated = datetime.fromisoformat(str(status.get("updated", "1970-01-01T00:00:00+00:00")))
-    if (datetime.now(UTC) - updated).total_seconds() > FRESH_S:
+    if abs((datetime.now(UTC) - updated).total_seconds()) > FRESH_S:  # of the future: the clock went back since
         status["state"] = "stopped"
     return {**status, **fixed}
 

@@ -298,6 +298,8 @@ def test_status_shows_the_work_and_hides_nothing_that_only_this_house_may_know(s
 def test_an_old_status_is_no_sign_of_life_and_a_failed_runner_is_exit_1(site: Site) -> None:
     write_status(site, age_s=3600, state="ready")
     assert "not running" in site("status", code=1)
+    write_status(site, age_s=-3600, state="ready")  # the clock was moved back after the node was killed
+    assert "not running" in site("status", code=1)
     write_status(site, state="failed", error="the log is broken")
     assert "the log is broken" in site("status", code=1)
 
