@@ -119,8 +119,9 @@ class Approvals:
         if approval.recipe_id != recipe_id:
             raise ConfigError(f"{what} holds another recipe, {approval.recipe_id[:12]}; {advice}")
         # Whose recipe it is, is asked anew each time: the coordinator's key may have been exchanged since.
+        coordinator = self._home.registry.coordinator
         try:
-            parse_recipe(json.dumps(body), self._home.registry.coordinator)
+            parse_recipe(json.dumps(body), coordinator)
         except ConfigError as error:
             raise ConfigError(f"{what} is not valid any more: {error}") from None
         return approval

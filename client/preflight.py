@@ -20,7 +20,7 @@ from common.chain import TOLERANCE_S, parts, verify
 from common.deployment import QualityGate, SiteConfig, SiteHome
 from common.enrolment import WARN_DAYS, warnings
 from common.epsilon import rounded_up
-from common.errors import FedicomError
+from common.errors import ConfigError, FedicomError
 from common.identity import Signer
 from common.imaging import Progress
 from common.storage import storing
@@ -157,19 +157,21 @@ def _log(home: SiteHome) -> Iterator[Line]:
 
 
 def _approvals(home: SiteHome) -> Iterator[Line]:
+    # What an approval is checked by comes first: a typo in site.yaml is no reason to withdraw one.
+    config, _, _ = home.config, home.registry, Signer.load(home.signing_key)
     approvals = Approvals(home)
     ids = approvals.ids()
     for recipe_id in ids:
         try:
             approval = approvals.find(recipe_id)
-        except FedicomError as error:
+        except ConfigError as error:
             fix = f"run fedicom site withdraw {recipe_id[:12]}"
             yield Line(level="FAIL", what="approval", says=str(error), fix=fix)
             continue
         if approval is not None:
             says = f"{approval.signed.recipe.name} {recipe_id[:12]}, approved by {approval.by} on {approval.time[:10]}"
             yield Line(level="ok", what="approval", says=says)
-            yield from _objections(home.config, approval)
+            yield from _objections(config, approval)
     if not ids:
         yield Line(
             level="warn",

@@ -202,6 +202,21 @@ def test_approvals_that_do_not_hold_and_policies_that_object_fail(house: House) 
     assert "(max_rounds)" in one(lines, "policy", "FAIL").says
 
 
+@pytest.mark.parametrize("broken", ["site.yaml", "registry", "signing key"])
+def test_a_sound_approval_is_not_to_be_withdrawn_for_what_is_wrong_around_it(house: House, broken: str) -> None:
+    approve(house)
+    match broken:
+        case "site.yaml":
+            house.configure(threads="many")
+        case "registry":
+            house.home.registry_file.unlink()
+        case _:
+            house.home.signing_key.chmod(0o644)
+    line = one(run(house, images=False), "approval", "FAIL")
+    assert line.fix == "mend this first, and run preflight again"
+    assert "the approval of" not in line.says
+
+
 def test_too_few_patients_for_the_policy_are_found_by_counting(house: House) -> None:
     approve(house)
     house.policy(min_patients=35)  # the images hold 34
