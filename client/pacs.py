@@ -32,6 +32,7 @@ from client.pacs_store import Store
 from common.deployment import SiteHome, home_folder
 from common.errors import ConfigError, DataError
 from common.identity import read_private
+from common.labels import between_columns, records
 from common.storage import named_file, storing, write_whole
 
 _KEYS = ("patient", "study", "accession", "series")
@@ -222,31 +223,30 @@ def _summary(pulled: Pulled, store: Store) -> None:
 # --- labels
 
 
-def _label_keys(path: Path) -> tuple[str, list[str]]:
-    """The name of the key column, and its cells in the order of the rows.
+def _label_keys(path: Path) -> tuple[str, list[tuple[int, str]]]:
+    """The name of the key column, and its cells with the numbers of their rows.
 
     Raises:
         DataError: It is no such table.
     """
     with storing("the label table"):
         data = path.read_bytes()
-    try:
-        rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True) if row]
-    except (UnicodeDecodeError, csv.Error):
-        raise DataError("the label table is not CSV in UTF-8; export it as 'CSV UTF-8'") from None
-    key = rows[0][0].strip() if rows else ""
+    (_, header), *rows = [*records(data)] or [(1, [""])]
+    key = header[0].strip()
     if key not in _KEYS:
-        raise DataError(f"the label table's first column must be named one of {', '.join(_KEYS)}; name it so")
-    return key, [row[0].strip() for row in rows[1:]]
+        raise DataError(
+            f"the label table's first column must be named one of {', '.join(_KEYS)}; name it so{between_columns(key)}"
+        )
+    return key, [(row, cell) for row, cells in rows if (cell := cells[0].strip())]
 
 
-def _match(store: Store, key: str, cells: Sequence[str]) -> None:
+def _match(store: Store, key: str, cells: Sequence[tuple[int, str]]) -> None:
     """Says how many labels have images and the other way round; the list goes into a 0600 file."""
-    labelled = {store.name(key, cell): row for row, cell in enumerate(cells, start=2)}
+    labelled = {store.name(key, cell): (row, cell) for row, cell in cells}
     pulled = list(store.rows())
     here = {row[key] for row in pulled}
     without_label = sorted({(row["study"], row["series"]) for row in pulled if row[key] not in labelled})
-    without_images = [(row, cells[row - 2]) for name, row in labelled.items() if name not in here]
+    without_images = [found for name, found in labelled.items() if name not in here]
     studies = {row["study"] for row in pulled}
     matched = {row["study"] for row in pulled if row[key] in labelled}
     _write_table(

@@ -39,8 +39,8 @@ def read_labels(table: bytes, task: Task) -> dict[str, Label]:
         DataError: A column is missing or a row does not make sense. The message names the row's
             number and never shows a cell: any cell of a shifted table may be an identifier.
     """
-    records = _records(table)
-    header_row = next(records, None)
+    rows = records(table)
+    header_row = next(rows, None)
     if header_row is None:
         raise DataError(f"labels.csv is empty: expected a header whose first column is {task.key!r}")
     header = [cell.strip() for cell in header_row[1]]
@@ -50,7 +50,7 @@ def read_labels(table: bytes, task: Task) -> dict[str, Label]:
     subgroups_at = [header.index(name) for name in task.subgroups]
 
     labels: dict[str, Label] = {}
-    for row, record in records:
+    for row, record in rows:
         cells = [cell.strip() for cell in record]
         if len(cells) != len(header):
             raise DataError(f"labels.csv row {row}: {len(cells)} cells, but the header has {len(header)} columns")
@@ -86,7 +86,12 @@ def need_two_classes(targets: Iterable[int | tuple[int, ...]], task: Task, where
     )
 
 
-def _records(table: bytes) -> Iterator[tuple[int, list[str]]]:
+def records(table: bytes) -> Iterator[tuple[int, list[str]]]:
+    """Header and rows of labels.csv that hold anything, each with its number as a spreadsheet counts.
+
+    Raises:
+        DataError: It is no CSV in UTF-8.
+    """
     try:
         text = table.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -103,14 +108,19 @@ def _records(table: bytes) -> Iterator[tuple[int, list[str]]]:
         ) from None
 
 
+def between_columns(first: str) -> str:
+    """What to do where the first cell of the header shows that other marks than commas stand between the columns."""
+    return "; separate the columns by commas" if any(mark in first for mark in ";\t") else ""
+
+
 def _check_header(header: Sequence[str], task: Task) -> None:
     first = header[0]
     if first != task.key:
         # Without a header the first cell is an identifier, so it is shown only when it is a known key.
         got = f"got {first!r}" if first in _KEYS else "got another name"
-        hint = "; separate the columns by commas" if any(mark in first for mark in ";\t") else ""
         raise DataError(
-            f"labels.csv: the first column must be named {task.key!r} (task.key of the recipe), {got}{hint}"
+            f"labels.csv: the first column must be named {task.key!r} (task.key of the recipe), {got}"
+            + between_columns(first)
         )
     needed = (*(task.classes if task.kind == "multilabel" else ("label",)), *task.subgroups)
     missing = [name for name in needed if name not in header[1:]]

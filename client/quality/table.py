@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from common.config import Task
 from common.errors import ConfigError, DataError
-from common.labels import Label, read_labels
+from common.labels import Label, between_columns, read_labels, records
 
 KEYS = ("patient", "study", "accession", "series")
 ANNOTATOR = "annotator"
@@ -46,7 +44,7 @@ def read_table(data: bytes, classes: Sequence[str] = ()) -> Table:
     if key not in KEYS:
         raise DataError(
             f"labels.csv: the first column must be named one of {', '.join(KEYS)}; it says which identifier of the "
-            "images the rows go by"
+            f"images the rows go by{between_columns(key)}"
         )
     people = [name for name in header[1:] if name.lower().startswith(ANNOTATOR)]
     if "label" in header:
@@ -96,15 +94,11 @@ def _many_labels(header: Sequence[str], rows: Sequence[Sequence[str]], people: S
 
 def _cells(data: bytes) -> tuple[list[str], list[list[str]]]:
     """Header and rows, stripped; what is wrong with them `read_labels` says."""
-    try:
-        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        records = [[cell.strip() for cell in record] for record in reader if record]
-    except (UnicodeDecodeError, csv.Error):
-        raise DataError("labels.csv cannot be read as CSV in UTF-8; export it as 'CSV UTF-8'") from None
-    if not records:
+    numbered = [(row, [cell.strip() for cell in record]) for row, record in records(data)]
+    if not numbered:
         raise DataError("labels.csv is empty; expected a header and one row for each image, study or patient")
-    header = records[0]
-    uneven = next((at for at, row in enumerate(records[1:], start=2) if len(row) != len(header)), None)
+    (_, header), *rows = numbered
+    uneven = next((row for row, cells in rows if len(cells) != len(header)), None)
     if uneven is not None:
         raise DataError(f"labels.csv row {uneven}: the header has {len(header)} columns, this row another number")
-    return header, records[1:]
+    return header, [cells for _, cells in rows]

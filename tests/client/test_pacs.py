@@ -18,10 +18,10 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from client.dicomweb import DicomWeb, boundary_of, parts
-from client.pacs import pull, pull_verb
+from client.pacs import _label_keys, pull, pull_verb
 from client.pacs_source import Asked, Busy, FoundInstance, Pace, PacsError, Patience, WebPacs, read_pacs
 from client.pacs_store import Store
-from common.errors import ConfigError, StorageError
+from common.errors import ConfigError, DataError, StorageError
 from common.imaging import read_folder
 from common.imaging.received import examine
 from common.imaging.refusal import Refusal
@@ -203,6 +203,15 @@ def test_an_accession_number_that_would_ask_for_more_is_refused_and_not_shown(tm
 
 
 # --- files and the journal
+
+
+def test_rows_of_the_label_table_have_the_numbers_that_a_spreadsheet_shows(tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("accession,label\nA1,sick\n\n,\nA3,well\n")
+    assert _label_keys(table) == ("accession", [(2, "A1"), (5, "A3")])
+    table.write_text("accession;label\nA1;sick\n")
+    with pytest.raises(DataError, match="separate the columns by commas"):
+        _label_keys(table)
 
 
 def store(folder: Path, key: bytes = KEY) -> Store:

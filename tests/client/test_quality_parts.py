@@ -217,6 +217,8 @@ def test_columns_of_zeros_and_ones_are_a_multi_label_task() -> None:
         (b"name,label\nx,a\ny,b\n", "first column"),
         (b"patient,label\nx,a\ny,a\n", "fewer than two classes"),
         (b"patient,label\nx,a\ny\n", "row 3"),
+        (b"patient,label\nx,a\n\n\ny\n", "row 5"),  # as the spreadsheet shows it
+        (b"patient;label\nx;a\ny;b\n", "separate the columns by commas"),
         (b"patient,age\nx,50\ny,51\n", "no column 'label'"),
         (b"patient,label\n" + b"".join(b"p%d,DOE%d\n" % (at, at) for at in range(60)), "60 different values"),
         (b"", "is empty"),
