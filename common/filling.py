@@ -18,7 +18,7 @@ from common.imaging.fastread import Catalogue
 from common.imaging.index import Index
 from common.imaging.parallel import expect
 from common.labels import Label
-from common.preparing import Made, Workshop, jobs_for, prepared_units, unit_of
+from common.preparing import Made, Workshop, identifier, jobs_for, prepared_units, unit_of
 from common.pseudonyms import pseudonym
 from common.samples import index_file, maker, read_index, targets_of
 from common.shard import Form, seal_text, widened, write_rows
@@ -158,12 +158,12 @@ class Preparation:
         if len(lost) == len(self.labels):
             raise DataError(
                 f"the labels match nothing: {len(self.labels)} rows of labels.csv, {len(rows)} images, none with the "
-                f"same {key}; check that task.key={key} is what the first column holds; {counts}"
+                f"same {key}; check that task.key={key} is what the first column holds{self._zeros(lost)}; {counts}"
             )
         if lost:
             raise DataError(
                 f"labels.csv row {lost[0]}: no image has this {key}; {_rows(lost)} of {len(self.labels)}; "
-                f"add the images or remove the rows; {counts}"
+                f"add the images or remove the rows{self._zeros(lost)}; {counts}"
             )
         patients: dict[str, set[str]] = {}
         for row in rows:
@@ -181,6 +181,18 @@ class Preparation:
             )
         if all(row.at is None for row in rows):
             raise DataError(f"none of {len(rows)} images can be used for a {self.task.dimensions}D task; {counts}")
+
+    def _zeros(self, lost: Sequence[int]) -> str:
+        """What to do where rows differ from images by leading zeros alone; not done here: 7 may be another than 007."""
+        images = {identifier(entry.header, self.task) for entries in self.index.series() for entry in entries}
+        shorter = {name.lstrip("0") for name in images if name.startswith("0")}
+        rows = sum(label.row in set(lost) and name.lstrip("0") in shorter for name, label in self.labels.items())
+        if not rows:
+            return ""
+        return (
+            f"; {rows} of these rows have an image but for zeros in front, which spreadsheets drop: make the first "
+            "column text, and put them back"
+        )
 
 
 def _rows(numbers: Sequence[int]) -> str:

@@ -462,6 +462,23 @@ def test_a_row_without_image_is_named_by_number(site: Path) -> None:
     assert not list((site.parent / "cache").rglob("*.tmp"))
 
 
+def test_zeros_that_a_spreadsheet_dropped_are_named_and_not_put_back(site: Path) -> None:
+    for number in range(6):
+        change(site / "dicom" / f"p{number}" / "1.dcm", PatientID=f"{700 + number:06d}")
+    rows = [f"{700 + number:06d},{('negative', 'positive')[number % 2]}" for number in range(6)]
+    label(site, ["patient,label", *rows[:4], rows[4].lstrip("0"), rows[5].lstrip("0"), "801,negative"])
+    with pytest.raises(
+        DataError, match=r"row 6: no image has this patient; 3 such rows \(6, 7, 8\).*2 of these rows.*zeros in front"
+    ) as caught:
+        read(site)
+    assert "70" not in str(caught.value)
+    label(site, ["patient,label", *(row.lstrip("0") for row in rows)])
+    with pytest.raises(DataError, match=r"match nothing: 6 rows.*6 of these rows have an image but for zeros"):
+        read(site)
+    label(site, ["patient,label", *rows])
+    assert len(read(site).samples.targets_N) == 6
+
+
 @pytest.mark.parametrize("key", ["accession", "study"])
 def test_a_row_whose_images_are_of_several_patients_is_named_by_number(site: Path, key: str) -> None:
     """An accession number that two departments gave, or one study with the images of two patients."""
