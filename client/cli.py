@@ -488,7 +488,7 @@ def _ledger(home: SiteHome) -> Ledger | None:
 def _cohort(home: SiteHome, signed: SignedRecipe, told: Told) -> Cohort:
     from client.cohort import site_cohort
 
-    return site_cohort(home, signed.recipe, told)
+    return site_cohort(home, signed.recipe, told, decide=False)
 
 
 def signed_recipe(home: SiteHome, named: str) -> SignedRecipe:

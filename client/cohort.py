@@ -92,6 +92,7 @@ def open_cohort(
     state: Path | None = None,
     storage: Storage = "float32",
     secret: bytes | None = None,
+    decide: bool = True,
 ) -> Cohort:
     """The site's cohort for this recipe; the first call decides the split, later ones keep it.
 
@@ -106,6 +107,7 @@ def open_cohort(
             `fedicom data diff`, which reads all prepared samples once. None: it is not.
         storage, secret: How samples are kept, see `common.samples.prepare_folder`; records of versions are encrypted
             with the secret too. The manifest is not: who loses the secret makes the rest anew, but not a split.
+        decide: False: a look before anybody said yes, which leaves neither a split nor a record.
 
     Raises:
         DataError: The folder is no cohort, or too small a one: fewer than
@@ -127,15 +129,18 @@ def open_cohort(
         cohort = Cohort(samples, split_P, manifest, prepared.refused, task.outputs, prepared.corrected)
         _check(cohort, recipe)
         # After the check: a folder that is still too small shall not freeze a poor split.
-        if split != known:
+        if decide and split != known:
             _write(path, split, recipe, key)
-        if state is not None:
+        if decide and state is not None:
             record(state, cohort, split, recipe, key, secret)
     return cohort
 
 
-def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None) -> Cohort:
+def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None, *, decide: bool = True) -> Cohort:
     """A deployed site's cohort, kept as its site.yaml says, and on record for `fedicom data diff`.
+
+    Args:
+        progress, decide: As `open_cohort`.
 
     Raises:
         DataError: As `open_cohort`; or site.yaml names no data folder.
@@ -154,6 +159,7 @@ def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None
         state=home.state,
         storage=config.cache.storage,
         secret=read_secret(config.cache.key, home.path),
+        decide=decide,
     )
 
 

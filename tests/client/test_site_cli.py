@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from client.words import in_words
 from common.accounting import Event, epsilon_pld
 from common.audit import verify
 from common.chain import Event as Logged
-from common.config import ModelConfig
+from common.config import Evaluation, ModelConfig
 from common.epsilon import rounded_down, rounded_up
 from common.identity import Signer
 from common.signed import sign_recipe
@@ -122,6 +123,22 @@ def test_a_review_counts_this_sites_patients_and_approves_nothing(site: Site) ->
         assert words in said, words
     assert "is not approved here" in site("withdraw", site.file, code=2)
     assert site("approvals", "--json").strip() == "[]"
+
+
+def test_a_review_decides_no_split_that_a_later_recipe_would_have_to_keep(site: Site) -> None:
+    home = site.house.home
+    shutil.rmtree(home.cache)
+    odd = site.file.with_name("odd.json")
+    site.house.sign(recipe_of(evaluation=Evaluation(validation_fraction=0.4, test_fraction=0.0))).write(odd)
+    assert "0 patients with 0 images for the closing evaluation" in site("review", odd)
+    assert not (home.cache / "cohort_manifest.json").exists()
+    said = site("review", site.file)
+    assert f"{TRAIN_PATIENTS} patients with" in said
+    assert "frozen" not in said
+    site.approve()
+    assert site("preflight", "--no-probe", code=1)
+    assert (home.cache / "cohort_manifest.json").exists()
+    assert f"{TRAIN_PATIENTS} patients with" in site("review", site.file)
 
 
 def test_a_review_for_programs_holds_the_same_numbers(site: Site) -> None:
