@@ -388,11 +388,7 @@ class Control:
             run = Run(self.home, wanted)
             if run.order_file.exists():
                 raise ConflictError(f"there is a run {wanted} already; give this one another name (--name)")
-            for other in self._working:
-                found = Run(self.home, other)
-                # One that has finished asks nobody any more, though its process may need another moment to end.
-                if found.active and found.order.recipe_id == recipe.id:
-                    raise ConflictError(f"run {other} works on this recipe already; sites would be asked twice")
+            self._no_other_works_on(recipe.id)
             private_folder(run.path)
             signed.write(run.recipe_file)
             waiting = {"recipe": recipe.name, "recipe_id": recipe.id, "round": 0, "rounds": recipe.rounds, "sites": {}}
@@ -424,7 +420,7 @@ class Control:
 
         Raises:
             ConfigError: There is no such run.
-            ConflictError: It is at work, or finished.
+            ConflictError: It is at work, or finished, or another run works on its recipe.
             StorageError: The disk is full or not writable.
         """
         run = Run(self.home, name)
@@ -434,10 +430,18 @@ class Control:
                 raise ConflictError(f"run {name} is at work already ({state})")
             if state == "finished":
                 raise ConflictError(f"run {name} is finished; run the recipe under a new name to do it again")
+            self._no_other_works_on(order.recipe_id)
             run.write_order(replace(order, wanted="running"))
             self._untold.pop(name, None)
             run.settle(state="waiting", error=None)
             self._working[name] = _Work()
+
+    def _no_other_works_on(self, recipe_id: str) -> None:
+        for other in self._working:
+            found = Run(self.home, other)
+            # One that has finished asks nobody any more, though its process may need another moment to end.
+            if found.active and found.order.recipe_id == recipe_id:
+                raise ConflictError(f"run {other} works on this recipe already; sites would be asked twice")
 
     def run_status(self, name: str) -> dict[str, Any]:
         """How a run stands.

@@ -201,6 +201,16 @@ def test_a_name_is_taken_once_and_a_recipe_is_at_work_once(with_run):
     assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house, timeout_s=9.0))[0] == 200
 
 
+def test_a_stopped_run_is_not_resumed_while_another_works_on_its_recipe(with_run):
+    assert with_run.ask("POST", "/v1/runs/trial-1/stop")[0] == 200
+    assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
+    code, answer = with_run.ask("POST", "/v1/runs/trial-1/resume")
+    assert (code, answer["error"]) == (409, "run trial-2 works on this recipe already; sites would be asked twice")
+    assert with_run.control.run_status("trial-1")["wanted"] == "stopped"
+    assert with_run.ask("POST", "/v1/runs/trial-2/stop")[0] == 200
+    assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 200
+
+
 def test_a_recipe_may_run_again_as_soon_as_its_run_has_finished_also_while_that_process_ends(with_run):
     assert Run(with_run.house.home, "trial-1").settle(state="finished")
     assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
