@@ -244,7 +244,11 @@ class Control:
     def _tick(self) -> None:
         with self._lock:
             for name in list(self._working):
-                self._keep_run(name, self._working[name])
+                if Run(self.home, name).order_file.exists():
+                    self._keep_run(name, self._working[name])
+                else:  # somebody has removed its folder, and no command could reach it any more
+                    del self._working[name]
+                    self._supervisor.stop(_child(name), _GRACE_S["run"])
             for name, changes in list(self._untold.items()):
                 with suppress(StorageError):
                     Run(self.home, name).settle(**changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -283,6 +284,14 @@ def test_stop_ends_the_process_and_resume_begins_another(with_run):
     assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 200
     with_run.until(lambda: len(with_run.starts("trial-1")) == 2)
     assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 409
+
+
+def test_a_run_whose_folder_was_removed_is_ended_and_keeps_no_other_from_running(with_run):
+    with_run.until(lambda: with_run.starts("trial-1"))
+    shutil.rmtree(Run(with_run.house.home, "trial-1").path)
+    with_run.until(lambda: not with_run.control.status["active"])
+    with_run.until(lambda: "run-trial-1" not in with_run.control.status["children"])
+    assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
 
 
 def test_a_coordinator_that_starts_again_goes_on_with_what_was_not_over(house):
