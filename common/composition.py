@@ -48,7 +48,10 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException:
-            raise ConfigError(f"cannot read {word!r}: expected name=value, for example rounds=10") from None
+            raise ConfigError(
+                f"cannot read {word!r}: expected name=value, for example rounds=10; a text with other signs than a-z, "
+                """digits and _-./ stands in quotes inside the shell's, as 'description="chest (2 mm)"'"""
+            ) from None
         key = override.key_or_group
         if key.partition(".")[0] == "hydra":
             raise ConfigError(f"{key}: Hydra's own settings are fixed; expected a field of the recipe or of the run")

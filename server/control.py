@@ -377,7 +377,8 @@ class Control:
         wanted = name or recipe.name
         if not re.fullmatch(NAME_PATTERN, wanted):
             raise ConfigError(
-                f"{wanted[:80]!a} is no name for a run; expected letters, digits, `_`, `.` and `-`, at most 63"
+                f"{wanted[:80]!a} is no name for a run; expected letters, digits, `_`, `.` and `-`, at most 63: "
+                "give the run one with --name"
             )
         if recipe.federation.quorum > (members := len(registry.members)):
             raise ConfigError(

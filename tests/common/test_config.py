@@ -153,6 +153,7 @@ def refusal(*overrides: str) -> str:
         (["model.trainable=head"], ["model", "weights_file"]),
         # not name=value
         (["rounds"], ["'rounds'", "name=value"]),
+        (["task.classes=[Entzündung,normal]"], ["cannot read", "stands in quotes"]),
         (["rounds=1,2"], ["rounds", "several values", "[1,2]"]),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) and "=" in str(part) else "",

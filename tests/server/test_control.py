@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,7 @@ from server.gateway_rules import GatewayConfig
 from server.provision import provision, revoke, rotate
 from server.runs import Run
 from server.tokens import install_token, remove_token
-from tests.server.house import Running
+from tests.server.house import RECIPE, Running
 
 
 def body(house, **federation) -> bytes:
@@ -178,6 +179,13 @@ def test_a_signed_recipe_is_put_to_work(running):
             lambda house: body(house, sites=9, quorum=4),
             400,
             "the recipe needs 4 sites (federation.quorum), the registry has 3",
+        ),
+        (
+            "/v1/runs",
+            lambda house: house.signed(replace(RECIPE, name="chest study 2")).text.encode(),
+            400,
+            "'chest study 2' is no name for a run; expected letters, digits, `_`, `.` and `-`, at most 63: give the run "
+            "one with --name",
         ),
         ("/v1/runs?name=..", body, 400, "is no name for a run"),
         ("/v1/runs?name=a%2Fb", body, 400, "is no name for a run"),
