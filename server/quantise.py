@@ -97,6 +97,11 @@ def export_int8(model: Path, recipe: Recipe, test: Samples | None, path: Path) -
         speed = _speed(model, candidate, np.array(batches(judged_N[: min(_BATCH, _at_once(test))])))
     auroc = plain.values.get("auroc", math.nan), small.values.get("auroc", math.nan)
     ece = plain.values.get("ece", math.nan), small.values.get("ece", math.nan)
+    if math.isnan(auroc[0]):
+        raise ExportError(
+            f"not offered: the {len(patients) - _CALIBRATION_PATIENTS} central test patients that judge it give no "
+            "AUROC; expected patients of two classes, and at least evaluation.min_cell"
+        )
     for what, got, limit in (
         ("its AUROC is lower", auroc[0] - auroc[1], MAX_AUROC_LOSS),
         ("its calibration error is higher", ece[1] - ece[0], MAX_ECE_GAIN),

@@ -131,6 +131,13 @@ def test_too_few_patients_are_refused(model, tmp_path, test, got):
         export_int8(model, RECIPE, test, tmp_path / quantise.FILE)
 
 
+def test_patients_of_one_class_alone_are_no_measure_and_the_reason_says_so(model, tmp_path):
+    test = samples()
+    with pytest.raises(ExportError, match="the 116 central test patients that judge it give no AUROC"):  # 180 - 64
+        export_int8(model, RECIPE, replace(test, targets_N=np.zeros_like(test.targets_N)), tmp_path / quantise.FILE)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("fast")
 def test_volumes_are_convolved_with_8_bits_too(tmp_path, monkeypatch):
     deep = Recipe(
