@@ -184,8 +184,8 @@ def test_a_signed_recipe_is_put_to_work(running):
             "/v1/runs",
             lambda house: house.signed(replace(RECIPE, name="chest study 2")).text.encode(),
             400,
-            "'chest study 2' is no name for a run; expected letters, digits, `_`, `.` and `-`, at most 63: give the run "
-            "one with --name",
+            "'chest study 2' is no name for a run; expected letters, digits, `_`, `.` and `-`, at most 63: "
+            "give the run one with --name",
         ),
         ("/v1/runs?name=..", body, 400, "is no name for a run"),
         ("/v1/runs?name=a%2Fb", body, 400, "is no name for a run"),
