@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import logging
 import logging.handlers
@@ -557,7 +558,20 @@ def serve(config: GatewayConfig) -> None:
         asyncio.run(Gateway(config).run())
     except OSError as error:
         where = f"{config.listen_host} port {config.listen_port}"
-        raise ConfigError(f"the gateway cannot listen on {where}: {error.strerror}; stop what is there") from None
+        raise ConfigError(f"the gateway cannot listen on {where}: {error.strerror}; {_advice(error)}") from None
+
+
+def _advice(error: OSError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return "stop what is there"
+        case errno.EACCES | errno.EPERM:
+            return (
+                "a port below 1024 needs CAP_NET_BIND_SERVICE; give that, or choose another `port` in server.yaml and "
+                "have the one that sites call forwarded to it"
+            )
+        case _:
+            return "`listen` in server.yaml is an address of this machine, or 0.0.0.0 for all"
 
 
 def main() -> None:

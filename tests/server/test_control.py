@@ -21,6 +21,7 @@ from common.errors import ConfigError
 from common.identity import Signer
 from common.signed import sign_recipe
 from server.control import Control, alone, gateway_child, runner_child
+from server.gateway import serve
 from server.gateway_rules import GatewayConfig
 from server.provision import provision, revoke, rotate
 from server.runs import Run
@@ -461,6 +462,26 @@ def test_the_status_tells_who_is_connected(house):
         assert status["online"] == ["west"]
         assert status["registry"] == {"version": 1, "sites": ["east", "north", "west"]}
         running.until(lambda: json.loads(house.home.status_file.read_bytes())["online"] == ["west"])
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.EADDRINUSE, "stop what is there"),
+        (errno.EACCES, "below 1024 needs CAP_NET_BIND_SERVICE"),
+        (errno.EADDRNOTAVAIL, "`listen` in server.yaml"),
+    ],
+)
+def test_a_gateway_that_cannot_listen_says_what_helps(house, monkeypatch, code, advice):
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    house.home.run.mkdir()
+    gateway_child(house.home, 12345)
+    config = validate_json(GatewayConfig, house.home.gateway_config.read_bytes())
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(ConfigError, match=f"{os.strerror(code)}; .*{advice}"):
+        serve(config)
 
 
 def test_the_gateway_is_configured_from_server_yaml(house):
