@@ -224,7 +224,9 @@ class Control:
 
     def stop(self) -> None:
         """Makes `serve` return soon; safe in a signal handler."""
-        self._stop.set()
+        # From a thread: a handler runs in the middle of whatever the main thread does, even of this event's own wait,
+        # whose lock it would then wait for.
+        threading.Thread(target=self._stop.set, daemon=True).start()
 
     def _end(self) -> None:
         self._stop.set()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -335,6 +336,20 @@ def test_everything_ends_with_the_coordinator_even_what_will_not(house, monkeypa
     assert not house.home.control_file.exists()
     assert json.loads(house.home.status_file.read_bytes())["state"] == "stopped"
     assert Run(house.home, "deaf").status["state"] == "stopped"
+
+
+def test_a_signal_in_the_middle_of_the_coordinators_wait_ends_it_too(house):
+    control = Control(house.home, Running(house)._parts())
+
+    def signalled_there():
+        with control._stop._cond:  # as `wait` holds it for a moment, now and then
+            control.stop()
+
+    handler = threading.Thread(target=signalled_there, daemon=True)
+    handler.start()
+    handler.join(10)
+    assert not handler.is_alive()
+    assert control._stop.wait(10)
 
 
 def test_start_and_stop_are_in_the_log_with_configuration_and_code(house):
