@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ def rehearse_verb(words: Sequence[str]) -> int:
     began = time.monotonic()
     out: Path = arguments.out
     if out.exists():
-        if not (out / _MARK).exists() and any(out.iterdir()):
-            raise ConfigError(f"--out: {out} holds other files than a rehearsal's; choose another folder")
+        if not out.is_dir() or (not (out / _MARK).exists() and any(out.iterdir())):
+            raise ConfigError(f"--out: {out} is, or holds, something else than a rehearsal; choose another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / _MARK).touch()
@@ -62,6 +63,7 @@ def rehearse_verb(words: Sequence[str]) -> int:
         console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {line}", highlight=False, soft_wrap=True)
 
     rehearsal = Rehearsal(out, plan)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes end as with Ctrl-C
     try:
         say(f"Drawing the patients of {plan.count} hospitals as DICOM")
         rehearsal.hospitals()
@@ -75,7 +77,7 @@ def rehearse_verb(words: Sequence[str]) -> int:
             say(f"Starting hospital {name}")
             rehearsal.start(name)
         rehearsal.run()
-        _train(rehearsal, say, victim=plan.sites[1])
+        _train(rehearsal, say, victim=plan.sites[-1])
         status = rehearsal.wait_finished()
         say("Training has ended; verifying every log against the other side's")
         for log, result in rehearsal.verify():
