@@ -341,15 +341,21 @@ def losses_of(
     if recipe.task.kind == "multilabel":
         entropy_BC = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         if gamma:
-            entropy_BC = entropy_BC * (1 - torch.exp(-entropy_BC)) ** gamma
+            entropy_BC = entropy_BC * _focus(1 - torch.exp(-entropy_BC), gamma)
         if class_weight is not None:
             entropy_BC = entropy_BC * class_weight
         return entropy_BC.mean(dim=1)
     entropy_B = functional.cross_entropy(logits, target, reduction="none", label_smoothing=training.label_smoothing)
     if gamma:
         true_B = torch.softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
-        entropy_B = entropy_B * (1 - true_B) ** gamma
+        entropy_B = entropy_B * _focus(1 - true_B, gamma)
     return entropy_B if class_weight is None else entropy_B * class_weight[target]
+
+
+def _focus(missing: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Focal loss' factor: what is missing to certainty, to the power of gamma."""
+    # Of 0, which is where float32 rounds a sure prediction to, a power below 1 has an infinite slope.
+    return missing.clamp(min=torch.finfo(missing.dtype).tiny) ** gamma
 
 
 def _epochs(

@@ -147,6 +147,16 @@ def test_focal_loss_of_one_record_by_hand_and_of_many_labels_as_torchvision() ->
     torch.testing.assert_close(record_loss(many)(x, y), expected)
 
 
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_a_focal_exponent_below_one_has_a_gradient_where_a_record_is_told_for_sure(kind: str) -> None:
+    recipe = recipe_of(Training(loss="focal", focal_gamma=0.5), task=Task(kind=kind))  # type: ignore[arg-type]
+    logits = torch.tensor([[-30.0, 30.0]], requires_grad=True)  # 1 - p is 1e-26, and 0 in float32
+    target = torch.tensor([[0.0, 1.0]]) if kind == "multilabel" else torch.tensor([1])
+    record_loss(recipe)(logits, target).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-12
+
+
 def test_smoothing_and_fixed_class_weights_are_those_of_torch_record_by_record() -> None:
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     y = torch.tensor([0, 1, 1, 0, 1, 0])
