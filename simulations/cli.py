@@ -129,9 +129,11 @@ def _promise(recipe: Recipe) -> str:
 
 def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None:
     """The short table at the end of a run: sites, the global model, what lies where."""
-    summary = conclusion.summary
+    from server.report.words import confidence
+
+    summary, level = conclusion.summary, confidence(conclusion.report)
     table = Table(title="Final model", title_justify="left")
-    for column in ("", "patients", "AUROC [95 % CI]", "epsilon", "PRV", "RDP", "delta"):
+    for column in ("", "patients", f"AUROC [{level} CI]", "epsilon", "PRV", "RDP", "delta"):
         table.add_column(column, justify="left" if not column else "right")
     for name, site in summary["sites"].items():
         epsilons = (_epsilon(site[key]) for key in ("epsilon", "epsilon_prv", "epsilon_rdp"))

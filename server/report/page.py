@@ -200,7 +200,7 @@ def _sites(report: RunReport) -> Html:
     if private:
         head.append("Epsilon spent")
     untold = any(site.patients.get(split) == 0 for site in report.sites for split in _SPLITS)
-    specificity = words.percent(report.recipe.evaluation.specificity)
+    specificity = words.level(report.recipe.evaluation.specificity)
     noised = (
         "" if report.noised_scores is None else " Where a hospital's policy is to noise its scores, they are noised."
     )

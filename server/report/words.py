@@ -86,6 +86,11 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{share * 100:.{digits}f} %"
 
 
+def level(share: float) -> str:
+    """A share that somebody set, in full: 99.5 % is neither 99 nor 100."""
+    return f"{100 * share:g} %"
+
+
 def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
@@ -98,7 +103,7 @@ def duration(seconds: float) -> str:
 
 
 def confidence(report: RunReport) -> str:
-    return percent(report.recipe.evaluation.confidence)
+    return level(report.recipe.evaluation.confidence)
 
 
 def interval(
@@ -132,7 +137,7 @@ def absent(why: str) -> Html:
 def metric(name: str, report: RunReport) -> str:
     """Title of a metric."""
     if name == "sensitivity_at_specificity":
-        return f"Sensitivity at {percent(report.recipe.evaluation.specificity)} specificity"
+        return f"Sensitivity at {level(report.recipe.evaluation.specificity)} specificity"
     return _METRICS.get(name, name.replace("_", " ").capitalize())
 
 

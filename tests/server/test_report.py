@@ -7,11 +7,14 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from common.config import Evaluation, Federation, Privacy, Recipe, Task
 from common.errors import StorageError
@@ -19,6 +22,7 @@ from common.exchange import Scores, Spent
 from common.html import Html, join, tag
 from common.metrics import Metrics, score
 from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, figures, write_report
+from simulations.cli import show_conclusion
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = '<script>alert("1")</script>&$x$'
@@ -327,6 +331,26 @@ def test_an_interval_that_holds_one_half_is_called_guessing(tmp_path: Path) -> N
     weak = Metrics(patients=30, values={"auroc": 0.55, "auroc_low": 0.45, "auroc_high": 0.64})
     assert "cannot be told from guessing" in words(write(replace(lean(make()), central=weak), tmp_path))
     assert "cannot be told from guessing" not in words(write(lean(make()), tmp_path))
+
+
+def test_the_levels_of_intervals_and_specificity_are_told_as_they_were_set(tmp_path: Path) -> None:
+    report = lean(make())
+    recipe = replace(report.recipe, evaluation=Evaluation(confidence=0.995, specificity=0.975))
+    shown = words(write(replace(report, recipe=recipe), tmp_path))
+    assert "99.5 % interval" in shown
+    assert "at 97.5 % specificity" in shown
+    assert "100 % interval" not in shown
+    assert "98 %" not in shown
+
+
+def test_the_table_on_the_terminal_names_the_level_of_its_intervals() -> None:
+    report, text = lean(make()), StringIO()
+    recipe = replace(report.recipe, evaluation=Evaluation(confidence=0.9))
+    nothing = {"auroc": None, "auroc_ci": None}
+    summary = {"sites": {}, "global": nothing, "notes": [], "onnx": {"max_abs_difference": 0.0}, "wall_s": 1.0}
+    conclusion = SimpleNamespace(report=replace(report, recipe=recipe), summary=summary)
+    show_conclusion(cast("Any", conclusion), Path("runs/x"), Console(file=text, width=120))
+    assert "AUROC [90 % CI]" in text.getvalue()
 
 
 def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None:
