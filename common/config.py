@@ -497,6 +497,16 @@ class Settings:
     int8: bool = False
     """Also write model.int8.onnx, where that is at least twice as fast and as good; else the report says why."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        patience, metrics = self.recipe.federation.early_stopping.patience_rounds, self.simulation.metrics
+        if patience and metrics != "bounded":
+            raise ValueError(
+                f"federation.early_stopping.patience_rounds is {patience}, but with simulation.metrics={metrics} no site "
+                "tells a score before the last round: there is nothing to watch"
+            )
+        return self
+
 
 def as_plain(value: Any) -> Any:
     """A dataclass as JSON types, field by field."""

@@ -116,6 +116,10 @@ def refusal(*overrides: str) -> str:
             ["privacy=none", "federation.early_stopping.patience_rounds=2", "federation.ema_decay=0.9"],
             ["ema_decay is 0.9", "set the other to 0"],
         ),
+        (
+            ["privacy=none", "federation.early_stopping.patience_rounds=2", "simulation.metrics=noised"],
+            ["patience_rounds is 2", "simulation.metrics=noised", "nothing to watch"],
+        ),
         (["federation.quorum=9"], ["federation", "quorum 9", "sites 4"]),
         (["federation.sites=1"], ["federation", "quorum 2", "sites 1"]),
         (["federation.strategy=krum"], ["federation", "quorum of at least 3, got 2"]),
