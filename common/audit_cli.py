@@ -82,7 +82,8 @@ def _logs(word: str) -> Path:
     from common.chain import part
 
     path = Path(word)
-    return path if part(path, 1).exists() else named_path(path)
+    # ".", "/" and "" have no name that a part could carry
+    return path if path.name and part(path, 1).exists() else named_path(path)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

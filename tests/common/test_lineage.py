@@ -518,6 +518,14 @@ def test_the_report_of_one_side_alone_does_not_say_verified(tmp_path, capsys):
     assert story["sites"][0]["patients"]["train"] == 210
 
 
+def test_the_report_of_the_folder_that_one_is_in_needs_no_name(tmp_path, monkeypatch, capsys):
+    federation(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, plain = said("report", ".", capsys=capsys)
+    assert (code, plain["state"]) == (0, "verified")
+    assert (tmp_path / "audit_report.html").is_file()
+
+
 def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path, capsys):
     federation(tmp_path, at("server", "model exported", weights="ee" * 32))
     code, plain = said("report", tmp_path, capsys=capsys)
