@@ -117,7 +117,7 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
         if each.wrong is not None:
             raise each.wrong
     lines = [
-        f"{log.path.name}: {len(log.events)} events, chain and signatures hold"
+        f"{_whose(log)}: {len(log.events)} events, chain and signatures hold"
         + (f"; {log.parts} earlier parts" if log.parts else "")
     ]
     checks: list[Check] = []
@@ -149,11 +149,17 @@ def _in_order(logs: Sequence[Log], arguments: argparse.Namespace) -> list[Log]:
     return sorted(logs, key=lambda log: order.index(log.path))
 
 
+def _whose(log: Log) -> str:
+    """The file, and whose log it is where its name says another: who puts one log in another's place moves no byte."""
+    return log.path.name if log.path.stem == log.name else f"{log.path.name}, which is the log of {log.name}"
+
+
 def _told(log: Log, other: Log, check: Check) -> str:
     if not check.anchors:
         return f"{other.path.name} remembers no head of {log.path.name} yet"
     behind = log.events[-1].number - (check.vouched or 0)
-    after = f"; {behind} later events are vouched for by nobody yet" if behind else ""
+    last = "event" if behind == 1 else f"{behind} events"
+    after = f"; it does not vouch for the last {last}" if behind else ""
     return f"{other.path.name} remembers {check.anchors} heads of {log.path.name}, all of them there and in time{after}"
 
 
@@ -173,8 +179,11 @@ def _report(arguments: argparse.Namespace) -> int:
         words = {"verified": "verified", "alone": "each log holds alone, not all against the other side"}
         _print(f"{len(logs)} logs: {words.get(told.state, 'NOT verified')}")
         bad = [check.why for check in told.checks if not check.holds]
-        _print("\n".join([*bad, *(why for story in told.stories for why in story.broken if not bad), *warnings,
-                          f"{out}", f"{beside}"]))  # fmt: skip
+        absent = [
+            f"The log of {name} is not there; what it did is told by the coordinator alone." for name in told.absent
+        ]
+        _print("\n".join([*bad, *(why for story in told.stories for why in story.broken if not bad), *absent,
+                          *warnings, f"{out}", f"{beside}"]))  # fmt: skip
     return 1 if told.state == "broken" or any(story.broken for story in told.stories) else 0
 
 

@@ -142,6 +142,8 @@ def _verdict(told: Account) -> Html:
             f"{logs}: every event follows the one before it, carries the signature of its log's key, and has a time "
             "that fits; each log holds every head that the other side wrote down."
         )
+    if told.absent:
+        notes.append(f"Not there: the log of {', '.join(told.absent)}. What they did is told by the coordinator alone.")
     if not all(log.key_known for log in told.logs):
         notes.append("The keys were taken from the logs themselves: give --registry to check who signed.")
     if moved := sum(line.kind == "clock moved back" for line in told.running):

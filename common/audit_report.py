@@ -153,6 +153,11 @@ class Account:
     """Events of kinds that this version does not know."""
 
     @property
+    def absent(self) -> tuple[str, ...]:
+        """Sites that took part and whose own logs are not there."""
+        return tuple(sorted({site.name for story in self.stories for site in story.sites if not site.log}))
+
+    @property
     def json(self) -> bytes:
         return (json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n").encode()
 

@@ -526,6 +526,27 @@ def test_the_report_of_the_folder_that_one_is_in_needs_no_name(tmp_path, monkeyp
     assert (tmp_path / "audit_report.html").is_file()
 
 
+def test_a_log_in_anothers_place_is_called_by_its_owners_name(tmp_path, capsys):
+    folder = federation(tmp_path)
+    shutil.copy(folder / "south.jsonl", folder / "north.jsonl")
+    assert (
+        fedicom.main(["audit", "verify", *map(str, (folder / "north.jsonl", "--against", folder / "server.jsonl"))])
+        == 0
+    )
+    assert capsys.readouterr().out.startswith("north.jsonl, which is the log of south: 16 events")
+
+
+def test_the_report_says_whose_log_is_not_there(tmp_path, capsys):
+    folder = federation(tmp_path)
+    (folder / "north.jsonl").unlink()
+    assert fedicom.main(["audit", "report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "2 logs: verified\nThe log of north is not there; what it did is told by the coordinator alone.\n"
+    )
+    assert "Not there: the log of north." in seen(tmp_path / "audit_report.html")[0]
+
+
 def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path, capsys):
     federation(tmp_path, at("server", "model exported", weights="ee" * 32))
     code, plain = said("report", tmp_path, capsys=capsys)
