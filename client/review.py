@@ -212,6 +212,7 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes:
         else "WITHOUT noise: parts of the images that it was trained on may be computed back from it"
     )
     scores, secure = _scores(recipe, policy, cohort), recipe.privacy.secure_aggregation
+    exact = "yes, exact: no noise, and no epsilon, covers them"
     if secure:
         noised += "; under masks, so that the coordinator reads the sum over all sites alone (secure aggregation)"
     lines = [
@@ -225,8 +226,8 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes:
         )
     else:
         lines += [
-            f"In each round: scores on the validation patients, such as AUROC: {scores['validation'] or 'yes'}.",
-            f"After the last round: scores on the test patients: {scores['test'] or 'yes'}.",
+            f"In each round: scores on the validation patients, such as AUROC: {scores['validation'] or exact}.",
+            f"After the last round: scores on the test patients: {scores['test'] or exact}.",
         ]
     if recipe.privacy.active:
         lines.append("In each round: epsilon spent, noise, sampling rate, number of steps.")
@@ -252,7 +253,8 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
                    "updates tell of a single patient.",),
         )  # fmt: skip
     lines = [
-        "Epsilon says how much what leaves can depend on any one patient: 0 is not at all, and every training adds.",
+        "Epsilon says how much the updates, and the model out of them, can depend on any one patient: 0 is not at all, "
+        "and every training adds.",
         f"Each patient's share in a step is clipped to {privacy.clip_norm:g} before noise is added."
         + ("" if privacy.clip_quantile is None else " The bound then follows the patients, by a noised count."),
     ]
@@ -265,7 +267,7 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         f"All {_count(recipe.rounds, 'round')} would spend epsilon {rounded_up(cost.epsilon.pld)} at delta "
         f"{privacy.delta:g}, with noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round (PLD, "
         f"which counts; as cross-checks PRV {rounded_up(cost.epsilon.prv)}, RDP {rounded_up(cost.epsilon.rdp)}).",
-        "In plain words: somebody who knows everything but one patient, and sees all that leaves, guesses whether that "
+        "In plain words: somebody who knows everything but one patient, and sees all updates, guesses whether that "
         f"patient took part. A coin is right 50 times of 100, the best guess {_right(cost.right_guesses)} of 100.",
         f"Spent on these patients so far: epsilon {rounded_up(cost.spent)} of at most {policy.epsilon:g} (delta "
         f"{policy.delta:g}).",

@@ -240,6 +240,13 @@ def test_a_network_that_cannot_be_built_here_is_an_objection() -> None:
     assert found.plain["leaves"]["numbers"] is None
 
 
+def test_who_decides_reads_that_epsilon_covers_the_updates_and_not_the_exact_scores() -> None:
+    said = text(reviewed(recipe_of(privacy=NOISY), cohort_of()))
+    assert "such as AUROC: yes, exact: no noise, and no epsilon, covers them." in said
+    assert "sees all updates, guesses whether that patient took part" in said
+    assert "all that leaves" not in said
+
+
 def test_right_guesses_are_those_of_the_best_test() -> None:
     # One step with everybody and noise s: two Gaussians one apart, total variation 2 Phi(1 / 2s) - 1.
     for noise, steps in ((1.0, 1), (2.0, 4), (0.7, 1)):
