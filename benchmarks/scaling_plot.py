@@ -1,16 +1,9 @@
-"""Draws docs/scaling.svg from what benchmarks/scale.py measured.
-
-python benchmarks/scale.py --sites 100 1000 10000 --out runs/bench/scale.json
-python benchmarks/scaling_plot.py runs/bench/scale.json docs/scaling.svg
-"""
+"""Draws docs/scaling.svg, for benchmarks/suite.py, from what benchmarks/scale.py measured."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 WIDTH, HEIGHT, LEFT, TOP, PANEL = 860, 300, 60, 58, 330
@@ -65,7 +58,3 @@ def _panel(left: int, title: str, points: Sequence[tuple[int, float]]) -> str:
         text += f'  <circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>\n'
         text += f'  <text class="soft" x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{sites:,}</text>\n'
     return text + f'  <text class="soft" x="{left + PANEL / 2}" y="{bottom + 40}" text-anchor="middle">sites</text>\n'
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(drawn(json.loads(Path(sys.argv[1]).read_text())["rows"]))

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from measure import ROOT
+from scaling_plot import drawn
 
 OUT = ROOT / "runs" / "bench"
 KEPT = ROOT / "docs" / "benchmarks.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "benchmarks"
+COST = ROOT / "docs" / "scaling.svg"
 SUITE = {
     "simulation": ("simulation.py", "--repeats", "5"),
     "parts": ("parts.py", "--turns", "5"),
@@ -67,6 +69,7 @@ def main() -> None:
         if (OUT / f"{name}.json").exists():
             found[name] = json.loads((OUT / f"{name}.json").read_text())
     KEPT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    found = json.loads(KEPT.read_text())  # sorted: the same page and plots from a run as from --render
     PLOTS.mkdir(exist_ok=True)
     PAGE.write_text(HEAD + "".join(f"\n{RENDER[name](found[name])}" for name in RENDER if name in found) + NOT_HERE)
     print(PAGE.read_text())
@@ -98,7 +101,7 @@ def simulation(found: Mapping[str, Any]) -> str:
     )
     _bars(
         "simulation",
-        "A later round of a simulation against the raw loop (1 = as fast)",
+        "A later round over the raw loop's (red: target, one worker)",
         {line[0]: row["later_round_s"]["ratio"] for line, row in zip(lines, found["rows"], strict=True)},
         1.02,
     )
@@ -166,13 +169,13 @@ def scale(found: Mapping[str, Any]) -> str:
         "introduction, ms a site", "closing evaluation, ms a site", "CPU beside training, ms a question",
         "peak MB (raw, ours)",
     )  # fmt: skip
-    _lines("scale", "Peak memory, MB", {row["sites"]: row["peak_mb"]["fedicom"]["median"] for row in found["rows"]})
+    COST.write_text(drawn(found["rows"]))
     return (
         "## Many tiny sites\n\n20 images a site, 3 rounds, a tenth of the sites asked in each, every visit with its "
         "signed logs on disk; all sites introduce themselves once (key, log and folder are made then) and are asked "
         "for the closing evaluation. The raw loop does the same steps for the same sites, and ends with the same "
         "weights, bit for bit. Beside it: a visit of a later round less one of the raw loop. Target: 1 ms. "
-        f"{_where(found)}\n\n{_table(heads, lines)}\n\n![Memory](benchmarks/scale.svg)\n"
+        f"{_where(found)}\n\n{_table(heads, lines)}\n\n![Cost by the number of sites]({COST.name})\n"
     )
 
 
@@ -209,7 +212,7 @@ def deployed(found: Mapping[str, Any]) -> str:
         ("TLS 1.3 of the same bytes, plain threads", _spread(bound["tls_s"])),
         ("a copy of the same bytes in memory", _spread(bound["copy_s"])),
     ]
-    _bars("deployed", "Seconds of a deployed round", {"round": row["round_s"], **row["parts_s"]}, 1.0)
+    _bars("deployed", "Seconds of a deployed round (red: the target)", {"round": row["round_s"], **row["parts_s"]}, 1.0)
     busy = [(name, f"{seconds:.2f}") for name, seconds in row["processor_s_a_round"].items()]
     return (
         "## A deployed round\n\n"
@@ -347,17 +350,6 @@ def _bars(name: str, title: str, values: Mapping[str, Mapping[str, float]], line
     axes.barh(names, middle, xerr=ends, color="#4477aa")
     axes.axvline(line, color="#cc3311", linewidth=1)
     axes.invert_yaxis()
-    axes.set_title(title, loc="left")
-    _save(pyplot, figure, name)
-
-
-def _lines(name: str, title: str, values: Mapping[int, float]) -> None:
-    pyplot = _figure()
-    figure, axes = pyplot.subplots(figsize=(7, 2.4))
-    axes.plot(list(values), list(values.values()), marker="o", color="#4477aa")
-    axes.set_xscale("log")
-    axes.set_ylim(0, 1.2 * max(values.values()))
-    axes.set_xlabel("sites")
     axes.set_title(title, loc="left")
     _save(pyplot, figure, name)
 
