@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from common.logs import Check, Keys, Log
 
 _SHOWN = 8
+_MOST_S = 1e9
 
 
 def audit_verb(words: Sequence[str]) -> int:
@@ -46,8 +47,8 @@ def audit_verb(words: Sequence[str]) -> int:
     trace.add_argument("--logs", type=_logs, required=True, nargs="+", metavar="DIR", help="folder of logs, or logs")
     _shared(trace)
     arguments = parser.parse_args(words)
-    if arguments.tolerance < 0:
-        parser.error(f"--tolerance: got {arguments.tolerance:g}, expected 0 or more seconds")
+    if not 0 <= arguments.tolerance <= _MOST_S:  # nan is neither
+        parser.error(f"--tolerance: got {arguments.tolerance:g}, expected 0 to {_MOST_S:g} seconds")
     return {"verify": _verify, "report": _report, "trace": _trace}[arguments.verb](arguments)
 
 

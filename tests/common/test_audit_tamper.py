@@ -200,6 +200,14 @@ def test_the_first_event_that_remembers_a_head_bounds_all_that_stood_before_it(t
     assert (caught.value.fault, caught.value.number) == ("time contradicted", 0)
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "1e300"])
+def test_a_tolerance_that_is_no_number_of_seconds_is_refused(tmp_path, seconds, capsys):
+    pair(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        fedicom.main(["audit", "verify", str(tmp_path / "north.jsonl"), "--tolerance", seconds])
+    assert "expected 0 to 1e+09 seconds" in capsys.readouterr().err
+
+
 def test_a_clock_set_back_for_one_update_is_told_by_the_log_and_contradicted_by_the_other_side(tmp_path, capsys):
     clock = Clock()
 
