@@ -76,8 +76,8 @@ The node runs as a normal user, without root. With a proxy in between, set `prox
 ## What never leaves
 
 Images, DICOM headers, names, identifiers, dates, labels of single patients, and counts of fewer patients than
-`min_cell`. What does leave is a closed list in docs/what-leaves-the-site.md; every message is in `audit/`, a log that
-nobody, not even you or the coordinator, can change unnoticed.
+`min_cell`. What does leave is a closed list (docs/what-leaves-the-site.md of Fedicom); every message is in `audit/`, a
+signed log. Nobody can change it unnoticed, not even you, up to the last line that the coordinator has taken note of.
 
 ## When something is wrong
 
