@@ -26,6 +26,7 @@ from common.config import Task
 EDGES: npt.NDArray[np.float64] = 1 / (1 + np.exp(-np.arange(-3.0, 4.0)))
 """Between the 8 bins: steps of 1 in log odds; one half is an edge. More would resolve more and hold more noise."""
 BINS = len(EDGES) + 1
+_DRAWS = 500
 
 Floats = npt.NDArray[np.float64]
 
@@ -121,15 +122,15 @@ def _auroc(cells_R2B: Floats) -> Floats:
     return np.clip(np.where((of.sum(1) > 0) & (without.sum(1) > 0), area, 0.5), 0.0, 1.0)
 
 
-def _redrawn(cells_K2B: Floats, scale: float, rng: np.random.Generator, draws: int = 500) -> Floats:
-    """(draws,) mean AUROC of histograms like these: patients drawn from their clipped shares, noise drawn anew."""
-    aurocs = np.zeros(draws)
+def _redrawn(cells_K2B: Floats, scale: float, rng: np.random.Generator) -> Floats:
+    """(_DRAWS,) mean AUROC of histograms like these: patients drawn from their clipped shares, noise drawn anew."""
+    aurocs = np.zeros(_DRAWS)
     for cell in cells_K2B:
         share = np.clip(cell, 0, None)
-        again = np.empty((draws, 2, BINS))
+        again = np.empty((_DRAWS, 2, BINS))
         for row in (0, 1):
             count = max(1, round(float(cell[row].sum())))
-            again[:, row] = rng.multinomial(count, share[row] / share[row].sum(), size=draws)
+            again[:, row] = rng.multinomial(count, share[row] / share[row].sum(), size=_DRAWS)
         aurocs += _auroc(again + rng.normal(0, scale, again.shape)) / len(cells_K2B)
     # Clipping moves mass into empty bins, and so towards one half: centred again on the estimate.
     estimate = float(np.mean([_auroc(cell[None])[0] for cell in cells_K2B]))

@@ -39,7 +39,7 @@ patient TEXT NOT NULL, accession TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTE
 class Store:
     """One folder of pulled images; one process at a time."""
 
-    def __init__(self, folder: Path, key: bytes, pace: Pace, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, folder: Path, key: bytes, pace: Pace) -> None:
         """Opens or makes it.
 
         Args:
@@ -53,7 +53,7 @@ class Store:
         self.images = private_folder(folder / "dicom")
         self.state = private_folder(folder / "pull")
         self.partial = private_folder(self.state / "partial")
-        self._key, self._pace, self._sleep = key, pace, sleep
+        self._key, self._pace = key, pace
         self._lock = _only_one(self.state)
         self.fetched = self.fetched_bytes = self.bad = 0
         for part in self.state.glob("*.part"):
@@ -199,7 +199,7 @@ class Store:
                 if size > MOST_INSTANCE_BYTES:
                     return "", 0
                 if (wait_s := self._pace.spend(len(chunk))) > 0:
-                    self._sleep(wait_s)
+                    time.sleep(wait_s)
             out.flush()
             os.fsync(out.fileno())
         return digest.hexdigest(), size

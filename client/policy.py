@@ -101,10 +101,10 @@ def visit_event(recipe: Recipe, patients: int, policy: Policy) -> tuple[Sampling
     return drawn, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps)
 
 
-def score_event(policy: Policy, *, releases: int = SCORE_RELEASES) -> Event:
+def score_event(policy: Policy) -> Event:
     """What noised scores of a closing evaluation cost: everybody is in every histogram."""
     noise = solve_noise(policy.scores_epsilon, policy.delta, 1.0, SCORE_RELEASES)
-    return Event(noise_multiplier=noise, sampling_rate=1.0, steps=releases)
+    return Event(noise_multiplier=noise, sampling_rate=1.0, steps=SCORE_RELEASES)
 
 
 def check_budget(recipe: Recipe, patients: int, policy: Policy, ledger: Ledger) -> None:

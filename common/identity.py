@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -232,13 +231,6 @@ class Certificate:
             )
         except (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension):
             raise ConfigError(f"{name} holds no certificate in PEM form; take it from the kit again") from None
-
-    def covers(self, host: str) -> bool:
-        """Whether it is for this DNS name or address; our certificates have no wildcards."""
-        try:
-            return str(ipaddress.ip_address(host.strip("[]"))) in self.names
-        except ValueError:
-            return host.lower() in {name.lower() for name in self.names}
 
 
 def expiring(path: Path, days: float = 30, now: datetime | None = None) -> str | None:

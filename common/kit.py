@@ -110,20 +110,15 @@ def opened(files: Files, authority: str | None = None) -> tuple[Manifest, Regist
     return manifest, parse_registry(files.get(REGISTRY, b""), named, REGISTRY)
 
 
-def check_kit(home: Path, authority: str | None = None) -> tuple[str, ...]:
+def check_kit(home: Path) -> tuple[str, ...]:
     """What is wrong with the signed files of a home, one sentence each; empty when nothing is.
 
     `site.yaml` and `server.yaml` are there to be edited and may differ. A registry may be newer than the kit's.
     The site's own keys must be those that the registry names.
-
-    Args:
-        authority: Public key of the authority, from elsewhere than this folder; None trusts the folder's own.
     """
     try:
         with storing(AUTHORITY):
             pinned = (home / AUTHORITY).read_text().strip()
-        if authority is not None and pinned != authority:
-            return (f"{AUTHORITY} is {ascii(pinned)[1:13]}, expected {authority[:12]}; unpack the kit again",)
         manifests = home_manifests(home, pinned)
     except (FedicomError, ValueError) as error:
         return (str(error),)

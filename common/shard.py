@@ -31,8 +31,6 @@ SECRET_BYTES = 32
 _MAGIC = b"fedicom samples1"
 _SALT, _NONCE, _TAG = 16, 12, 16
 _HEADER_BYTES = len(_MAGIC) + _SALT
-_HALF_ERROR = 2.0**-11
-"""Largest relative error of rounding to float16."""
 
 
 @dataclass(frozen=True)

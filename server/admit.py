@@ -22,7 +22,7 @@ def refusal(reply: Reply, plan: RoundPlan, recipe: Recipe, hello: Hello) -> str 
         return reply.why
     if isinstance(reply, Refusal):
         return f"site refused ({reply.code}): {reply.why}"
-    return _identity(reply, plan) or _content(reply, plan, recipe, hello) or _account(reply, plan, recipe)
+    return _identity(reply, plan) or _content(reply, plan, recipe, hello) or _account(reply, recipe)
 
 
 def _identity(update: Update, plan: RoundPlan) -> str | None:
@@ -94,7 +94,7 @@ def sum_refusal(mean: Weights, recipe: Recipe) -> str | None:
     return None
 
 
-def _account(update: Update, plan: RoundPlan, recipe: Recipe) -> str | None:
+def _account(update: Update, recipe: Recipe) -> str | None:
     privacy = recipe.privacy
     if not privacy.active:
         return None

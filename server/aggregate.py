@@ -112,20 +112,6 @@ class Gathering:
             total[start : start + _CHUNK] += np.multiply(here, update.weight, out=part[: here.size])
 
 
-def aggregate(
-    updates: Sequence[Update], federation: Federation, memory: Memory, *, round_: int, buffers: frozenset[str]
-) -> tuple[Weights, Memory]:
-    """The change of the global model that these updates make together.
-
-    Args:
-        updates: All that were admitted, in any order; the rest is as for `Gathering`.
-    """
-    gathering = Gathering(federation, [update.site for update in updates])
-    for update in updates:
-        gathering.take(update.site, update)
-    return gathering.step(memory, round_=round_, buffers=buffers)
-
-
 def _strategy(federation: Federation) -> flower.Strategy:
     malicious = federation.malicious_sites
     match federation.strategy:

@@ -58,21 +58,19 @@ Heard = Callable[[Message], None]
 def server_app(
     coordinate: Callable[[Transport], None],
     *,
-    signer: Signer | None = None,
-    keys: Keys | None = None,
     watch: Watch | None = None,
 ) -> ServerApp:
-    """The app that a coordinator runs, deployed or simulated.
+    """The app of a simulated coordinator; a deployed one opens its grid itself (`server/runner.py`).
 
     Args:
         coordinate: Runs the whole federation over the transport that it is given.
-        signer: As for `FlowerTransport`; so are `keys` and `watch`.
+        watch: As for `FlowerTransport`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        coordinate(FlowerTransport(grid, signer=signer, keys=keys, watch=watch))
+        coordinate(FlowerTransport(grid, watch=watch))
 
     return app
 

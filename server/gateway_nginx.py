@@ -38,8 +38,8 @@ def nginx_keys(allowed: Mapping[str, str]) -> str:
     return "".join(f'"~^{re.escape(key)}$" "{site}";\n' for key, site in sorted(allowed.items(), key=lambda at: at[1]))
 
 
-def nginx_config(config: GatewayConfig, keys: Path = Path("fedicom.keys"), template: Path = TEMPLATE) -> str:
-    """The site for nginx's http block; `keys` is where `nginx_keys` lies, relative to nginx's configuration.
+def nginx_config(config: GatewayConfig) -> str:
+    """The site for nginx's http block; what `nginx_keys` gives lies beside it, in `fedicom.keys`.
 
     Raises:
         ConfigError: A path cannot stand in a configuration, or the template asks for what is not known.
@@ -51,7 +51,7 @@ def nginx_config(config: GatewayConfig, keys: Path = Path("fedicom.keys"), templ
         "BESIDE": "GET|PUT" if config.blobs_port else "-",
         "BLOBS": f"{_host(config.upstream_host)}:{config.blobs_port or config.upstream_port}",
         "BLOBS_NAME": config.blobs_name,
-        "KEYS": keys,
+        "KEYS": "fedicom.keys",
         "LISTEN": f"{_host(config.listen_host)}:{config.listen_port}",
         "ACCESS_LOG": config.access_log.resolve() if config.access_log else "access.log",
         "CERTIFICATE": config.certificate.resolve(),
@@ -74,14 +74,14 @@ def nginx_config(config: GatewayConfig, keys: Path = Path("fedicom.keys"), templ
         "REFUSALS_PER_MIN": max(1, round(limits.refusals_per_s_per_address * 60)),
         "REFUSAL_BURST": limits.refusal_burst_per_address,
     }
-    with storing(template.name):
-        text = template.read_text()
+    with storing(TEMPLATE.name):
+        text = TEMPLATE.read_text()
 
     def value(found: re.Match[str]) -> str:
         name = found.group(1)
         if name not in values:
             raise ConfigError(
-                f"{template.name} asks for FEDICOM_{name}, which is not known; use the one of this version"
+                f"{TEMPLATE.name} asks for FEDICOM_{name}, which is not known; use the one of this version"
             )
         given = str(values[name])
         if re.search(r"[\s;{}\"'$\\]", given):
@@ -91,13 +91,12 @@ def nginx_config(config: GatewayConfig, keys: Path = Path("fedicom.keys"), templ
     return re.sub(r"\$\{FEDICOM_(\w+)\}", value, text)
 
 
-def write_nginx(config: GatewayConfig, folder: Path, allowed: Mapping[str, str] | None = None) -> Path:
+def write_nginx(config: GatewayConfig, folder: Path) -> Path:
     """Writes `fedicom.conf`, `fedicom.keys` and an `nginx.conf` around them; `nginx -s reload` takes changes up.
 
     Args:
         config: Of the gateway.
         folder: Becomes nginx's prefix.
-        allowed: `flwr-public-key` -> site; without it, the registry's members that are not revoked.
 
     Returns:
         The `nginx.conf`.
@@ -105,8 +104,7 @@ def write_nginx(config: GatewayConfig, folder: Path, allowed: Mapping[str, str] 
     Raises:
         FedicomError: The registry does not hold; then nothing is written.
     """
-    if allowed is None:
-        allowed = RegistryKeys(config.registry, config.authority)()
+    allowed = RegistryKeys(config.registry, config.authority)()
     site, connections = nginx_config(config), 2 * config.limits.connections + 64
     with storing(folder.name):
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,11 +36,11 @@ def page(report: RunReport) -> str:
         ("performance", "How well it works", _performance(report)),
         ("comparison", "Comparison", _comparison(report)),
         ("privacy", "Privacy", _privacy(report)),
-        ("left", "What left the hospitals", _left(report)),
+        ("left", "What left the hospitals", _left()),
         ("refused", "What was refused", _refused(report)),
         ("model", "Model file", _export(report)),
         ("recipe", "Recipe and versions", _recipe(report)),
-        ("glossary", "Words used here", _glossary(report)),
+        ("glossary", "Words used here", _glossary()),
     ]
     sections = [(key, title, body) for key, title, body in sections if body]
     title = f"Fedicom report: {report.recipe.name}"
@@ -439,7 +439,7 @@ def _noise(privacy: Privacy) -> str:
     return f"The noise came from {source}, afresh at each hospital; no seed is in the recipe or ever sent."
 
 
-def _left(report: RunReport) -> Html:
+def _left() -> Html:
     rows = []
     for name, kind in vars(exchange).items():
         doc = (kind.__doc__ or "") if is_dataclass(kind) and kind.__module__ == exchange.__name__ else ""
@@ -502,7 +502,7 @@ def _recipe(report: RunReport) -> Html:
     )  # fmt: skip
 
 
-def _glossary(report: RunReport) -> Html:
+def _glossary() -> Html:
     return _pairs(*words.GLOSSARY)
 
 

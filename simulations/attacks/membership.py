@@ -111,8 +111,8 @@ def attack(
         shares = np.array_split(members, sites)
         of_first[at, shares[0]] = True
         weights, of_site = _federation(recipe, pool, shares, model, start, seed + at)
-        sure[at] = _confidence(recipe, model, weights, pool)
-        sure_first[at] = _confidence(recipe, model, of_site, pool)
+        sure[at] = _confidence(model, weights, pool)
+        sure_first[at] = _confidence(model, of_site, pool)
         set_weights(model, weights)
         p_NC = probabilities(logits(model, test.x_N, np.arange(len(test.x_N)), device=CPU), recipe.task.kind)
         utility.append(float(roc_auc_score(test.targets_N, p_NC[:, 1])))
@@ -207,7 +207,7 @@ def _cohort(pool: Samples, index: npt.NDArray[np.int64]) -> Cohort:
     return Cohort(samples, np.full(len(index), "train"), "", {}, 2)
 
 
-def _confidence(recipe: Recipe, model: nn.Module, weights: Weights, pool: Samples) -> Floats:
+def _confidence(model: nn.Module, weights: Weights, pool: Samples) -> Floats:
     """Log-odds of the true class."""
     set_weights(model, weights)
     raw = logits(model, pool.x_N, np.arange(len(pool.x_N)), device=CPU).astype(np.float64)

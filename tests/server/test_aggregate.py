@@ -17,7 +17,6 @@ from common.exchange import Update
 from common.weights import Weights
 from server import aggregate as subject
 from server import checkpoint
-from server.aggregate import aggregate
 from server.rounds import ServerState
 from simulations.grid import become_node
 
@@ -34,7 +33,10 @@ def updates(*values: float) -> list[Update]:
 
 
 def step(federation: Federation, given: list[Update], memory=None, round_: int = 1, buffers=NONE):
-    return aggregate(given, federation, memory or {}, round_=round_, buffers=buffers)
+    gathering = subject.Gathering(federation, [item.site for item in given])
+    for item in given:
+        gathering.take(item.site, item)
+    return gathering.step(memory or {}, round_=round_, buffers=buffers)
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +175,7 @@ def test_steps_around_zero_equal_flowers_strategy_on_the_weights_over_rounds_and
         replies = [subject._Reply(item.delta, item.weight, list(start)) for item in trained]
         arrays, _ = reference.aggregate_train(round_, replies)
         theirs = {key: array.numpy() for key, array in arrays.items()}
-        ours, memory = aggregate(given, chosen, state.memory, round_=round_, buffers=NONE)
+        ours, memory = step(chosen, given, state.memory, round_)
         state = replace(state, round=round_, weights=state.weights + ours, memory=memory)
         checkpoint.write(state, tmp_path)
         state = checkpoint.load(tmp_path, "a" * 64)
