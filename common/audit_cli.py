@@ -166,6 +166,7 @@ def _told(log: Log, other: Log, check: Check) -> str:
 
 def _report(arguments: argparse.Namespace) -> int:
     from common.audit_report import account, write_account
+    from common.lineage import unvouched
     from common.logs import read_logs
 
     keys, warnings = _keys(arguments)
@@ -180,10 +181,12 @@ def _report(arguments: argparse.Namespace) -> int:
         words = {"verified": "verified", "alone": "each log holds alone, not all against the other side"}
         _print(f"{len(logs)} logs: {words.get(told.state, 'NOT verified')}")
         bad = [check.why for check in told.checks if not check.holds]
-        absent = [
+        notes = [
             f"The log of {name} is not there; what it did is told by the coordinator alone." for name in told.absent
         ]
-        _print("\n".join([*bad, *(why for story in told.stories for why in story.broken if not bad), *absent,
+        if told.state == "verified":
+            notes += [f"Not vouched for: {what}." for what in unvouched(logs, told.checks)]
+        _print("\n".join([*bad, *(why for story in told.stories for why in story.broken if not bad), *notes,
                           *warnings, f"{out}", f"{beside}"]))  # fmt: skip
     return 1 if told.state == "broken" or any(story.broken for story in told.stories) else 0
 

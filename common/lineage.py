@@ -200,7 +200,7 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
             f"{seen} of {updates} admitted updates stand in the logs of the sites that sent them",
         ),
         not_checked=(
-            *_unvouched(logs, checks),
+            *unvouched(logs, checks),
             *(f"what {name} says: its log is not there" for name in absent),
             *(() if all(item.key_known for item in logs) else ("who signed the logs: no keys were given",)),
             "how the first weights were made: build them from the recipe and compare their digest",
@@ -208,8 +208,8 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
     )
 
 
-def _unvouched(logs: Sequence[Log], checks: Sequence[Check]) -> list[str]:
-    """Which events each side could still write anew alone."""
+def unvouched(logs: Sequence[Log], checks: Sequence[Check]) -> list[str]:
+    """Which events each side could still write anew alone, in logs that hold."""
     found = []
     for log in (log for log in logs if log.role != "authority"):
         last = max(

@@ -547,6 +547,17 @@ def test_the_report_says_whose_log_is_not_there(tmp_path, capsys):
     assert "Not there: the log of north." in seen(tmp_path / "audit_report.html")[0]
 
 
+def test_the_report_says_which_events_nobody_vouches_for(tmp_path, capsys):
+    federation(tmp_path)  # the coordinator's export, conclusion and a revocation come after the last plan
+    assert fedicom.main(["audit", "report", str(tmp_path)]) == 0
+    said_first = capsys.readouterr().out.splitlines()[:2]
+    last = max(event.number for event in read_logs([tmp_path])[0].events if event.kind == "round aggregated")
+    assert said_first == [
+        "3 logs: verified",
+        f"Not vouched for: events of server.jsonl after event {last}: no other log remembers a head that follows them.",
+    ]
+
+
 def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path, capsys):
     federation(tmp_path, at("server", "model exported", weights="ee" * 32))
     code, plain = said("report", tmp_path, capsys=capsys)
