@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
-from common.storage import named_file, named_path
+from common.storage import named_file, named_path, page_with_json
 
 if TYPE_CHECKING:
     from common.chain import AuditError
@@ -169,11 +169,11 @@ def _report(arguments: argparse.Namespace) -> int:
     from common.lineage import unvouched
     from common.logs import read_logs
 
+    folder = next((path for path in arguments.logs if path.is_dir()), Path())
+    out = page_with_json(arguments.out or folder, "audit_report.html")
     keys, warnings = _keys(arguments)
     logs = read_logs(arguments.logs, keys, tolerance_s=arguments.tolerance)
     told = account(logs, _recipes(arguments.logs), tolerance_s=arguments.tolerance)
-    folder = next((path for path in arguments.logs if path.is_dir()), Path())
-    out = arguments.out or folder / "audit_report.html"
     beside = write_account(told, out)
     if arguments.json:
         _print(told.json.decode().rstrip())

@@ -161,6 +161,17 @@ def storing(what: str) -> Iterator[None]:
         raise StorageError(f"{what} could not be written or read: {_explained(error)} and run again") from None
 
 
+def page_with_json(out: Path, name: str) -> Path:
+    """Where a page goes that leaves the same as JSON beside it: `out`, or `name` in the folder that it is.
+
+    Raises:
+        ConfigError: It would take the place of its own JSON.
+    """
+    if out.suffix == ".json":
+        raise ConfigError(f"--out {out.name}: it names the page, and the JSON comes beside it; give {out.stem}.html")
+    return out / name if out.is_dir() else out
+
+
 def named_file(word: str | Path) -> Path:
     """A file that the user named on the command line, for argparse's `type`: its path, and no other, may be shown.
 

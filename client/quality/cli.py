@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from client.data_cli import _add_places, _cache, _place, _progress
 from common.errors import ConfigError, DataError
-from common.storage import storing, write_whole
+from common.storage import page_with_json, storing, write_whole
 
 if TYPE_CHECKING:
     from client.quality.drift import Drift
@@ -55,6 +55,7 @@ def report_verb(words: Sequence[str]) -> int:
     from client.quality.survey import fingerprint, survey
     from client.quality.table import read_table
 
+    out = page_with_json(arguments.out or Path("quality.html"), "quality.html")
     cache, key = _place(arguments)
     path = arguments.labels or arguments.folder / "labels.csv"
     if not path.is_file():
@@ -81,7 +82,6 @@ def report_verb(words: Sequence[str]) -> int:
     if arguments.site is not None:
         keep_report(_kept(arguments), plain, key)
     if arguments.out is not None or not arguments.json:
-        out = arguments.out or Path("quality.html")
         write_whole(out, page(report, points).encode())
         write_whole(out.with_suffix(".json"), json.dumps(plain, indent=1).encode())
     if arguments.json:

@@ -473,3 +473,8 @@ def test_facts_of_a_header_are_read_and_nonsense_is_unknown(small: Path, tmp_pat
 def test_vendors_are_known_by_their_usual_names() -> None:
     names = ("SIEMENS", "Siemens Healthineers", "GE MEDICAL SYSTEMS", "GEORGE", "Philips, Inc.", "")
     assert [vendor_of(each) for each in names] == ["Siemens", "Siemens", "GE", None, "Philips", None]
+
+
+def test_a_page_that_would_take_its_jsons_place_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ConfigError, match=r"give x\.html"):
+        cli.report_verb([str(tmp_path), "--out", str(tmp_path / "x.json")])

@@ -558,6 +558,16 @@ def test_the_report_says_which_events_nobody_vouches_for(tmp_path, capsys):
     ]
 
 
+def test_the_page_goes_into_a_folder_that_is_named_and_never_over_its_own_json(tmp_path, capsys):
+    folder, out = federation(tmp_path), tmp_path / "out"
+    out.mkdir()
+    assert fedicom.main(["audit", "report", str(folder), "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["audit_report.html", "audit_report.json"]
+    assert fedicom.main(["audit", "report", str(folder), "--out", str(out / "told.json")]) == 2
+    assert "give told.html" in capsys.readouterr().err
+    assert not (out / "told.json").exists()
+
+
 def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path, capsys):
     federation(tmp_path, at("server", "model exported", weights="ee" * 32))
     code, plain = said("report", tmp_path, capsys=capsys)
