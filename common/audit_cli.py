@@ -135,7 +135,9 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
         warnings.append(f"The clock moved back {moved} times, as the log says itself.")
     if arguments.key is None and not log.key_known:
         warnings.append("The key was taken from the log itself: give --key or --registry to check who signed it.")
-    if not others:
+    if log.role == "authority":
+        warnings.append("Nobody else remembers the authority's log: cut, or written anew by it, it still holds.")
+    elif not others:
         warnings.append("Events cut off at the end, or a log written anew by its owner, are found with --against only.")
     plain = {
         "log": log.path.name, "name": log.name, "events": len(log.events), "parts": log.parts, "key": log.key,
@@ -152,7 +154,8 @@ def _in_order(logs: Sequence[Log], arguments: argparse.Namespace) -> list[Log]:
 
 def _whose(log: Log) -> str:
     """The file, and whose log it is where its name says another: who puts one log in another's place moves no byte."""
-    return log.path.name if log.path.stem == log.name else f"{log.path.name}, which is the log of {log.name}"
+    name = "the authority" if log.role == "authority" else log.name
+    return log.path.name if log.path.stem == log.name else f"{log.path.name}, which is the log of {name}"
 
 
 def _told(log: Log, other: Log, check: Check) -> str:

@@ -244,7 +244,7 @@ def test_runs_that_share_a_log_are_kept_apart_by_their_names(tmp_path):
     assert [(run.recipe_id, [event.number for event in run.rounds]) for run in found] == [("aa", [3]), ("bb", [6])]
 
 
-def test_the_log_of_the_authority_is_shown_and_vouched_for_by_nobody(tmp_path):
+def test_the_log_of_the_authority_is_shown_and_vouched_for_by_nobody(tmp_path, capsys):
     federation(tmp_path)
     path = tmp_path / "audit" / "audit.jsonl"
     AuditLog(path, Signer.temporary(), clock=Clock()).append(
@@ -256,6 +256,11 @@ def test_the_log_of_the_authority_is_shown_and_vouched_for_by_nobody(tmp_path):
     ]  # fmt: skip
     assert state_of(check_logs(logs)) == "verified"
     assert traced(tmp_path).state == "verified"
+    assert fedicom.main(["audit", "verify", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("audit.jsonl, which is the log of the authority: 2 events")
+    assert "Nobody else remembers the authority's log" in said
+    assert "--against" not in said  # there is no log to hold it against
 
 
 def test_two_logs_of_one_side_or_none_are_a_wrong_request(tmp_path):
