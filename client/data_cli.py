@@ -58,7 +58,7 @@ def index_verb(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from common.cache import shown
 
-    cache, _ = _place(arguments)
+    cache, _ = _place(arguments, arguments.folder)
     with _opened(arguments, cache) as index, _progress() as bar:
         task = bar.add_task("Reading headers", total=None)
         found = index.refresh(lambda done, total: bar.update(task, completed=done, total=total), jobs=arguments.jobs)
@@ -87,7 +87,7 @@ def inspect_verb(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from common.imaging.overview import overview
 
-    cache, key = _place(arguments)
+    cache, key = _place(arguments, arguments.folder)
     with _opened(arguments, cache) as index, _progress() as bar:
         task = bar.add_task("Reading headers", total=None)
         files = index.refresh(lambda done, total: bar.update(task, completed=done, total=total)).files
@@ -140,8 +140,17 @@ def _parser(word: str, description: str) -> argparse.ArgumentParser:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--site", type=Path, metavar="FOLDER", help="the site's own folder: its cache and key are used")
+    place.add_argument(
+        "--site", type=_site_folder, metavar="FOLDER", help="the site's own folder: its cache and key are used"
+    )
     place.add_argument("--cache", type=Path, metavar="FOLDER", help="a private folder; default: ~/.cache/fedicom")
+
+
+def _site_folder(word: str) -> Path:
+    """Checked before anything is made below it: a folder of images that was named in its place shall stay as it is."""
+    from common.deployment import home_folder
+
+    return home_folder(Path(word), "site.yaml")
 
 
 def _cache(arguments: argparse.Namespace) -> Path:
@@ -154,12 +163,20 @@ def _cache(arguments: argparse.Namespace) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedicom"
 
 
-def _place(arguments: argparse.Namespace) -> tuple[Path, bytes]:
-    """The cache, and the key of the pseudonyms."""
+def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
+    """The cache, and the key of the pseudonyms.
+
+    Raises:
+        ConfigError: The cache lies among the images of one of `folders`, which are not to be closed to others.
+    """
+    from common.errors import ConfigError
     from common.identity import read_private
     from common.storage import private_folder, write_whole
 
-    cache = private_folder(_cache(arguments))
+    cache = _cache(arguments)
+    if any(cache.resolve().is_relative_to(images_of(folder).resolve()) for folder in folders):
+        raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+    private_folder(cache)
     if arguments.site is not None:
         from common.deployment import SiteHome
 
@@ -173,8 +190,12 @@ def _place(arguments: argparse.Namespace) -> tuple[Path, bytes]:
 def _opened(arguments: argparse.Namespace, cache: Path) -> Index:
     from common.imaging.index import Index
 
-    folder = arguments.folder / "dicom" if (arguments.folder / "dicom").is_dir() else arguments.folder
-    return Index(folder, cache)
+    return Index(images_of(arguments.folder), cache)
+
+
+def images_of(folder: Path) -> Path:
+    """Where the DICOM files of a folder lie."""
+    return folder / "dicom" if (folder / "dicom").is_dir() else folder
 
 
 def _progress() -> Any:

@@ -56,7 +56,7 @@ def report_verb(words: Sequence[str]) -> int:
     from client.quality.table import read_table
 
     out = page_with_json(arguments.out or Path("quality.html"), "quality.html")
-    cache, key = _place(arguments)
+    cache, key = _place(arguments, arguments.folder)
     path = arguments.labels or arguments.folder / "labels.csv"
     if not path.is_file():
         raise DataError("there is no label table; give labels.csv after the folder")
@@ -118,8 +118,8 @@ def drift_verb(words: Sequence[str]) -> int:
         data: tuple[Preprocessing, ...] = (load_settings(arguments.settings).recipe.data,)
     else:
         data = (Preprocessing(size=(64, 64)), Preprocessing(size=(32, 32, 32)))
-    cache, key = _place(arguments)
     places = [_place_and_time(words) for words in (arguments.a, arguments.b)]
+    cache, key = _place(arguments, *(folder for folder, _, _ in places))
     tables = {folder: _table(folder) for folder, _, _ in places}
     classes = _common_classes([tables[folder] for folder, _, _ in places])
     surveys: dict[Path, Survey] = {}
@@ -183,7 +183,7 @@ def _where(arguments: argparse.Namespace) -> int:
     name = str(arguments.where)
     if not re.fullmatch(rf"[0-9a-fA-F]{{{_LEAST_NAME},64}}", name):
         raise ConfigError(f"--where takes {_LEAST_NAME} or more digits of a pseudonym, as the report shows them")
-    cache, key = _place(arguments)
+    cache, key = _place(arguments, arguments.folder)
     with _progress() as bar:
         found = where(
             arguments.folder, name, cache=cache, key=key, jobs=arguments.jobs, progress=_told(bar),

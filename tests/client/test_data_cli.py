@@ -103,6 +103,7 @@ def test_a_sites_own_folder_gives_cache_and_key(
 ) -> None:
     home = SiteHome(tmp_path / "site")
     home.keys.mkdir(parents=True)
+    (home.path / "site.yaml").touch()
     home.cohort_key.write_bytes(bytes(32))
     home.cohort_key.chmod(0o600)
     plain = json.loads(run(capsys, "inspect", hospital, "--json", "--site", home.path))
@@ -111,6 +112,21 @@ def test_a_sites_own_folder_gives_cache_and_key(
     home.cohort_key.chmod(0o644)
     assert fedicom.main(["data", "inspect", str(hospital), "--site", str(home.path)]) == 1
     assert "mode 644" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--site", "--cache"])
+def test_a_folder_of_images_named_as_site_or_cache_stays_as_it_is(
+    hospital: Path, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    images = hospital / "dicom"
+    images.chmod(0o755)
+    before = sorted(images.rglob("*"))
+    for words in (["index", hospital], ["report", hospital, hospital / "labels.csv"], ["drift", hospital, hospital]):
+        assert fedicom.main(["data", *map(str, words), word, str(images)]) == 2
+        said = capsys.readouterr().err
+        assert ("holds no site.yaml" if word == "--site" else "the cache lies inside the folder of images") in said
+    assert stat.S_IMODE(images.stat().st_mode) == 0o755  # the PACS may still write here
+    assert sorted(images.rglob("*")) == before
 
 
 def test_the_second_index_reads_only_what_changed(

@@ -323,8 +323,9 @@ def test_volumes_and_multi_label_tables_are_reported_too(tmp_path: Path, run: Ru
 
 
 def test_a_folder_without_images_or_labels_is_refused(small: Path, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no label table"):
-        run(tmp_path)
+        run(tmp_path / "empty")
     for file in (small / "dicom").iterdir():
         file.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"no usable image.*'not_dicom': 6"):
