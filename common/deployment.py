@@ -201,16 +201,29 @@ def read_yaml(path: Path, kind: type[T]) -> T:
     """One of the files above, checked.
 
     Raises:
-        ConfigError: A field is unknown, missing or not allowed; names file and field.
+        ConfigError: A field is unknown, missing, given twice or not allowed; names file and field.
         StorageError: The file cannot be read.
     """
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """YAML itself takes the last of two fields of one name without a word: half a policy would be lost."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [str(key.value) for key, _ in node.value]
+            for (key, _), name in zip(node.value, names, strict=True):
+                if names.count(name) > 1:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(f"{path.name}, line {line}: {name[:64]!r} is given twice; keep one")
+            return super().construct_mapping(node, deep)
+
     with storing(path.name):
-        text = path.read_text()
+        data = path.read_bytes()
     try:
-        plain = yaml.safe_load(text)
+        plain = yaml.load(data, Once)  # noqa: S506 - a safe loader
         as_json = json.dumps(plain)
+    except yaml.reader.ReaderError:
+        raise ConfigError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

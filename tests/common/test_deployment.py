@@ -168,3 +168,20 @@ def test_a_status_file_is_a_json_object_or_an_error(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(FedicomError, match="no status file"):
             read_status(path)
+
+
+def test_a_field_that_is_given_twice_is_refused_by_its_line(tmp_path: Path) -> None:
+    text = yaml.safe_dump({**SITE, "policy": {"min_patients": 100}}, sort_keys=False)
+    line = text.splitlines().index("policy:") + 1
+    with pytest.raises(ConfigError, match=rf"^site\.yaml, line {line}: 'policy' is given twice; keep one$"):
+        read_yaml(written(tmp_path, "site.yaml", text + "policy:\n  hours: ['19:00-06:00']\n"), SiteConfig)
+
+
+def test_a_file_that_windows_saved_is_read_or_told_to_be_saved_as_utf_8(tmp_path: Path) -> None:
+    text, path = yaml.safe_dump({**SITE, "data": "/data/Müller"}, allow_unicode=True), tmp_path / "site.yaml"
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        assert read_yaml(path, SiteConfig).data == "/data/Müller"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"^site\.yaml is not UTF-8 text; save it as UTF-8$"):
+        read_yaml(path, SiteConfig)
