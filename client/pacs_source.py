@@ -17,10 +17,9 @@ from pydantic import ConfigDict, StringConstraints, model_validator
 from pydantic.dataclasses import dataclass as checked
 
 from common.config import validate_json
-from common.deployment import Host, Port
+from common.deployment import Host, Port, yaml_of
 from common.errors import ConfigError, FedicomError
 from common.identity import read_private
-from common.storage import storing
 
 T = TypeVar("T")
 
@@ -118,15 +117,11 @@ def read_pacs(path: Path) -> dict[str, WebPacs | DimsePacs]:
         ConfigError: Something is missing or not allowed; names file and field, and shows no secret.
         StorageError: The file cannot be read.
     """
-    import yaml
-
-    with storing(path.name):
-        text = path.read_text()
+    plain = yaml_of(path)
     try:
-        plain = yaml.safe_load(text)
         named = plain["pacs"]
         entries = {str(name): (dict(entry), json.dumps(entry)) for name, entry in named.items()}
-    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError):
         raise ConfigError(f"{path.name} is not in the form `pacs:`, names below it, settings below those") from None
     if unknown := sorted(map(str, set(plain) - {"pacs"})):
         raise ConfigError(f"{path.name}: {unknown[0]!a} is no field; everything stands below `pacs`")

@@ -204,34 +204,48 @@ def read_yaml(path: Path, kind: type[T]) -> T:
         ConfigError: A field is unknown, missing, given twice or not allowed; names file and field.
         StorageError: The file cannot be read.
     """
+    plain = yaml_of(path)
+    try:
+        as_json = json.dumps(plain)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path.name}: cannot be read as YAML; expected `name: value` lines") from None
+    try:
+        return validate_json(kind, as_json)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path.name}: {line}" for line in str(error).splitlines())) from None
+
+
+def yaml_of(path: Path) -> Any:
+    """What a file that people wrote holds.
+
+    Raises:
+        ConfigError: It is no YAML in UTF-8, or gives a field twice.
+        StorageError: The file cannot be read.
+    """
     import yaml
 
     class Once(yaml.SafeLoader):
         """YAML itself takes the last of two fields of one name without a word: half a policy would be lost."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [str(key.value) for key, _ in node.value]
-            for (key, _), name in zip(node.value, names, strict=True):
-                if names.count(name) > 1:
+            met = set[str]()
+            for key, _ in node.value:
+                if (name := str(key.value)) in met:
                     line = key.start_mark.line + 1
                     raise ConfigError(f"{path.name}, line {line}: {name[:64]!r} is given twice; keep one")
+                met.add(name)
             return super().construct_mapping(node, deep)
 
     with storing(path.name):
         data = path.read_bytes()
     try:
-        plain = yaml.load(data, Once)  # noqa: S506 - a safe loader
-        as_json = json.dumps(plain)
+        return yaml.load(data, Once)  # noqa: S506 - a safe loader
     except yaml.reader.ReaderError:
         raise ConfigError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{path.name}{where}: cannot be read as YAML; expected `name: value` lines") from None
-    try:
-        return validate_json(kind, as_json)
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"{path.name}: {line}" for line in str(error).splitlines())) from None
 
 
 def policy_names() -> tuple[str, ...]:

@@ -150,6 +150,16 @@ def test_wrong_settings_are_refused_with_the_field(tmp_path, settings, says):
     assert "p4ss" not in str(error.value)
 
 
+def test_settings_that_are_given_twice_or_in_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "pacs.yaml"
+    path.write_text("pacs:\n  main: {kind: dimse}\n  main: {kind: dicomweb}\n")
+    with pytest.raises(ConfigError, match=r"^pacs\.yaml, line 3: 'main' is given twice"):
+        read_pacs(path)
+    path.write_bytes("pacs: {main: {kind: dicomweb, ca: /data/Schlüssel}}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"^pacs\.yaml is not UTF-8 text"):
+        read_pacs(path)
+
+
 def verb(home: Path, *more: str) -> int:
     words = ["--pacs", "main", "--modality", "CT", "--since", "2026-01-01", "--out", str(home / "out")]
     return pull_verb([*words, "--config", str(home / "pacs.yaml"), *more])

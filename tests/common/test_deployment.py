@@ -172,7 +172,7 @@ def test_a_status_file_is_a_json_object_or_an_error(tmp_path: Path) -> None:
 
 def test_a_field_that_is_given_twice_is_refused_by_its_line(tmp_path: Path) -> None:
     text = yaml.safe_dump({**SITE, "policy": {"min_patients": 100}}, sort_keys=False)
-    line = text.splitlines().index("policy:") + 1
+    line = len(text.splitlines()) + 1
     with pytest.raises(ConfigError, match=rf"^site\.yaml, line {line}: 'policy' is given twice; keep one$"):
         read_yaml(written(tmp_path, "site.yaml", text + "policy:\n  hours: ['19:00-06:00']\n"), SiteConfig)
 
