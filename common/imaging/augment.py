@@ -111,4 +111,6 @@ def augmentation(data: Preprocessing, laterality_sensitive: bool, *, seed: int =
         )
     if a.flip_left_right and len(data.size) == 3 and data.orientation == "source":
         raise ConfigError("data.augmentation.flip_left_right needs data.orientation=LPS or RAS for volumes, got source")
-    return Augmenter(a, seed, background=(0.0 - data.mean) / data.std, voxel=data.spacing_mm)
+    # Resizing leaves no voxel of `spacing_mm`: what it then measures is each image's own, and commonly about equal.
+    voxel = data.spacing_mm if data.fit == "crop_pad" else None
+    return Augmenter(a, seed, background=(0.0 - data.mean) / data.std, voxel=voxel)

@@ -1,5 +1,7 @@
 """From a volume or image to the model's input, against hand numbers, highdicom and scipy."""
 
+import math
+
 import highdicom
 import numpy as np
 import pytest
@@ -222,6 +224,24 @@ def test_a_rotation_is_rigid_on_a_grid_that_is_not_square() -> None:
     errors = [np.abs(ndimage.rotate(picture, a, reshape=False, order=1) - out[0].numpy()).max() for a in angles_deg]
     assert min(errors) < 0.02 * np.abs(picture).max()
     assert abs(angles_deg[int(np.argmin(errors))]) > 1
+
+
+@pytest.mark.parametrize("fit", ["crop_pad", "resize"])
+def test_a_ball_that_is_turned_stays_a_ball_however_it_came_to_its_size(fit: str) -> None:
+    spacing_mm, counts = (3.0, 1.0, 1.0), (32, 96, 96)  # 96 mm along every axis
+    z, y, x = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(counts, spacing_mm, strict=True))
+    ball = (z[:, None, None] ** 2 + y[:, None] ** 2 + x**2 < 24**2).astype(np.float32)
+    size = counts if fit == "crop_pad" else (32, 32, 32)  # voxels of 3 x 1 x 1 mm, or of 3 mm
+    data = Preprocessing(
+        size=size, spacing_mm=spacing_mm, intensity="window", low=0, high=1, fit=fit,  # type: ignore[arg-type]
+        augmentation=Augmentation(rotate_deg=45, probability=1),
+    )  # fmt: skip
+    turn = augmentation(data, True, seed=1)
+    assert turn is not None
+    out = turn(torch.from_numpy(prepare(volume(ball, lps(spacing_mm)), data))[None])[0, 0].numpy()
+    at = np.meshgrid(*((np.arange(n) - (n - 1) / 2) * 96 / n for n in size), indexing="ij")
+    spread_mm = [float(np.sqrt((out * axis**2).sum() / out.sum())) for axis in at]
+    assert spread_mm == pytest.approx([24 / math.sqrt(5)] * 3, rel=0.05)  # of a ball along any axis
 
 
 def test_what_comes_into_view_from_outside_is_black() -> None:
