@@ -46,7 +46,7 @@ class Task:
     key: Literal["patient", "study", "accession", "series"] = "patient"
     """Which DICOM identifier the first column of labels.csv holds."""
     laterality_sensitive: bool = True
-    """True forbids left-right flips as augmentation."""
+    """True forbids left-right flips as augmentation, and up-down flips with turns above 90 degrees, which make them."""
     subgroups: tuple[str, ...] = ()
     """Columns of labels.csv by which results are also shown; small cells are suppressed."""
 
@@ -380,8 +380,18 @@ class Recipe:
             )
         if len(self.data.size) != task.dimensions:
             raise ValueError(f"data.size has {len(self.data.size)} axes but task.dimensions is {task.dimensions}")
-        if task.laterality_sensitive and self.data.augmentation.flip_left_right:
+        change = self.data.augmentation
+        if task.laterality_sensitive and change.flip_left_right:
             raise ValueError("data.augmentation.flip_left_right is not allowed while task.laterality_sensitive is true")
+        if task.laterality_sensitive and change.flip_up_down and change.rotate_deg > 90:
+            raise ValueError(
+                f"data.augmentation.flip_up_down with rotate_deg {change.rotate_deg:g} makes left-right flips (upside "
+                "down, then half a turn), which are not allowed while task.laterality_sensitive is true; use at most 90"
+            )
+        if change.flip_left_right and task.dimensions == 3 and self.data.orientation == "source":
+            raise ValueError(
+                "data.augmentation.flip_left_right needs data.orientation=LPS or RAS for volumes, got source"
+            )
         weights = self.training.class_weights
         if isinstance(weights, tuple) and len(weights) != task.outputs:
             raise ValueError(f"training.class_weights has {len(weights)} numbers for {task.outputs} classes")
@@ -502,8 +512,8 @@ class Settings:
         patience, metrics = self.recipe.federation.early_stopping.patience_rounds, self.simulation.metrics
         if patience and metrics != "bounded":
             raise ValueError(
-                f"federation.early_stopping.patience_rounds is {patience}, but with simulation.metrics={metrics} no site "
-                "tells a score before the last round: there is nothing to watch"
+                f"federation.early_stopping.patience_rounds is {patience}, but with simulation.metrics={metrics} no "
+                "site tells a score before the last round: there is nothing to watch"
             )
         return self
 

@@ -99,6 +99,19 @@ def refusal(*overrides: str) -> str:
         (["task.classes=[a,b,c]"], ["task", "exactly 2 classes, got 3"]),
         (["task.classes=[a,a]"], ["task", "differ"]),
         (["data.augmentation.flip_left_right=true"], ["flip_left_right", "laterality_sensitive"]),
+        (
+            ["data.augmentation.flip_up_down=true", "data.augmentation.rotate_deg=180"],
+            ["flip_up_down", "rotate_deg 180", "left-right", "laterality_sensitive"],
+        ),
+        (
+            [
+                "recipe=phantom_3d",
+                "task.laterality_sensitive=false",
+                "data.augmentation.flip_left_right=true",
+                "data.orientation=source",
+            ],
+            ["flip_left_right needs data.orientation=LPS or RAS", "got source"],
+        ),
         (["privacy.delta=null"], ["privacy", "needs delta"]),
         (["privacy.noise_multiplier=1.0"], ["privacy", "exactly one of epsilon and noise_multiplier"]),
         (["privacy.epsilon=null"], ["privacy", "exactly one of epsilon and noise_multiplier"]),
