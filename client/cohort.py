@@ -173,6 +173,16 @@ def frozen_split(cache: Path, key: bytes) -> dict[str, str] | None:
     return None if plain is None else dict(plain["split"])
 
 
+def frozen_fractions(cache: Path, key: bytes) -> dict[str, float] | None:
+    """With which fractions the split was decided; None where there was none yet.
+
+    Raises:
+        StorageError: As `frozen_split`.
+    """
+    plain = _sealed(cache / _MANIFEST, key)
+    return None if plain is None else dict(plain["fractions"])
+
+
 def split_patients(
     classes: Mapping[str, str], known: Mapping[str, str], evaluation: Evaluation, key: bytes
 ) -> dict[str, str]:
@@ -279,7 +289,7 @@ def _name(samples: Samples, split_P: npt.NDArray[np.str_], recipe: Recipe) -> st
 def _write(path: Path, split: Mapping[str, str], recipe: Recipe, key: bytes) -> None:
     plain = {
         "format": 1,
-        "fractions": _fractions(recipe.evaluation),
+        "fractions": fractions(recipe.evaluation),
         "task_key": recipe.task.key,
         "split": dict(sorted(split.items())),
     }
@@ -314,7 +324,7 @@ def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
     plain = _sealed(path, key)
     if plain is None:
         return {}
-    wanted = _fractions(evaluation)
+    wanted = fractions(evaluation)
     if plain["fractions"] != wanted:
         log.warning(
             "the split of this cohort was frozen with fractions %s, the recipe asks %s: only new patients follow it",
@@ -324,7 +334,8 @@ def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
     return dict(plain["split"])
 
 
-def _fractions(evaluation: Evaluation) -> dict[str, float]:
+def fractions(evaluation: Evaluation) -> dict[str, float]:
+    """Which shares a recipe asks to hold out."""
     return {"validation": evaluation.validation_fraction, "test": evaluation.test_fraction}
 
 

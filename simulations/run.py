@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client.app import client_app
-from client.cohort import Cohort, open_cohort
+from client.cohort import Cohort, fractions, frozen_fractions, open_cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy
 from client.secure import Sums
@@ -123,6 +123,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             _network(recipe)  # now: what cannot be built is told before an hour of reading
         hospitals = _hospitals(settings, out, show)
         names = site_folders(hospitals, recipe)
+        divided = _divided_before(settings, out, names)
         cohorts = {name: _cohort(settings, out, name, show) for name in names}
         test = _central(settings, hospitals, show)
         take_folder(settings, out)
@@ -137,7 +138,10 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             versions=package_versions(),
             baselines=compared,
             refused_files={name: cohort.refused for name, cohort in cohorts.items()},
-            notes=("The baselines were trained without privacy.",) if compared and recipe.privacy.active else (),
+            notes=(
+                *(("The baselines were trained without privacy.",) if compared and recipe.privacy.active else ()),
+                *divided,
+            ),
         )
         conclusion = conclude(
             federated, recipe, out, test=test, device=device, circumstances=circumstances, audit=audit,
@@ -474,6 +478,21 @@ def _cohort(settings: Settings, out: Path, name: str, show: Show) -> Cohort:
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
+
+
+def _divided_before(settings: Settings, out: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """A note where an earlier run over these hospitals has decided who is held out, and with other shares."""
+    cache, wanted = _folder(settings, out) / "cache", fractions(settings.recipe.evaluation)
+    before = {name: frozen_fractions(cache / name, _site_key(name)) for name in names}
+    odd = {name: found for name, found in before.items() if found is not None and found != wanted}
+    if not odd:
+        return ()
+    name, found = next(iter(odd.items()))
+    return (
+        f"evaluation.validation_fraction {wanted['validation']:g} and test_fraction {wanted['test']:g} hold for new "
+        f"patients only at {', '.join(odd)}: an earlier run over these hospitals divided them (at {name} "
+        f"by {found['validation']:g} and {found['test']:g}). For another division copy the folder without its cache/.",
+    )
 
 
 def _central(settings: Settings, hospitals: Path, show: Show) -> Samples | None:

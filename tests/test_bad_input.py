@@ -19,6 +19,7 @@ from client import site as site_module
 from client.train import Trained
 from common.config import Phantom
 from common.weights import Weights
+from server.conclude import Circumstances
 from simulations import run
 from simulations.folder import alone_in
 from simulations.phantoms import make_phantoms
@@ -100,6 +101,25 @@ def test_an_empty_folder_of_hospitals(simulate: Fedicom, tmp_path: Path) -> None
 def test_no_folder_of_hospitals_at_all(simulate: Fedicom, tmp_path: Path) -> None:
     clear(simulate(hospitals=tmp_path / "absent"), 2, "is no folder", "fedicom hospitals")
     assert not (tmp_path / "run").exists()
+
+
+def test_fractions_that_an_earlier_run_has_decided_otherwise_are_told_in_the_notes(
+    simulate: Fedicom, hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[tuple[str, ...]] = []
+
+    def concluded(federated: object, *_: object, circumstances: Circumstances, **__: object) -> object:
+        notes.append(circumstances.notes)
+        return federated
+
+    monkeypatch.setattr(run, "conclude", concluded)
+    for out, fraction in (("first", 0.15), ("again", 0.15), ("other", 0.3)):
+        words = ("rounds=1", f"out={tmp_path / out}", f"evaluation.validation_fraction={fraction}")
+        assert simulate(*words, hospitals=hospitals)[0] == 0
+    assert notes[:2] == [(), ()]
+    (note,) = notes[2]
+    for told in ("validation_fraction 0.3", "new patients only at east, north, south", "by 0.15 and 0.15"):
+        assert told in note
 
 
 def test_a_hospital_without_images(simulate: Fedicom, hospitals: Path, tmp_path: Path) -> None:
