@@ -290,8 +290,9 @@ def _weighted(recipe: Recipe, cohort: Cohort) -> Recipe:
     if recipe.training.class_weights != "balanced":
         return recipe
     counts = _counts(cohort, recipe.task.outputs)
-    weights = tuple((counts.sum() / (len(counts) * np.maximum(counts, 1))).tolist())
-    return replace(recipe, training=replace(recipe.training, class_weights=weights))
+    # Of many labels, one that nobody here has is in every loss; as the rarest of all it would drown the others.
+    weights_C = np.where(counts > 0, counts.sum() / (len(counts) * np.maximum(counts, 1)), 1.0)
+    return replace(recipe, training=replace(recipe.training, class_weights=tuple(weights_C.tolist())))
 
 
 def lowered(training: Training, device: torch.device) -> torch.dtype | None:
@@ -314,7 +315,8 @@ def record_loss(recipe: Recipe, cohort: Cohort | None = None) -> Loss:
     the loss and are not normalised over the batch, which would couple records.
 
     Args:
-        cohort: Counted when `class_weights` is `balanced`: samples / (classes x samples of the class), as scikit-learn.
+        cohort: Counted when `class_weights` is `balanced`: samples / (classes x samples of the class), as scikit-learn;
+            1 for a class that is not there.
     """
     weight_C = class_weights(recipe, cohort)
 

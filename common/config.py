@@ -211,7 +211,8 @@ class Training:
     focal_gamma: Annotated[float, Ge(0)] = 2.0
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
     class_weights: Annotated[tuple[Positive, ...], Len(2)] | Literal["balanced"] | None = None
-    """balanced: from the site's own counts (refused under differential privacy: counts are private)."""
+    """balanced: from the site's own counts (refused under differential privacy: counts are private); 1 for a class that
+    no training sample has."""
     proximal_mu: Annotated[float, Ge(0)] = 0.0
     """FedProx (Li et al. 2020): mu / 2 * ||w - w_global||^2 added to the loss."""
     gradient_clip: Positive | None = None

@@ -176,6 +176,17 @@ def test_balanced_class_weights_are_those_of_scikit_learn() -> None:
     assert found.numpy() == pytest.approx(expected)
 
 
+def test_a_finding_that_nobody_has_does_not_drown_the_others_when_classes_are_balanced() -> None:
+    cohort = cohort_of(9, classes=2)
+    targets_NC = np.zeros((9, 3), np.float32)
+    targets_NC[:6, 0] = targets_NC[:2, 1] = 1  # 6, 2 and none of 8 findings
+    cohort = replace(cohort, samples=replace(cohort.samples, targets_N=targets_NC))
+    task = Task(kind="multilabel", classes=("a", "b", "c"))
+    weight_C = module.class_weights(recipe_of(Training(class_weights="balanced"), task=task), cohort)
+    assert weight_C is not None
+    assert weight_C.tolist() == pytest.approx([8 / 18, 8 / 6, 1.0])
+
+
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
 def test_another_record_in_the_batch_changes_no_loss(kind: str, loss: str) -> None:
