@@ -189,6 +189,12 @@ def install_kit(
         )
     done: list[str] = []
     with _changing(home):
+        if pinned is not None and registry.version < (least := _in_force(home)[1]):
+            raise ConfigError(
+                f"the kit was made with registry version {registry.version}, this home has version {least} already: "
+                "what is in the kit may have been given up since; the authority makes a newer one with "
+                "`fedicom provision rotate`"
+            )
         signer, node = _keys_of_registry(home, files, registry)
         if pinned is None:
             kits.put({path: data for path, data in files.items() if path.startswith("trust/")}, home.path)
@@ -262,15 +268,7 @@ def _take_registry(home: SiteHome | ServerHome, data: bytes, new: Registry) -> b
     federation = _owner(home)[1]
     if new.federation != federation:
         raise ConfigError(f"the registry is of federation {new.federation}, this home is of {federation}")
-    old: Registry | None = None
-    least = max((each.version for each in kits.home_manifests(home.path, home.authority)), default=0)
-    if home.registry_file.exists():
-        try:
-            old = home.registry
-        except ConfigError:
-            pass  # damaged: this is how it is repaired, but never with one older than the kit's
-        else:
-            least = max(least, old.version)
+    old, least = _in_force(home)
     if new.version < least:
         raise ConfigError(
             f"the registry has version {new.version}, this home has version {least}: an older one would bring back "
@@ -285,6 +283,17 @@ def _take_registry(home: SiteHome | ServerHome, data: bytes, new: Registry) -> b
         return False
     kits.put({kits.REGISTRY: data}, home.path)
     return True
+
+
+def _in_force(home: SiteHome | ServerHome) -> tuple[Registry | None, int]:
+    """The registry of the home, and the version that a new one must have at least."""
+    least = max((each.version for each in kits.home_manifests(home.path, home.authority)), default=0)
+    if home.registry_file.exists():
+        try:
+            return (old := home.registry), max(least, old.version)
+        except ConfigError:
+            pass  # damaged: this is how it is repaired, but never with one older than the kit's
+    return None, least
 
 
 def _keys_of_registry(

@@ -667,9 +667,19 @@ def test_an_older_kit_does_not_bring_revoked_keys_back(kits):
     rotate(kits / "authority", "north", out=kits / "b")
     install_kit(home, read_folder(kits / "b/north-3"))
     keys = contents(home.keys)
-    with pytest.raises(ConfigError, match="an older one would bring back"):
+    with pytest.raises(ConfigError, match=r"registry version 2, this home has version 3 .*provision rotate"):
         install_kit(home, read_folder(kits / "a/north-2"))
     assert contents(home.keys) == keys
+
+
+def test_a_kit_that_a_newer_registry_overtook_is_refused_with_what_to_do(kits):
+    home = ServerHome(kits / "coordinator")
+    rotate(kits / "authority", "gateway")
+    rotate(kits / "authority", "coordinator")
+    install_kit(home, read_folder(kits / "coordinator-3"))
+    with pytest.raises(ConfigError, match=r"registry version 2, this home has version 3 .*provision rotate"):
+        install_kit(home, read_folder(kits / "coordinator-2"))
+    assert home.registry.version == 3
 
 
 def test_every_change_is_in_the_authoritys_log_with_who_did_it(kits, tmp_path):
