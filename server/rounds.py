@@ -148,12 +148,15 @@ def run(
 
 
 def drawn(sites: Mapping[str, Hello], recipe: Recipe, round_: int) -> Mapping[str, Hello]:
-    """Who is asked to train in a round: `federation.fraction` of the sites, never fewer than the quorum.
+    """Who is asked to train in a round: `federation.fraction` of the sites, never fewer than the quorum, nor more than
+    have room in a secure sum: an update that stays outside would have cost its site epsilon for nothing.
 
     The draw follows from recipe, round and names alone, so that a resumed run asks whom it would have asked.
     """
     federation, names = recipe.federation, sorted(sites)
     count = max(federation.quorum, math.ceil(federation.fraction * len(names) - 1e-9))  # .1 * 30 is above 3 in binary
+    if recipe.privacy.secure_aggregation:
+        count = min(count, federation.sites)
     if count >= len(names):
         return sites
     seed = hashlib.sha256(f"sites of round {round_}, seed {recipe.seed}".encode()).digest()
@@ -304,8 +307,7 @@ def _admitted(transport: Transport, plan: RoundPlan, recipe: Recipe, sites: Mapp
 
 
 def _summed(plan: RoundPlan, recipe: Recipe, accepted: Mapping[str, Update], transport: Transport) -> SecureSum:
-    most = recipe.federation.sites  # no site takes part in a sum of more
-    total = secure_sum(plan, recipe, dict(sorted(accepted.items())[:most]), transport)
+    total = secure_sum(plan, recipe, accepted, transport)
     if why := sum_refusal(total.mean, recipe):
         raise SecureAggregationError(why)
     return total

@@ -170,6 +170,16 @@ def test_never_fewer_than_the_quorum_are_drawn(fraction, sites, quorum, count):
     assert len(rounds.drawn(there, chosen, 1)) == count
 
 
+def test_no_more_sites_are_asked_than_have_room_in_a_secure_sum_and_all_get_their_turn():
+    there = hellos([f"s{n}" for n in range(5)])
+    chosen = recipe(30, sites=3, quorum=3, max_update_norm=1.0)
+    secure = replace(chosen, privacy=replace(chosen.privacy, secure_aggregation=True))
+    asked = [rounds.drawn(there, secure, number) for number in range(1, 31)]
+    assert {len(sites) for sites in asked} == {3}
+    assert {site for sites in asked for site in sites} == set(there)
+    assert len(rounds.drawn(there, chosen, 1)) == 5  # what is seen one by one has room for all
+
+
 def test_who_was_not_asked_is_neither_missing_nor_refused():
     (_, report), *_ = ran(recipe(1, fraction=0.5, quorum=4), Sites())
     assert len(report.accepted) == 4
