@@ -142,7 +142,10 @@ class _Handler(BaseHTTPRequestHandler):
         # A web page of somebody else may make a browser on this machine call us, but under its own host name.
         if self.headers.get("Host", "").rpartition(":")[0] not in _NAMES:
             raise _RefusedError(403, "this interface is for programs on the coordinator's machine")
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError:
+            raise _RefusedError(404, "this is no address; the interface is described in docs/coordinator.md") from None
         if method == "GET" and url.path == "/metrics":
             self._send(200, exposition(families(self.control)), TYPE)
             return

@@ -139,7 +139,7 @@ def test_a_body_too_large_or_without_a_length_is_refused_unread(running, headers
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/run", "/v1/runs/a/b/c", "/v1/runs/../tokens.json", "/v1/runs/%2e%2e"]
+    "path", ["/", "/v1", "/v1/run", "/v1/runs/a/b/c", "/v1/runs/../tokens.json", "/v1/runs/%2e%2e", "x://["]
 )
 def test_a_path_that_is_none_is_404(running, path):
     assert running.ask("GET", path)[0] == 404
