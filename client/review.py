@@ -330,7 +330,8 @@ def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) 
         found.append(str(error))
     past = ledger.events() if ledger is not None else ()
     paid = len(ledger.events(recipe.id, "updates")) if ledger is not None else 0
-    scores = [score_event(policy)] if policy.metrics == "noised" else []
+    told = ledger is not None and ledger.events(recipe.id, "scores")  # once, and then they are of the past
+    scores = [score_event(policy)] if policy.metrics == "noised" and not told else []
     left = max(0, rounds - paid)
 
     def after(count: int) -> float:

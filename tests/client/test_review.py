@@ -16,7 +16,7 @@ import pytest
 
 from client.cohort import Cohort
 from client.ledger import Ledger
-from client.policy import ledger_policy
+from client.policy import ledger_policy, score_event
 from client.review import Review, review, right_guesses
 from common.accounting import Event, epsilon_pld
 from common.compression import nbytes
@@ -167,6 +167,18 @@ def test_rounds_that_were_paid_are_not_paid_again(tmp_path: Path) -> None:
     later = reviewed(recipe, cohort_of(), ledger=ledger).plain["privacy"]
     assert (later["paid_rounds"], later["after"]) == (1, new["after"])
     assert later["spent"] > 0
+
+
+def test_noised_scores_are_part_of_what_a_recipe_costs_and_once_paid_not_any_more(tmp_path: Path) -> None:
+    rules: dict[str, Any] = {"metrics": "noised", "scores_epsilon": 1.0, "epsilon": 12.0, "delta": 1e-5}
+    recipe, policy = recipe_of(privacy=NOISY, rounds=1), Policy(**rules)
+    ledger, own = ledger_of(tmp_path, policy), Event(noise_multiplier=1.0, sampling_rate=0.3, steps=4)
+    new = reviewed(recipe, cohort_of(), ledger=ledger, **rules).plain["privacy"]
+    assert new["after"] == epsilon_pld([own, score_event(policy)], 1e-5) > epsilon_pld([own], 1e-5)
+    ledger.reserve(recipe.id, round=1, base="e" * 64, event=own)
+    ledger.reserve(recipe.id, round=2, base="d" * 64, event=score_event(policy), kind="scores")
+    later = reviewed(recipe, cohort_of(), ledger=ledger, **rules).plain["privacy"]
+    assert later["after"] == later["spent"] == new["after"]
 
 
 @pytest.mark.parametrize(
