@@ -616,6 +616,19 @@ def test_a_ledger_that_is_older_than_the_coordinator_remembers_trains_nothing(
     assert isinstance(house.open().visit(house.plan(3, ledger_heads=heads)), Update)
 
 
+def test_the_log_remembers_the_ledgers_head_when_it_was_reserved_and_when_the_answer_left(
+    house: House, trained: list[Any]
+) -> None:
+    house.cap = 20.0
+    site = house.open(metrics="noised")
+    site.visit(house.plan())
+    site.visit(house.plan(4, "evaluate"))
+    _, *hashes = [json.loads(line)["hash"] for line in (house.folder / "ledger.jsonl").read_text().splitlines()]
+    told = [(event.kind, event.facts["ledger_head"]) for event in verify(house.log) if "ledger_head" in event.facts]
+    kinds = ("budget reserved", "update sent", "budget reserved", "evaluation sent")
+    assert told == list(zip(kinds, hashes, strict=True))  # reserve and settle, twice
+
+
 class Died(BaseException):
     """The process ends at a system call."""
 
