@@ -693,6 +693,16 @@ def test_a_recipe_whose_rounds_together_pass_the_cap_is_refused_at_the_greeting_
     assert isinstance(house.open(epsilon=12.0).hello(house.question()), Hello)
 
 
+def test_a_visit_outside_of_the_sites_limits_is_refused_at_the_greeting(house: House) -> None:
+    # 20 patients in batches of 5, two epochs: rate 0.25, 8 steps
+    for rule, why in (
+        ({"max_sampling_rate": 0.24}, "sampling rate: got 0.25"),
+        ({"max_steps": 7}, "steps of one visit"),
+    ):
+        assert why in refused(house.open(**rule).hello(house.question()), "budget", house)
+    assert isinstance(house.open(max_sampling_rate=0.25, max_steps=8).hello(house.question()), Hello)
+
+
 def test_the_noised_scores_are_part_of_what_is_projected(house: House) -> None:
     assert isinstance(house.open().hello(house.question()), Hello)
     why = refused(house.open(metrics="noised").hello(house.question()), "budget", house)

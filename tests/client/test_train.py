@@ -14,7 +14,7 @@ from torch import nn
 
 from client import train as module
 from client.cohort import Cohort
-from client.dp import Noise, Sampling, os_noise, seeded_noise
+from client.dp import Noise, Sampling, keystream_noise, os_noise, seeded_noise
 from client.train import Private, TrainingError, record_loss, train
 from common import wire
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Task, Training
@@ -485,3 +485,14 @@ def test_with_secret_noise_nobody_else_can_tell_which_images_were_taken_and_how_
     assert one[1] != other[1]
     assert not set(one[0]) & set(other[0])
     assert drawn(seeded_noise(1), 6) == drawn(seeded_noise(1), 6)
+
+
+def test_the_noise_comes_from_the_source_that_the_recipe_names() -> None:
+    private = Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-5)
+    for changes, source in (
+        ({}, os_noise()),
+        ({"secure_rng": True}, keystream_noise()),
+        ({"unsafe_seeded_noise": True}, seeded_noise(0)),
+    ):
+        found = module.site_noise(recipe_of(privacy=replace(private, **changes)), 1, "north")
+        assert (type(found), found.secret) == (type(source), source.secret)

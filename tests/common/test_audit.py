@@ -158,6 +158,7 @@ def test_the_name_of_a_log_and_each_of_its_lines_last_before_the_caller_hears_of
     written.append("in a new file")
     renamed, both = ["north.0001.jsonl"], ["north.0001.jsonl", "north.jsonl"]
     assert lasting[2:] == [renamed, 1, both, 2]  # log continued, the event itself
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("*.jsonl")} == {0o600}
 
 
 def test_a_log_written_anew_with_a_foreign_key_is_named(log):

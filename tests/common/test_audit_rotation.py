@@ -127,6 +127,18 @@ def test_a_part_of_an_older_copy_in_place_of_the_newest_is_found_when_the_log_is
     assert fault(log)[:2] == ("part missing", "north.0003.jsonl")
 
 
+def test_a_part_of_another_log_of_as_many_events_is_found_when_the_log_is_opened(log, tmp_path):
+    other = AuditLog(tmp_path / "other" / log.name, OWN, rotate_bytes=SMALL)
+    for number in range(12):
+        other.append(f"other {number}", round=number)
+    newest = files(log)[-2]
+    foreign = tmp_path / "other" / newest.name
+    assert len(foreign.read_bytes().splitlines()) == len(newest.read_bytes().splitlines())
+    shutil.copy(foreign, newest)
+    with pytest.raises(AuditError, match=f"does not go on where {newest.name} ends"):
+        AuditLog(log, OWN)
+
+
 def test_a_change_inside_an_earlier_part_is_found_by_verify_and_does_not_cost_time_at_every_start(log):
     part = log.with_name("north.0001.jsonl")
     part.write_bytes(part.read_bytes().replace(b'"round":1', b'"round":7'))
