@@ -293,6 +293,8 @@ class Federation:
     offline_s: Annotated[float, Ge(0)] = 120.0
     """Once the quorum has answered, how long a site without a connection is waited for."""
     strategy: Strategy = "fedavg"
+    """As Flower has it; its bulyan picks the updates by one pass of multikrum, where El Mhamdi et al. 2018 repeat
+    krum."""
     site_weights: Literal["patients", "equal"] = "equal"
     """patients: weighted by training patients, a count that then leaves the site; equal: every site the same."""
     server_lr: Positive = 0.1
