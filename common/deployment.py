@@ -239,7 +239,7 @@ def yaml_of(path: Path) -> Any:
     with storing(path.name):
         data = path.read_bytes()
     try:
-        return yaml.load(data, Once)  # noqa: S506 - a safe loader
+        return Once(data).get_single_data()
     except yaml.reader.ReaderError:
         raise ConfigError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
