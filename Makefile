@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 .PHONY: help venv demo federation bench bench-peers test test-rooms test-deployment test-pacs lint lock bundle sbom audit-deps clean
 help:
-	@echo "make demo   four virtual hospitals train one model under differential privacy (two minutes after the install)"
+	@echo "make demo   four virtual hospitals train one model under differential privacy (half a minute after the install)"
 	@echo "make federation  a deployed federation of real processes on this machine: TLS, approvals, a site killed and back"
 	@echo "make bench  the benchmarks, and docs/benchmarks.md from them"
 	@echo "make bench-peers  the same federation through Flower's Ray simulation, NVFLARE and pfl, each installed beside it"

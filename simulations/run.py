@@ -70,7 +70,7 @@ _AHEAD, _LARGE = 2, 1_000_000
 bookkeeping is Python's, which would only take turns with the training."""
 _OPEN = 256
 """Sites held open at once; one that was closed is opened again from its files."""
-_LOGS = 16384
+_LOGS = 4096
 """Logs held open at once, a few kB each; one that was closed is checked again."""
 _CORES = torch.get_num_threads()
 """Torch's own count before anybody sets another: it knows OMP_NUM_THREADS and the cores of this process."""
