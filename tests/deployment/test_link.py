@@ -43,6 +43,7 @@ from server import link
 from server.app import FlowerTransport
 from server.link_layers import KEY_HEADER
 from server.provision import provision, revoke
+from simulations.rehearsal import edit
 
 _LONG_S = 300.0
 """Nothing takes so long, on the busiest machine; what does has failed."""
@@ -211,8 +212,7 @@ def running(tmp_path_factory, proxy) -> Iterator[Running]:
     out, port = tmp_path_factory.mktemp("federation") / "kits", free_port()
     provision(FederationPlan(name="toy", host="127.0.0.1", port=port, sites=(*SITES, "west")), out)
     sites = {site: SiteHome(out / site) for site in (*SITES, "west")}
-    with (sites["north"].path / "site.yaml").open("a") as config:
-        config.write(f"\nproxy: http://127.0.0.1:{proxy.server_address[1]}\n")
+    edit(sites["north"].path / "site.yaml", proxy=f"http://127.0.0.1:{proxy.server_address[1]}")
     (out / "authority" / "toy.py").write_text(TOY)
     patch = pytest.MonkeyPatch()
     patch.setenv("FLWR_HOME", str(out / "flwr"))
