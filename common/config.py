@@ -127,6 +127,21 @@ class Preprocessing:
             raise ValueError(f"spacing_mm has {len(self.spacing_mm)} numbers, size has {len(self.size)}")
         return self
 
+    def swaps_sides(self, laterality_sensitive: bool) -> str | None:
+        """Why its flips are not allowed: where sides matter, or the column axis need not run left-right; None if they
+        are."""
+        change = self.augmentation
+        if laterality_sensitive and change.flip_left_right:
+            return "data.augmentation.flip_left_right is not allowed while task.laterality_sensitive is true"
+        if laterality_sensitive and change.flip_up_down and change.rotate_deg > 90:
+            return (
+                f"data.augmentation.flip_up_down with rotate_deg {change.rotate_deg:g} makes left-right flips (upside "
+                "down, then half a turn), which are not allowed while task.laterality_sensitive is true; use at most 90"
+            )
+        if change.flip_left_right and len(self.size) == 3 and self.orientation == "source":
+            return "data.augmentation.flip_left_right needs data.orientation=LPS or RAS for volumes, got source"
+        return None
+
 
 SCATTERING_NETWORKS = ("linear", "linear_by_kind", "linear_by_channel", "convolutions")
 
@@ -383,18 +398,8 @@ class Recipe:
             )
         if len(self.data.size) != task.dimensions:
             raise ValueError(f"data.size has {len(self.data.size)} axes but task.dimensions is {task.dimensions}")
-        change = self.data.augmentation
-        if task.laterality_sensitive and change.flip_left_right:
-            raise ValueError("data.augmentation.flip_left_right is not allowed while task.laterality_sensitive is true")
-        if task.laterality_sensitive and change.flip_up_down and change.rotate_deg > 90:
-            raise ValueError(
-                f"data.augmentation.flip_up_down with rotate_deg {change.rotate_deg:g} makes left-right flips (upside "
-                "down, then half a turn), which are not allowed while task.laterality_sensitive is true; use at most 90"
-            )
-        if change.flip_left_right and task.dimensions == 3 and self.data.orientation == "source":
-            raise ValueError(
-                "data.augmentation.flip_left_right needs data.orientation=LPS or RAS for volumes, got source"
-            )
+        if why := self.data.swaps_sides(task.laterality_sensitive):
+            raise ValueError(why)
         weights = self.training.class_weights
         if isinstance(weights, tuple) and len(weights) != task.outputs:
             raise ValueError(f"training.class_weights has {len(weights)} numbers for {task.outputs} classes")

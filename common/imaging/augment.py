@@ -100,17 +100,13 @@ def augmentation(data: Preprocessing, laterality_sensitive: bool, *, seed: int =
     """The recipe's random changes of training batches, or None if it has none.
 
     Raises:
-        ConfigError: A left-right flip where sides matter, or where the column axis need not run left-right.
+        ConfigError: `data.swaps_sides`.
     """
     a = data.augmentation
     if not a.active:
         return None
-    if a.flip_left_right and laterality_sensitive:
-        raise ConfigError(
-            "data.augmentation.flip_left_right is true but the task is laterality_sensitive; turn one off"
-        )
-    if a.flip_left_right and len(data.size) == 3 and data.orientation == "source":
-        raise ConfigError("data.augmentation.flip_left_right needs data.orientation=LPS or RAS for volumes, got source")
+    if why := data.swaps_sides(laterality_sensitive):
+        raise ConfigError(why)
     # Resizing leaves no voxel of `spacing_mm`: what it then measures is each image's own, and commonly about equal.
     voxel = data.spacing_mm if data.fit == "crop_pad" else None
     return Augmenter(a, seed, background=(0.0 - data.mean) / data.std, voxel=voxel)
