@@ -169,13 +169,13 @@ def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
     Raises:
         ConfigError: The cache lies among the images of one of `folders`, which are not to be closed to others.
     """
-    from common.errors import ConfigError
+    from common.cache import must_lie_beside
     from common.identity import read_private
     from common.storage import private_folder, write_whole
 
     cache = _cache(arguments)
-    if any(cache.resolve().is_relative_to(images_of(folder).resolve()) for folder in folders):
-        raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+    for folder in folders:
+        must_lie_beside(cache, folder)
     private_folder(cache)
     if arguments.site is not None:
         from common.deployment import SiteHome
@@ -188,14 +188,10 @@ def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
 
 
 def _opened(arguments: argparse.Namespace, cache: Path) -> Index:
+    from common.cache import images_folder
     from common.imaging.index import Index
 
-    return Index(images_of(arguments.folder), cache)
-
-
-def images_of(folder: Path) -> Path:
-    """Where the DICOM files of a folder lie."""
-    return folder / "dicom" if (folder / "dicom").is_dir() else folder
+    return Index(images_folder(arguments.folder), cache)
 
 
 def _progress() -> Any:

@@ -64,6 +64,21 @@ def set_limit(cache: Path, limit_bytes: int | None) -> None:
     make_room(cache)
 
 
+def images_folder(folder: Path) -> Path:
+    """Where the DICOM files of a data folder lie."""
+    return folder / "dicom" if (folder / "dicom").is_dir() else folder
+
+
+def must_lie_beside(cache: Path, folder: Path) -> None:
+    """Refuses a cache among the images of a data folder.
+
+    Raises:
+        ConfigError: It lies there.
+    """
+    if cache.resolve().is_relative_to(images_folder(folder).resolve()):
+        raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+
+
 def make_room(cache: Path, keep: Path | None = None) -> int:
     """Removes sets of prepared samples, the longest unused first, until the cache is within its limit.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from common.cache import forget, make_room, used
+from common.cache import forget, images_folder, make_room, must_lie_beside, used
 from common.config import Preprocessing, Task, as_plain
 from common.errors import ConfigError, DataError
 from common.labels import need_two_classes, read_labels
@@ -121,9 +121,8 @@ def prepare_folder(
         check_half(data.mean, data.std)
     if not folder.is_dir():
         raise DataError("the data folder does not exist; expected a folder with labels.csv and DICOM files")
-    images = folder / "dicom" if (folder / "dicom").is_dir() else folder
-    if cache.resolve().is_relative_to(images.resolve()):
-        raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+    images = images_folder(folder)
+    must_lie_beside(cache, folder)
     if index is not None and index.root.resolve() != images.resolve():
         raise ConfigError("the index is of another folder than the images; index the folder that holds them")
     table_path = folder / "labels.csv"

@@ -24,6 +24,7 @@ from client.quality.remembered import Remembered, array_of, facts_of, plain_arra
 from client.quality.suspects import features
 from client.quality.table import Table
 from client.quality.writing import letters
+from common.cache import images_folder
 from common.config import Preprocessing
 from common.errors import DataError
 from common.imaging import Progress, RefusalCode, Refused, Source, Volume, prepare
@@ -286,11 +287,6 @@ def _recalled(plain: Mapping[str, Any], series: Series) -> _Seen:
         features=features_F,
         levels_B=array_of(plain["levels_B"]),
     )
-
-
-def images_folder(folder: Path) -> Path:
-    """Where the DICOM files lie."""
-    return folder / "dicom" if (folder / "dicom").is_dir() else folder
 
 
 def fingerprint(folder: Path, table: bytes, key: bytes) -> str:
