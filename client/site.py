@@ -91,7 +91,7 @@ class Site:
         turn: AbstractContextManager[object] = nullcontext(),
         trainer: Trainer | None = None,
         flush: Flush = to_disk,
-        told: str = "",
+        started: str = "",
     ) -> None:
         """Wires a site.
 
@@ -109,7 +109,7 @@ class Site:
             turn: Held while the model is in use, where sites share one; the bookkeeping of a visit is outside.
             trainer: Trains in the place of this site alone, and takes the turn itself; None: this site, alone.
             flush: Has a kept reply last before it is paid for; see `common.storage`.
-            told: The manifest with which this process wrote the start of this very site into its log before.
+            started: The manifest with which this process wrote the start of this very site into its log before.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
@@ -118,7 +118,7 @@ class Site:
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
         self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
-        if told != cohort.manifest:
+        if started != cohort.manifest:
             patients = {split: self._cell(cohort.patients(split)) for split in SPLITS}
             audit.append(
                 "site started", recipe_id=recipe.id, manifest=cohort.manifest, patients=patients,

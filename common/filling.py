@@ -186,7 +186,8 @@ class Preparation:
         """What to do where rows differ from images by leading zeros alone; not done here: 7 may be another than 007."""
         images = {identifier(entry.header, self.task) for entries in self.index.series() for entry in entries}
         shorter = {name.lstrip("0") for name in images if name.startswith("0")}
-        rows = sum(label.row in set(lost) and name.lstrip("0") in shorter for name, label in self.labels.items())
+        gone = set(lost)
+        rows = sum(label.row in gone and name.lstrip("0") in shorter for name, label in self.labels.items())
         if not rows:
             return ""
         return (

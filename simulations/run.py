@@ -358,7 +358,7 @@ def _sites(
     turn = abreast.turn if abreast is not None else threading.Lock()
     policy = _policy(recipe, settings.simulation.metrics)
     log_of = functools.lru_cache(maxsize=_LOGS)(lambda name: _audit(out, name, to_system))
-    told: dict[str, str] = {}
+    started: dict[str, str] = {}
 
     # A secure sum has steps, and what a site keeps between them is in its memory.
     @functools.lru_cache(maxsize=None if recipe.privacy.secure_aggregation else _OPEN)
@@ -378,9 +378,9 @@ def _sites(
             turn=turn,
             trainer=abreast.train if abreast is not None else None,
             flush=to_system,  # until the round is over, see `_Shown.ask`
-            told=told.get(name, ""),
+            started=started.get(name, ""),
         )
-        told[name] = site.cohort.manifest
+        started[name] = site.cohort.manifest
         return site
 
     def site(name: str) -> Site:
