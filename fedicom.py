@@ -23,7 +23,7 @@ _VERBS = {
     "privacy": ("simulations.privacy_cli", "privacy_verb", "test the privacy mechanism; attack its models"),
     "audit": ("common.audit_cli", "audit_verb", "check the signed logs of a run, report on them, trace a model"),
     "provision": ("server.provision_cli", "provision_verb", "make keys, certificates and kits for a federation"),
-    "server": ("server.cli", "server_verb", "coordinate a federation: start, run, status, stop, resume"),
+    "server": ("server.cli", "server_verb", "coordinate a federation: start, run, status, stop, resume, conclude"),
     "site": ("client.cli", "site_verb", "a hospital's node: review, approve, start, status"),
     "version": ("common.cli", "version_verb", "print the version"),
 }

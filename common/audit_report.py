@@ -29,7 +29,7 @@ PEOPLE = ("recipe signed", "recipe approved", "approval withdrawn", "operator ac
 MEMBERS = (STARTED, KEY, "registry in force", "node added", "node revoked")
 RUNNING = (
     "server started", "server stopped", "node started", "node stopped", "site started", "run started", "run resumed",
-    "run concluded", "end vouched for", "run stopped", "configuration", "code", CLOCK, CONTINUED,
+    "training ended", "run concluded", "end vouched for", "run stopped", "configuration", "code", CLOCK, CONTINUED,
 )  # fmt: skip
 TOLD = (
     "question received", "plan received", "budget reserved", "update kept", "sum joined", "update sent",

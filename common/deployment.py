@@ -181,7 +181,7 @@ class ServerConfig:
     superlink_port: Port | None = None
     """Loopback port of Flower's SuperLink; null takes a free one."""
     control_port: Port | None = None
-    """Loopback port for `fedicom server run|status|stop|resume` and for Prometheus; null takes a free one."""
+    """Loopback port for `fedicom server run|status|stop|resume|conclude` and for Prometheus; null takes a free one."""
     test_data: str | None = None
     """The coordinator's own labelled images, which no site holds; null: no central evaluation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -271,10 +271,13 @@ def _rounds(run: Run, weights: str) -> tuple[tuple[RoundLink, ...], bool]:
                 f"round {place} began with weights {link.before[:12]}, but round {place - 1} gave "
                 f"{links[place - 2].after[:12]}"
             )
-    if links[-1].after == weights:
+    last = run.rounds[-1].number
+    # An operator who ends the training before its last round takes the moving average then, where there is one.
+    ends = (event for event in run.events if event.kind == "training ended" and event.number > last)
+    last_weights = {str(event.facts.get("before")): str(event.facts.get("after")) for event in ends}
+    if weights in (links[-1].after, last_weights.get(links[-1].after)):
         return tuple(links), False
     # Early stopping evaluates the better, earlier weights once more, after the last round.
-    last = run.rounds[-1].number
     again = any(
         event.kind == "evaluation received" and event.number > last and event.facts.get("after") == weights
         for event in run.events

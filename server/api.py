@@ -198,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         match path:
             case ("v1", "runs"):
                 action, run = "run", query.get("name", "")
-            case ("v1", "runs", name, "stop" | "resume" as action):
+            case ("v1", "runs", name, "stop" | "resume" | "conclude" as action):
                 run = name
             case _:
                 raise _RefusedError(404, "nothing can be sent there; the interface is described in docs/coordinator.md")
@@ -213,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
                 run = control.submit(body, run or None, by=person.name, patience_s=_patience(query))
             elif action == "stop":
                 control.stop_run(run)
+            elif action == "conclude":
+                control.conclude_run(run)
             else:
                 control.resume_run(run)
         except FedicomError as error:

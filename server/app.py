@@ -104,6 +104,8 @@ class FlowerTransport:
         self._patient = keys is not None
         self._watch: Watch = watch or (lambda site, state, why: None)
         self._federation, self._recipe_id, self._question = Federation(), "", RecordDict()
+        self._fewer: int | None = None
+        """How many are enough, where it is not `federation.quorum`."""
         self._nodes: dict[int, _Node] = {}
         self._sites: dict[str, int] = {}
         """The node that each site was last heard from."""
@@ -113,7 +115,9 @@ class FlowerTransport:
         """Why a site that was asked is not among the sites."""
         self._away: dict[str, _Away] = {}
 
-    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
+    def hello(
+        self, recipe: Recipe, audit_head: str, before: Collection[str] = (), *, quorum: int | None = None
+    ) -> Mapping[str, Hello]:
         """Waits for `federation.sites` sites, and asks each who it is.
 
         Once the quorum is there, the others get `federation.offline_s` more (in one process all of the time). A node
@@ -122,11 +126,13 @@ class FlowerTransport:
         Args:
             before: Sites that took part before this process began. While one is connected it may still be at work for
                 the process that was killed, and has the whole `federation.timeout_s` to answer, as in a round.
+            quorum: How many are enough, now and in all that is asked later; None: `federation.quorum`.
 
         Raises:
             QuorumError: Fewer sites than the quorum answered within `federation.timeout_s`.
             ExchangeError: Two nodes claim the same site name.
         """
+        self._fewer = quorum
         self._about(recipe, audit_head)
         federation, began = recipe.federation, time.monotonic()
         end = deadline = began + federation.timeout_s
@@ -134,19 +140,19 @@ class FlowerTransport:
             self._greet(deadline - time.monotonic())
             came = self._net.collect()
             now = time.monotonic()
-            if self._patient and len(self._sites) >= federation.quorum:  # in one process all are there, and in a queue
+            if self._patient and len(self._sites) >= self._quorum:  # in one process all are there, and in a queue
                 end = min(end, now + federation.offline_s)
             if now >= deadline or (now >= end and not self._at_work(before)) or self._complete():
                 break
             if not came:
                 self._net.pause(began, deadline)
         found = self._told()
-        if len(found) < federation.quorum:
+        if len(found) < self._quorum:
             excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
             waited_s = min(time.monotonic() - began, federation.timeout_s)
             raise QuorumError(
                 f"{len(found)} of {federation.sites} sites take part after {waited_s:.0f} s, quorum is "
-                f"{federation.quorum}; start the missing nodes and run again{excuses}"
+                f"{self._quorum}; start the missing nodes and run again{excuses}"
             )
         return found
 
@@ -227,7 +233,7 @@ class FlowerTransport:
                     self._watch(visit.site, "asked", f"round {visit.round}")
             came = self._net.collect()
             self._give_up(visits)
-            if hurry and sum(_usable(visit) for visit in visits) >= self._federation.quorum:
+            if hurry and sum(_usable(visit) for visit in visits) >= self._quorum:
                 hurry, end = False, min(end, time.monotonic() + self._federation.offline_s)
             answered = [visit for visit in open_ if visit.reply]
             open_ = [visit for visit in open_ if not visit.reply]
@@ -249,6 +255,10 @@ class FlowerTransport:
     def _about(self, recipe: Recipe, audit_head: str) -> None:
         self._federation, self._recipe_id = recipe.federation, recipe.id
         self._question = self._written(Question(recipe_id=recipe.id, audit_head=audit_head))
+
+    @property
+    def _quorum(self) -> int:
+        return self._federation.quorum if self._fewer is None else self._fewer
 
     def _greet(self, ttl_s: float, *, only_new: bool = False) -> list[_Node]:
         """Asks who they are: nodes that came or came back, and from time to time those that gave no good answer."""
@@ -323,7 +333,7 @@ class FlowerTransport:
             return not open_ and len(self._nodes) >= federation.sites
         refused = {site for site, (state, _) in self._excuses.items() if state == "refused"}
         answered = len(self._sites.keys() | refused)
-        return not open_ and answered >= federation.sites and len(self._sites) >= federation.quorum
+        return not open_ and answered >= federation.sites and len(self._sites) >= self._quorum
 
     def _look(self) -> Mapping[int, str]:
         """Connected nodes, and a mark that changes when one connects anew; tells who came and who went."""
@@ -385,7 +395,7 @@ class FlowerTransport:
 
     def _give_up(self, visits: Iterable[_Visit]) -> None:
         """Once the quorum has answered, nobody waits longer than `offline_s` for who is away or only fails."""
-        if not self._patient or sum(_usable(visit) for visit in visits) < self._federation.quorum:
+        if not self._patient or sum(_usable(visit) for visit in visits) < self._quorum:
             return
         latest = time.monotonic() - self._federation.offline_s
         for visit in visits:

@@ -42,6 +42,7 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
         "recipe_id": state.recipe_id,
         "round": state.round,
         "done": state.done,
+        "ended": state.ended,
         "history": json.loads(_HISTORY.dump_json(state.history)),
         "digests": {part: weights.digest for part, weights in parts.items()},
         "order": list(state.weights),
@@ -155,6 +156,7 @@ def _read(path: Path, key: Secret | None = None) -> ServerState:
         memory={part.removeprefix("memory/"): parts[part] for part in parts if part.startswith("memory/")},
         history=_HISTORY.validate_json(json.dumps(head["history"])),
         done=head["done"],
+        ended=head.get("ended", False),  # checkpoints of before it could be
         best=parts.get("best"),
         average=parts.get("average"),
     )

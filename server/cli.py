@@ -28,6 +28,7 @@ _EPILOG = """verbs:
   fedicom server runs                        all runs, a line each
   fedicom server stop RUN                    end the work on a run; what it has done stays
   fedicom server resume RUN                  go on with a run that was stopped or failed
+  fedicom server conclude RUN                train no more: make the model of the rounds that are done
   fedicom server export RUN [--unaudited]    release the model of a run whose privacy audit passed
   fedicom server audit --out DIR             fetch the coordinator's signed log, all parts
   fedicom server registry install FILE       take a newer registry
@@ -153,6 +154,16 @@ def _resume(words: Sequence[str]) -> int:
     return _tell("resume", "Go on with a run that was stopped or failed.", words, "goes on; `fedicom server status`")
 
 
+def _conclude(words: Sequence[str]) -> int:
+    return _tell(
+        "conclude",
+        "End the training of a run where it stands, at work or not: the sites that are there measure the model, it is "
+        "evaluated and exported, and nobody is asked to train again. A round that is under way is given up.",
+        words,
+        "trains no more and is concluded; `fedicom server status`",
+    )
+
+
 def _tell(action: str, says: str, words: Sequence[str], done: str) -> int:
     parser = _asking(action, says)
     parser.add_argument("run", metavar="RUN")
@@ -231,6 +242,7 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "runs": _runs,
     "stop": _stop,
     "resume": _resume,
+    "conclude": _conclude,
     "export": _export,
     "audit": _audit,
     "registry": _registry,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,7 @@ def _report(
             *_notes(recipe, audited, unaudited),
             *_one_class(recipe, result),
             *_earlier(earlier, state.round),
+            *_ended(state, recipe, tuple(federated.hellos)),
             *circumstances.notes,
         ),
     )
@@ -252,6 +253,18 @@ def _earlier(taken: int | None, rounds: int) -> tuple[str, ...]:
     if taken is None:
         return ()
     return (f"Early stopping took the model after round {taken} of {rounds}: no later one did better on validation.",)
+
+
+def _ended(state: ServerState, recipe: Recipe, sites: Sequence[str]) -> tuple[str, ...]:
+    """What an operator's order to conclude left out."""
+    if not state.ended:
+        return ()
+    silent = [site for site in sites if site not in state.history[-1].accepted]
+    return (
+        *([f"An operator ended the training after round {state.round} of {recipe.rounds}."]
+          if state.round < recipe.rounds else []),
+        *([f"The run was concluded without the measures of {', '.join(silent)} on the final model."] if silent else []),
+    )  # fmt: skip
 
 
 def _one_class(recipe: Recipe, result: CentralResult | None) -> tuple[str, ...]:

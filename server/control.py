@@ -443,6 +443,34 @@ class Control:
             run.settle(state="waiting", error=None)
             self._working[name] = _Work()
 
+    def conclude_run(self, name: str) -> None:
+        """Ends the training of a run where it stands, also one at work, and makes the model of what there is.
+
+        Raises:
+            ConfigError: There is no such run.
+            ConflictError: It is finished, no round is behind it, or another run works on its recipe.
+            StorageError: The disk is full or not writable.
+        """
+        run = Run(self.home, name)
+        with self._lock:
+            order, status = run.order, self.run_status(name)
+            if status.get("state") == "finished":
+                raise ConflictError(f"run {name} is finished; its model is in runs/{name}")
+            if not status.get("round"):
+                raise ConflictError(
+                    f"run {name} has no round behind it, so there is no model to conclude with; `fedicom server stop "
+                    f"{name}` ends it"
+                )
+            if name not in self._working:
+                self._no_other_works_on(order.recipe_id)
+            run.write_order(replace(order, wanted="concluded"))
+            self._working.pop(name, None)
+            self._untold.pop(name, None)
+        self._supervisor.stop(_child(name), _GRACE_S["run"])
+        with self._lock:
+            run.settle(state="waiting", error=None)
+            self._working[name] = _Work()
+
     def _no_other_works_on(self, recipe_id: str) -> None:
         for other in self._working:
             found = Run(self.home, other)

@@ -46,6 +46,7 @@ def coordinate(
     *,
     audit: Log,
     resume: bool = False,
+    end: bool = False,
     key: Secret | None = None,
     ledger_heads: Mapping[str, str] = MappingProxyType({}),
     on_round: OnRound = lambda state, report: None,
@@ -60,6 +61,8 @@ def coordinate(
     Args:
         out: Gets `checkpoints/` and `tensorboard/`.
         resume: Go on from the newest checkpoint, if there is one. When all rounds are behind it, no site is asked.
+        end: Train no more: what the newest checkpoint holds is the final model. Whoever is there measures it, and
+            nobody has to be.
         key: Encrypts the checkpoints.
         ledger_heads: What earlier runs saw of the sites' privacy ledgers, see `ledger_heads_in`.
         on_round: Called after every round.
@@ -67,7 +70,7 @@ def coordinate(
     Raises:
         QuorumError: Too few sites, or too few admitted updates; resume goes on from the round before.
         StorageError: The disk is full; resume goes on from the last round on disk. Or `out` holds checkpoints
-            and `resume` is false.
+            and `resume` is false, or the training shall end and no round is on disk.
     """
     checkpoints = out / "checkpoints"
     if not resume and checkpoint.exists(checkpoints):
@@ -79,6 +82,8 @@ def coordinate(
     file = checkpoints / _KNOWN_FILE
     known = _read_known(file) if state.round else {}
     hellos: dict[str, Hello] = {}
+    if end and not state.done:
+        state = _ended(state, audit)
 
     def here(kind: str, found: Mapping[str, Hello]) -> None:
         audit.append(kind, **_presence(found))
@@ -88,7 +93,8 @@ def coordinate(
 
     if not (state.done and known):
         before = state.history[-1].accepted if state.history else _read_known(file) if resume else ()
-        here("sites present", transport.hello(recipe, audit.head, tuple(before)))
+        quorum = 0 if state.ended else None
+        here("sites present", transport.hello(recipe, audit.head, tuple(before), quorum=quorum))
 
     def sites() -> Mapping[str, Hello]:
         if new := transport.joined(recipe, audit.head):
@@ -115,6 +121,18 @@ def coordinate(
             audit.append("round failed", round=state.round + 1, why=str(error))
             raise
     return Federated(state=state, hellos=dict(sorted(known.items())))
+
+
+def _ended(state: ServerState, audit: Log) -> ServerState:
+    if not state.round:
+        raise StorageError(
+            "no round of this run is on disk, so there is no model to end with; `fedicom server resume` trains one"
+        )
+    before, state = state.weights.digest, rounds.ended(state)
+    audit.append(
+        "training ended", recipe_id=state.recipe_id, round=state.round, before=before, after=state.weights.digest
+    )
+    return state
 
 
 def ledger_heads_in(events: Iterable[Event]) -> dict[str, str]:

@@ -82,6 +82,8 @@ class ServerState:
     """Training and the closing evaluation are behind us."""
     average: Weights | None = None
     """Exponential moving average of the global weights, with `federation.ema_decay`; it becomes the final model."""
+    ended: bool = False
+    """The operator ended the training where it stood: the closing evaluation takes whoever is there, and no quorum."""
     best: Weights | None = None
     """The weights with the best federated validation so far, when they are not the present ones; kept only with
     early stopping."""
@@ -90,11 +92,14 @@ class ServerState:
 class Transport(Protocol):
     """How plans reach sites: in this process, or over the network."""
 
-    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
+    def hello(
+        self, recipe: Recipe, audit_head: str, before: Collection[str] = (), *, quorum: int | None = None
+    ) -> Mapping[str, Hello]:
         """Waits for the sites before the first round; who is there, by site name.
 
         Args:
             before: Sites that took part before this process began.
+            quorum: How many are enough, now and in all that is asked later; None: `federation.quorum`.
         """
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
@@ -110,6 +115,14 @@ class Transport(Protocol):
 def start(recipe: Recipe, weights: Weights) -> ServerState:
     """The state before the first round."""
     return ServerState(recipe_id=recipe.id, round=0, weights=weights)
+
+
+def ended(state: ServerState) -> ServerState:
+    """The state whose next step is the closing evaluation, whatever is left of the recipe's rounds.
+
+    The final model is what it would have been had this been the recipe's last round.
+    """
+    return replace(state, ended=True, weights=state.weights if state.average is None else state.average)
 
 
 def run(
@@ -139,7 +152,7 @@ def run(
         QuorumError: Fewer than `federation.quorum` replies were admitted; the last yielded state stands.
     """
     while not state.done:
-        closing = state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
+        closing = state.ended or state.round >= recipe.rounds or _closed(state) or _should_stop(state, recipe)
         work: Literal["train", "evaluate"] = "evaluate" if closing else "train"
         asked = sites() if closing else drawn(sites(), recipe, state.round + 1)
         heads = {**ledger_heads, **remembered(state)}
@@ -215,7 +228,7 @@ def _step(
     secure = recipe.privacy.secure_aggregation and work == "train"
     failed: list[str] = []
     while True:
-        came = _admitted(transport, plan, recipe, sites)
+        came = _admitted(transport, plan, recipe, sites, 0 if state.ended else recipe.federation.quorum)
         if not secure:
             total = None
             break
@@ -273,7 +286,9 @@ class _Admitted:
     gathering: Gathering
 
 
-def _admitted(transport: Transport, plan: RoundPlan, recipe: Recipe, sites: Mapping[str, Hello]) -> _Admitted:
+def _admitted(
+    transport: Transport, plan: RoundPlan, recipe: Recipe, sites: Mapping[str, Hello], quorum: int
+) -> _Admitted:
     """Asks the sites, and takes in each reply as it comes: which may change the model, and why the others may not."""
     outcomes: dict[str, SiteRound | str] = {}
     heads: dict[str, str] = {}
@@ -298,10 +313,10 @@ def _admitted(transport: Transport, plan: RoundPlan, recipe: Recipe, sites: Mapp
         gathering.take(site, None)
     accepted = {site: told for site, told in sorted(outcomes.items()) if isinstance(told, SiteRound)}
     refused = {site: why for site, why in sorted(outcomes.items()) if isinstance(why, str)}
-    if len(accepted) < recipe.federation.quorum:
+    if len(accepted) < quorum:
         raise QuorumError(
-            f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is "
-            f"{recipe.federation.quorum}; the model is as it was. Refused: {refused}"
+            f"round {plan.round}: {len(accepted)} of {len(sites)} replies accepted, quorum is {quorum}; the model is "
+            f"as it was. Refused: {refused}"
         )
     return _Admitted(accepted, refused, heads, {site: updates[site] for site in accepted}, gathering)
 

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 FINISHED, STOPPED, FAILED, AGAIN = 0, 3, 4, 1
 _PAUSE_S = (5.0, 300.0)
 """Before sites that were too few are asked again: the first pause, and the longest."""
+_ADVICE = "`fedicom server resume` when the sites are back, or `fedicom server conclude` with the model as it is"
 _LONGEST = 4000
 """Characters of a reason; with many sites they may be many."""
 
@@ -119,7 +120,7 @@ def _told(status: RunStatus, audit: Log, work: Callable[[], Mapping[str, Any]]) 
             audit.append("run stopped", round=status.plain["round"])
         return STOPPED
     except (QuorumError, ExchangeError) as error:
-        return _failed(status, audit, f"{error}. Nothing is lost: `fedicom server resume` when the sites are back")
+        return _failed(status, audit, f"{error}. Nothing is lost: {_ADVICE}")
     except FedicomError as error:
         return _failed(status, audit, str(error))
     except Exception as error:
@@ -159,8 +160,8 @@ def _work(
     def train(transport: Transport) -> Federated:
         told = _Told(transport, status)
         return coordinate(
-            recipe, told, found.path, audit=audit, resume=True, key=key, ledger_heads=ledger_heads,
-            on_round=status.round_done,
+            recipe, told, found.path, audit=audit, resume=True, end=order.wanted == "concluded", key=key,
+            ledger_heads=ledger_heads, on_round=status.round_done,
         )  # fmt: skip
 
     federated = _with_patience(order, found, connect, status, train, sleep)
@@ -225,9 +226,11 @@ class _Told:
     def __init__(self, transport: Transport, status: RunStatus) -> None:
         self._transport, self._status = transport, status
 
-    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
+    def hello(
+        self, recipe: Recipe, audit_head: str, before: Collection[str] = (), *, quorum: int | None = None
+    ) -> Mapping[str, Hello]:
         self._status.change(state="waiting")
-        return self._transport.hello(recipe, audit_head, before)
+        return self._transport.hello(recipe, audit_head, before, quorum=quorum)
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self._transport.joined(recipe, audit_head)

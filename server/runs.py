@@ -56,7 +56,8 @@ class Order:
 
     run: Name
     recipe_id: Digest
-    wanted: Literal["running", "stopped"]
+    wanted: Literal["running", "concluded", "stopped"]
+    """concluded: train no more, and make the model of what there is."""
     submitted: str
     """UTC, ISO 8601."""
     by: str
@@ -122,7 +123,7 @@ class Run:
     @property
     def active(self) -> bool:
         """Whether a process should work on it."""
-        return self.order.wanted == "running" and self.status.get("state") not in ("finished", "failed")
+        return self.order.wanted != "stopped" and self.status.get("state") not in ("finished", "failed")
 
     def settle(self, **changes: Any) -> bool:
         """Changes the status while no process works on the run; False, and nothing is done, while one does.

@@ -243,10 +243,12 @@ class _Shown:
         self._show, self._rounds, self._out = show, rounds, out
         self._what, self._done, self._total, self._quiet = "Calling the sites", 0, 0, False
 
-    def hello(self, recipe: Recipe, audit_head: str, before: Collection[str] = ()) -> Mapping[str, Hello]:
+    def hello(
+        self, recipe: Recipe, audit_head: str, before: Collection[str] = (), *, quorum: int | None = None
+    ) -> Mapping[str, Hello]:
         self._total = recipe.federation.sites
         self._show.step(self._what, 0, self._total)
-        found = self.transport.hello(recipe, audit_head, before)
+        found = self.transport.hello(recipe, audit_head, before, quorum=quorum)
         all_to_disk(self._out)
         return found
 

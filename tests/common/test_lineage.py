@@ -52,7 +52,9 @@ def digest(*words: object) -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
-def federation(folder: Path, change: Change = lambda log, kind, facts: facts, *, rotate_bytes: int = 1 << 20) -> Path:
+def federation(
+    folder: Path, change: Change = lambda log, kind, facts: facts, *, rotate_bytes: int = 1 << 20, average: bool = False
+) -> Path:
     """A coordinator and two sites over two rounds, with all that a deployed one writes; returns the logs' folder."""
     clock, audit = Clock(), folder / "audit"
     logs = {
@@ -100,15 +102,19 @@ def federation(folder: Path, change: Change = lambda log, kind, facts: facts, *,
             refused={} if number == 1 else {"west": "site refused (policy): <script>alert(1)</script>"},
             heads={site: logs[site].head for site in PATIENTS},
         )  # fmt: skip
+    final = digest("weights", 2)
+    if average:
+        before, final = final, digest("average")
+        say("server", "training ended", recipe_id=RECIPE, round=2, before=before, after=final)
     for site in PATIENTS:
-        say(site, "plan received", recipe_id=RECIPE, round=3, work="evaluate", weights=digest("weights", 2),
+        say(site, "plan received", recipe_id=RECIPE, round=3, work="evaluate", weights=final,
             server_head=logs["server"].head)  # fmt: skip
-        say(site, "evaluation sent", round=3, weights=digest("weights", 2))
-    say("server", "evaluation received", round=3, before=digest("weights", 2), after=digest("weights", 2),
+        say(site, "evaluation sent", round=3, weights=final)
+    say("server", "evaluation received", round=3, before=final, after=final,
         admitted={site: {"digest": digest("none"), "norm": 0.0, "epsilon": 3.0} for site in PATIENTS}, refused={},
         heads={site: logs[site].head for site in PATIENTS})  # fmt: skip
-    say("server", "model exported", file="model.onnx", sha256=digest("file"), weights=digest("weights", 2))
-    say("server", "run concluded", recipe_id=RECIPE, weights=digest("weights", 2))
+    say("server", "model exported", file="model.onnx", sha256=digest("file"), weights=final)
+    say("server", "run concluded", recipe_id=RECIPE, weights=final)
     say("server", "node revoked", site="west", why="left the federation")
     return audit
 
@@ -147,6 +153,20 @@ def test_a_site_without_its_log_is_told_from_the_coordinators_word_and_said_to_b
     assert (found.sites["south"].log, found.sites["south"].manifests) == (False, (digest("data", "south"),))
     assert "what south says: its log is not there" in found.not_checked
     assert "2 of 4 admitted updates stand in the logs of the sites that sent them" in found.checked
+
+
+def test_a_run_that_an_operator_ended_is_traced_to_the_moving_average_that_its_log_names(tmp_path):
+    federation(tmp_path / "ended", average=True)
+    found = traced(tmp_path / "ended")
+    assert (found.weights, found.early_stopped) == (digest("average"), False)
+    assert [link.round for link in found.rounds] == [1, 2]
+    for name, change in {
+        "another": at("server", "training ended", before="ab" * 32),
+        "untold": at("server", "training ended"),
+    }.items():
+        federation(tmp_path / name, change, average=True)
+        with pytest.raises(LineageError, match="not the output of the last aggregation"):
+            traced(tmp_path / name)
 
 
 def at(log: str, kind: str, number: int | None = None, **changes: Any) -> Change:

@@ -69,6 +69,27 @@ def test_a_site_away_for_three_rounds_is_left_out_and_takes_part_again(federatio
     assert any(away in sites for sites in admitted)
 
 
+def test_a_run_whose_sites_have_left_is_concluded_with_who_is_there(federation):
+    stays, *leave = PLAN.sites
+    federation.approve("left", "rounds=60", "federation.offline_s=2", "name=left")
+    federation.run("left", "left")
+    federation.wait_round(2, "left")
+    for site in leave:
+        federation.kill(site)
+    federation.fedicom("server", "conclude", "left", "--home", federation.server.path)
+    summary = federation.wait_finished("left")["summary"]
+    for site in leave:
+        federation.start(site)
+        wait_for(lambda site=site: is_ready(federation, site) or None, "the node", 600)
+    trained, notes = rounds(federation, "left"), summary["notes"]
+    assert summary["rounds"] == trained[-1]["round"] < 60
+    assert summary["weight_digest"] == trained[-1]["after"]
+    assert f"An operator ended the training after round {summary['rounds']} of 60." in notes
+    assert f"The run was concluded without the measures of {', '.join(leave)} on the final model." in notes
+    assert summary["sites"][stays]["auroc"] is not None
+    assert (federation.server.runs / "left" / "model.onnx").is_file()
+
+
 def is_ready(federation, site: str) -> bool:
     """Whether a site's node waits for work, and the coordinator sees it."""
     own = read_status(federation.site(site).status_file) or {}

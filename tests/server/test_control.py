@@ -296,6 +296,46 @@ def test_stop_ends_the_process_and_resume_begins_another(with_run):
     assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 409
 
 
+@pytest.mark.parametrize("state", ["training", "stopped", "failed"])
+def test_a_run_is_concluded_at_work_or_not_once_a_round_is_behind_it(with_run, state):
+    first = with_run.until(lambda: with_run.starts("trial-1"))[0]
+    code, answer = with_run.ask("POST", "/v1/runs/trial-1/conclude")
+    assert (code, answer["error"]) == (
+        409,
+        "run trial-1 has no round behind it, so there is no model to conclude with; `fedicom server stop trial-1` ends "
+        "it",
+    )
+    os.kill(first, 0)
+    assert Run(with_run.house.home, "trial-1").settle(state="training", round=1)
+    if state == "stopped":
+        assert with_run.ask("POST", "/v1/runs/trial-1/stop")[0] == 200
+    elif state == "failed":
+        with_run.end("trial-1", 4, state="failed", error="too few sites")
+        with_run.until(lambda: not with_run.control.run_status("trial-1")["at_work"])
+    code, answer = with_run.ask("POST", "/v1/runs/trial-1/conclude")
+    assert (code, answer["state"], answer["error"], answer["at_work"]) == (200, "waiting", None, True)
+    assert answer["wanted"] == "concluded"
+    assert events(with_run.house, "operator action")[-1]["action"] == "conclude"
+    with_run.until(lambda: len(with_run.starts("trial-1")) == 2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    # killed, it is started again for the same; when it is over, for nothing
+    os.kill(with_run.starts("trial-1")[1], signal.SIGKILL)
+    with_run.until(lambda: len(with_run.starts("trial-1")) == 3)
+    with_run.end("trial-1", 0, state="finished")
+    with_run.until(lambda: not with_run.control.run_status("trial-1")["at_work"])
+    code, answer = with_run.ask("POST", "/v1/runs/trial-1/conclude")
+    assert (code, answer["error"]) == (409, "run trial-1 is finished; its model is in runs/trial-1")
+
+
+def test_a_run_is_not_concluded_while_another_works_on_its_recipe(with_run):
+    assert Run(with_run.house.home, "trial-1").settle(round=1)
+    assert with_run.ask("POST", "/v1/runs/trial-1/stop")[0] == 200
+    assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
+    assert with_run.ask("POST", "/v1/runs/trial-1/conclude")[0] == 409
+    assert with_run.control.run_status("trial-1")["wanted"] == "stopped"
+
+
 def test_a_run_whose_folder_was_removed_is_ended_and_keeps_no_other_from_running(with_run):
     with_run.until(lambda: with_run.starts("trial-1"))
     shutil.rmtree(Run(with_run.house.home, "trial-1").path)

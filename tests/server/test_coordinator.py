@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 
 from common.audit import AuditLog, verify
-from common.config import Federation, Preprocessing, Privacy, Recipe
+from common.config import EarlyStopping, Federation, Preprocessing, Privacy, Recipe
 from common.errors import QuorumError, StorageError
-from common.exchange import Failure, Hello, RoundPlan, Spent, Update
+from common.exchange import Failure, Hello, RoundPlan, Scores, Spent, Update
 from common.identity import Signer
 from common.vault import new_key_file
 from common.weights import Weights
@@ -54,8 +55,9 @@ class Fake:
         self.before: tuple[str, ...] = ()
         self._die, self._silent, self._first, self._later = die_in_round, silent, first, later or {}
 
-    def hello(self, recipe, audit_head, before=()):
+    def hello(self, recipe, audit_head, before=(), *, quorum=None):
         self.questions += 1
+        self.quorum = quorum
         self.before = tuple(before)
         return {site: hello(site) for site in self._first}
 
@@ -136,6 +138,83 @@ def test_a_folder_with_checkpoints_is_not_started_over(tmp_path):
     with pytest.raises(StorageError, match="resume=true"):
         run(tmp_path, Fake())
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+
+
+def cut(out, killed, recipe=RECIPE):
+    with pytest.raises(KeyboardInterrupt):
+        run(out, Fake(die_in_round=killed), recipe)
+    state = coordinator.checkpoint.load(out / "checkpoints", recipe.id)
+    assert state is not None
+    return state
+
+
+@pytest.mark.parametrize("first", [("east", "north", "west"), ("north",), ()])
+@pytest.mark.parametrize("killed", [2, 5])
+def test_a_run_that_is_ended_takes_the_model_of_its_last_round_and_asks_who_is_there_for_measures(
+    tmp_path, killed, first
+):
+    trained = cut(tmp_path, killed)
+    net = Fake(first=first)
+    state = run(tmp_path, net, resume=True, end=True).state
+    assert (net.asked, net.sites, net.quorum) == ([killed], [first], 0)
+    assert (state.done, state.ended, state.round) == (True, True, killed - 1)
+    assert state.weights.digest == trained.weights.digest
+    assert (state.history[-1].work, tuple(state.history[-1].accepted)) == ("evaluate", first)
+    said = next(event for event in verify(tmp_path / "server.jsonl") if event.kind == "training ended")
+    assert (said.facts["round"], said.facts["before"], said.facts["after"]) == (
+        killed - 1, state.weights.digest, state.weights.digest,
+    )  # fmt: skip
+    again = run(tmp_path, Fake(), resume=True)
+    assert again.state == state
+    assert list(again.hellos) == ["east", "north", "west"]
+
+
+def test_an_end_that_was_ordered_and_killed_is_ordered_again_or_taken_back(tmp_path):
+    trained = cut(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fake(die_in_round=3), resume=True, end=True)
+    assert coordinator.checkpoint.load(tmp_path / "checkpoints", RECIPE.id) == trained
+    assert run(tmp_path, Fake(), resume=True).state.round == 4
+
+
+def test_with_a_moving_average_it_is_the_model_and_the_log_says_so(tmp_path):
+    recipe = replace(RECIPE, federation=replace(RECIPE.federation, ema_decay=0.9))
+    trained = cut(tmp_path, 4, recipe)
+    state = run(tmp_path, Fake(first=()), recipe, resume=True, end=True).state
+    assert trained.average is not None
+    assert state.weights.digest == trained.average.digest != trained.weights.digest
+    said = next(event for event in verify(tmp_path / "server.jsonl") if event.kind == "training ended")
+    assert (said.facts["before"], said.facts["after"]) == (trained.weights.digest, state.weights.digest)
+
+
+def test_with_early_stopping_the_better_earlier_model_is_taken(tmp_path):
+    stopping = EarlyStopping(patience_rounds=3)
+    recipe = replace(RECIPE, federation=replace(RECIPE.federation, early_stopping=stopping))
+    scores = {1: 0.5, 2: 0.9, 3: 0.6}
+
+    class Scored(Fake):
+        def ask(self, plan, sites, timeout_s):
+            replies = super().ask(plan, sites, timeout_s)
+            values = {"auroc": scores.get(plan.round, 0.4)}
+            return [replace(reply, validation=Scores(patients=9, values=values)) for reply in replies]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Scored(die_in_round=4), recipe)
+    best = coordinator.checkpoint.load(tmp_path / "checkpoints", recipe.id).best
+    for first in (("east",), ()):
+        out = tmp_path / str(len(first))
+        shutil.copytree(tmp_path / "checkpoints", out / "checkpoints")
+        net = Scored(first=first)
+        state = run(out, net, recipe, resume=True, end=True).state
+        assert state.weights.digest == best.digest == state.history[0].after
+        assert net.asked == [4, 4]  # the last model, and the one that is taken
+
+
+def test_a_run_without_a_round_on_disk_cannot_be_ended(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fake(die_in_round=1))
+    with pytest.raises(StorageError, match="there is no model to end with"):
+        run(tmp_path, Fake(), resume=True, end=True)
 
 
 @pytest.mark.parametrize(("killed", "before"), [(1, ("east", "north", "west")), (3, ("east", "north"))])

@@ -20,6 +20,8 @@ from common.audit import verify
 from common.errors import ConfigError, QuorumError
 from common.exchange import Failure
 from common.identity import Signer
+from common.lineage import lineage, runs
+from common.logs import read_logs
 from common.signed import sign_recipe
 from common.vault import new_key_file
 from server import checkpoint, runner
@@ -99,8 +101,8 @@ class Changed:
     def __init__(self, transport, rule):
         self._transport, self._rule = transport, rule
 
-    def hello(self, recipe, audit_head, before=()):
-        return self._transport.hello(recipe, audit_head, before)
+    def hello(self, recipe, audit_head, before=(), *, quorum=None):
+        return self._transport.hello(recipe, audit_head, before, quorum=quorum)
 
     def joined(self, recipe, audit_head):
         return self._transport.joined(recipe, audit_head)
@@ -184,10 +186,46 @@ def test_when_patience_is_over_the_run_has_failed_and_says_what_to_do(house, qui
     assert run(house.home, "lonely", connect=house.connect(change=ruled(silent)), sleep=pauses.append) == FAILED
     assert pauses == [5.0, 10.0, 20.0]  # the next would have ended after 75 s
     assert found.status["state"] == "failed"
-    assert found.status["error"].endswith("Nothing is lost: `fedicom server resume` when the sites are back")
+    assert found.status["error"].endswith("or `fedicom server conclude` with the model as it is")
     assert verify(house.home.audit_file)[-1].kind == "run failed"
     assert run(house.home, "lonely", connect=house.connect()) == FINISHED
     assert digest(found) == quiet
+
+
+@pytest.mark.parametrize("present", [("north",), ()])
+def test_a_run_whose_sites_have_left_is_concluded_with_the_model_of_its_last_round(house, present):
+    def leave(plan, ask):
+        if plan.round == 2:
+            raise QuorumError("round 2: 1 of 3 replies accepted, quorum is 2")
+        return ask()
+
+    class Left(Changed):
+        def hello(self, recipe, audit_head, before=(), *, quorum=None):
+            found = super().hello(recipe, audit_head, before, quorum=quorum)
+            return {site: said for site, said in found.items() if site in present}
+
+    found = house.order("left", patience_s=0)
+    assert run(house.home, "left", connect=house.connect(change=ruled(leave))) == FAILED
+    trained = checkpoint.load(found.path / "checkpoints", found.order.recipe_id)
+    house.order("left", wanted="concluded")
+    rule = lambda transport: Left(transport, lambda plan, ask: ask())  # noqa: E731
+    assert run(house.home, "left", connect=house.connect(change=rule)) == FINISHED
+    assert digest(found) == trained.weights.digest
+    status = found.status
+    assert (status["state"], status["round"], status["rounds"]) == ("finished", 1, 2)
+    silent = [site for site in ("east", "north", "west") if site not in present]
+    assert status["summary"]["notes"][-2:] == [
+        "An operator ended the training after round 1 of 2.",
+        f"The run was concluded without the measures of {', '.join(silent)} on the final model.",
+    ]
+    assert (status["summary"]["rounds"], status["summary"]["weight_digest"]) == (1, trained.weights.digest)
+    assert {name for name, site in status["summary"]["sites"].items() if site["auroc"]} <= set(present)
+    assert all(site["epsilon"] > 0 for site in status["summary"]["sites"].values())
+    for text in ((found.path / "report.html").read_text(), (found.path / "model_card.md").read_text()):
+        assert "An operator ended the training after round 1 of 2." in text
+    logs = read_logs([house.home.audit_file])
+    (traced,) = runs(logs[0])
+    assert [link.round for link in lineage(traced, traced.exports[-1], logs).rounds] == [1]
 
 
 @contextmanager

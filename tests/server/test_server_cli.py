@@ -96,6 +96,17 @@ def test_stop_and_resume(asking, said):
     asking.until(lambda: len(asking.starts("tiny")) == 2)
 
 
+def test_conclude(asking, said):
+    said("run", recipe(asking), "--detach")
+    asking.until(lambda: asking.starts("tiny"))
+    code, _, err = said("conclude", "tiny")
+    assert code == 2
+    assert "no round behind it" in err
+    assert Run(asking.house.home, "tiny").settle(round=1)
+    assert said("conclude", "tiny")[:2] == (0, "Run tiny trains no more and is concluded; `fedicom server status`\n")
+    asking.until(lambda: len(asking.starts("tiny")) == 2)
+
+
 TOLD = {
     "state": "training", "round": 1, "eta_s": 600, "last_round": {"validation": 0.75},
     "sites": {

@@ -579,6 +579,35 @@ def test_a_site_that_still_works_for_a_process_that_was_killed_is_waited_for(
     assert took_s <= clock.now - began < took_s + 2
 
 
+def test_where_nobody_has_to_be_there_the_sites_get_offline_s_and_then_whoever_came_is_asked(clock, sites):
+    for site in sites[1:]:
+        site.online = False
+    transport = Watched(Connected(clock, *sites))
+    began = clock.now
+    assert list(transport.hello(RECIPE, HEAD, SITES, quorum=0)) == ["north"]
+    assert clock.now - began == pytest.approx(60, abs=2)
+    sites[0].rule = lambda message: None
+    clock.after(5, lambda: setattr(sites[0], "online", False))
+    began = clock.now
+    (reply,) = transport.ask(PLAN, ["north"], 600.0)
+    assert reply.why.startswith("offline since")
+    assert clock.now - began == pytest.approx(65, abs=3)
+    assert list(transport.ask(PLAN, [], 600.0)) == []
+
+
+def test_where_nobody_has_to_be_there_nobody_is_no_error(clock, sites):
+    for site in sites:
+        site.online = False
+    began = clock.now
+    assert Watched(Connected(clock, *sites)).hello(RECIPE, HEAD, SITES, quorum=0) == {}
+    assert clock.now - began == pytest.approx(60, abs=2)
+
+
+def test_where_nobody_has_to_be_there_one_at_work_has_the_whole_time(clock, sites):
+    sites[0].delay_s = 300
+    assert list(Watched(Connected(clock, *sites)).hello(RECIPE, HEAD, SITES, quorum=0)) == list(SITES)
+
+
 def test_too_few_sites_are_a_quorum_error_that_quotes_who_would_not(clock, sites):
     sites[0].online = False
     sites[2].meets = lambda message: sites[2].says(message, refusal("west"))
