@@ -89,9 +89,9 @@ _STALLED_S = 900.0
 _KINDS = (MessageType.QUERY, MessageType.TRAIN, MessageType.EVALUATE)
 _BUNDLE_FILES = {"pyproject.toml", ".info/CONTENT"}
 """All that a bundle without code holds; the second is Flower's list of the first."""
-_NODE_ID_FILE, _BELL_FILE = "node-id", "message.bell"
-_BELL_S = 2.0
-"""Between two looks for a message when no bell is heard."""
+_NODE_ID_FILE, _BELL_FILE, _REPLY_BELL_FILE = "node-id", "message.bell", "reply.bell"
+_BELL_S, _REPLY_BELL_S = 2.0, 1.0
+"""Between two looks for a message, or for the runner's reply, when no bell is heard."""
 _HOME = "FEDICOM_SITE_HOME"
 """Of the SuperNode's environment: the site's folder."""
 
@@ -120,7 +120,11 @@ def serve(
         StorageError: The secret that the SuperNode expects cannot be read.
     """
     _spare_loopback()
-    tell, bell = _on_change(on_state), Bell(home.supernode / _BELL_FILE)
+    tell, bell, replied = (
+        _on_change(on_state),
+        Bell(home.supernode / _BELL_FILE),
+        Bell(home.supernode / _REPLY_BELL_FILE),
+    )
     pause_s = _POLL_S[0]
     while not stop.is_set():
         try:
@@ -132,11 +136,11 @@ def serve(
                     pause_s = _POLL_S[0]
                     if not got.HasField("task"):
                         tell("ready")
-                        longest_s = _BELL_S if bell.there else _POLL_S[1]
-                        bell.wait(mark, _pause_s(time.monotonic() - idle, _POLL_S[0], longest_s), stop.wait)
+                        shortest_s, longest_s = (_BELL_S, _BELL_S) if bell.there else _POLL_S
+                        bell.wait(mark, _pause_s(time.monotonic() - idle, shortest_s, longest_s), stop.wait)
                         continue
                     tell("working")
-                    _work(app, port, got.token, refused)
+                    _work(app, port, got.token, refused, replied)
                     idle = time.monotonic()
         except (httpx.HTTPError, ObjectPullError, ObjectPushError, ExchangeError) as error:
             tell("waiting")
@@ -166,7 +170,7 @@ def objection(kind: str, run_config: Mapping[str, object], bundle: bytes) -> str
     return None
 
 
-def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], None]) -> None:
+def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], None], replied: Bell) -> None:
     """Answers the message of one task.
 
     The output is pushed last, and only when the reply went out: a task that ended without a reply would let the
@@ -189,6 +193,7 @@ def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], None])
                 reply = Message(failed, reply_to=message)
         _free(message)
         push_message(client, reply, context)
+        replied.ring()
         _free(reply)
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
 
@@ -352,7 +357,7 @@ def main() -> None:
     # It sleeps 3 s between two looks for a message and 0.5 s between two looks for the runner's reply.
     stop = threading.Event()
     doorbell = Doorbell(Remote(SiteHome(Path(os.environ[_HOME])), stop), stop) if _HOME in os.environ else None
-    loop.time = _Clock(doorbell)
+    loop.time = _Clock(doorbell, Bell(Path(os.environ["FLWR_HOME"]) / _REPLY_BELL_FILE))
     # It sleeps 1, 2, 4 ... s when the coordinator is still uploading a piece of the message it just announced.
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
@@ -376,19 +381,29 @@ def main() -> None:
 class _Clock:
     """Stands for the module `time` in the SuperNode's loop."""
 
-    def __init__(self, doorbell: Doorbell | None) -> None:
+    def __init__(self, doorbell: Doorbell | None, replied: Bell) -> None:
+        """
+        Args:
+            doorbell: The coordinator's, for a message; None where no gateway rings.
+            replied: The runner's, for its reply.
+        """
         self._doorbell, self._idle, self._busy = doorbell, time.monotonic(), time.monotonic()
+        self._replied, self._mark = replied, replied.mark
 
     def sleep(self, seconds: float) -> None:
         now = time.monotonic()
         if seconds < 1:  # it waits for the runner, whose work began when the loop was last idle
             self._idle = now
-            time.sleep(_pause_s(now - self._busy, 0.02, 0.1))
-            return
-        pause_s = _pause_s(now - self._idle, 0.1, 3.0)
-        if self._doorbell is None or not self._doorbell.wait():
-            time.sleep(min(seconds, pause_s))
-        self._busy = time.monotonic()
+            if self._replied.there:
+                self._replied.wait(self._mark, _REPLY_BELL_S)
+            else:
+                time.sleep(_pause_s(now - self._busy, 0.02, 0.1))
+        else:
+            pause_s = _pause_s(now - self._idle, 0.1, 3.0)
+            if self._doorbell is None or not self._doorbell.wait():
+                time.sleep(min(seconds, pause_s))
+            self._busy = time.monotonic()
+        self._mark = self._replied.mark  # before the next look
 
 
 def _pause_s(idle_s: float, shortest_s: float, longest_s: float) -> float:

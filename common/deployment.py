@@ -224,7 +224,7 @@ def yaml_of(path: Path) -> Any:
     """
     import yaml
 
-    class Once(yaml.SafeLoader):
+    class Once(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # where libyaml is there
         """YAML itself takes the last of two fields of one name without a word: half a policy would be lost."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -234,7 +234,7 @@ def yaml_of(path: Path) -> Any:
                     line = key.start_mark.line + 1
                     raise ConfigError(f"{path.name}, line {line}: {name[:64]!r} is given twice; keep one")
                 met.add(name)
-            return super().construct_mapping(node, deep)
+            return dict(super().construct_mapping(node, deep))
 
     with storing(path.name):
         data = path.read_bytes()

@@ -27,7 +27,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from email.utils import formatdate
@@ -309,7 +309,7 @@ class _Conversation(Beside):
     ) -> None:
         self._gateway, self._limits, self._address = gateway, gateway.limits, address
         self._reader, self._writer = reader, writer
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=gateway.limits.header_bytes)
+        self._http = self._fresh()
         self._node: str | None = None
         self._served = 0
 
@@ -317,7 +317,15 @@ class _Conversation(Beside):
         """Returns when the connection is to be closed."""
         while not self._gateway.stopping and await self._turn():
             self._served += 1
-            self._http.start_next_cycle()
+            if self._beyond is None:
+                self._http.start_next_cycle()
+            else:
+                self._http, rest, self._beyond = self._fresh(), self._beyond, None
+                if rest:
+                    self._http.receive_data(rest)
+
+    def _fresh(self) -> h11.Connection:
+        return h11.Connection(h11.SERVER, max_incomplete_event_size=self._limits.header_bytes)
 
     def release(self) -> None:
         """Gives the connection back to its node's share."""
@@ -353,7 +361,8 @@ class _Conversation(Beside):
                 self._gateway.answers.note(self._node, entry.route, entry.received, entry.sent)
             if entry.status:
                 self._gateway.requests.note(entry)
-        return self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
+        whole = self._http.their_state is h11.DONE or self._beyond is not None
+        return self._http.our_state is h11.DONE and whole
 
     async def _head(self) -> h11.Request | None:
         """The next request's line and headers, or None if the peer left."""
@@ -373,12 +382,6 @@ class _Conversation(Beside):
         except OSError:
             return None
         return event if isinstance(event, h11.Request) else None
-
-    def _next_event(self) -> Any:
-        try:
-            return self._http.next_event()
-        except h11.RemoteProtocolError as error:
-            raise Refused(error.error_status_hint, "malformed") from None
 
     def _admit(self, request: h11.Request, entry: Entry) -> dict[bytes, bytes]:
         """Judges a request by its head alone.
@@ -454,31 +457,6 @@ class _Conversation(Beside):
             raise Refused(502, "upstream broke", answer=not entry.status) from None
         finally:
             writer.transport.abort()
-
-    async def _body(self, entry: Entry) -> AsyncIterator[bytes]:
-        """The request's body; its bytes, and the time that the peer takes for them, are limited."""
-        limits, waited_s, loop = self._limits, 0.0, asyncio.get_running_loop()
-        while True:
-            while (event := self._next_event()) is h11.NEED_DATA:
-                allowed_s = min(limits.body_s, limits.body_grace_s + entry.received / limits.body_bytes_per_s)
-                began = loop.time()
-                try:
-                    async with asyncio.timeout(allowed_s - waited_s):
-                        data = await self._reader.read(_CHUNK_BYTES)
-                except TimeoutError:
-                    raise Refused(408, "slow body", answer=False) from None
-                except OSError:
-                    data = b""
-                if not data:
-                    raise Refused(499, "gone", answer=False)
-                waited_s += loop.time() - began
-                self._http.receive_data(data)
-            if not isinstance(event, h11.Data):
-                return
-            entry.received += len(event.data)
-            if entry.received > limits.body_bytes:
-                raise Refused(413, "body size")
-            yield bytes(event.data)
 
     async def _ask(self, upstream: h11.Connection, writer: asyncio.StreamWriter, event: h11.Event) -> None:
         writer.write(upstream.send(event) or b"")

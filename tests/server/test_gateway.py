@@ -57,7 +57,7 @@ from common.bell import Bell
 from common.errors import ConfigError, FedicomError
 from common.identity import Signer
 from common.registry import Member, Registry
-from server import gateway_rules
+from server import gateway_beside, gateway_rules
 from server.blobs import Round, Store
 from server.gateway import Gateway, GatewayConfig, GatewayLimits, RegistryKeys, flower_header
 from server.gateway_nginx import nginx_config, write_nginx
@@ -1348,6 +1348,56 @@ def test_a_piece_that_was_cut_is_not_there_and_can_be_sent_again(weights):
         sock.sendall(head(line=f"PUT {path} HTTP/1.1", headers=headers) + weights.piece[:1_000_000])
     assert weights.ask("GET", weights.path()).json() == []
     assert weights.ask("PUT", path, body=weights.piece).status_code == 200
+
+
+@pytest.mark.parametrize("cut", [1, 700, 1_500_000])
+def test_requests_that_come_together_with_a_piece_are_each_answered(weights, cut):
+    """The bytes of a piece go past the parser: nothing of the next request may go with them, and none may stay."""
+    north, data = weights.door.sites.keys["north"], b""
+    pieces = [weights.piece, b"x", weights.piece[:2_000]]
+    for method, piece in (*(("PUT", piece) for piece in pieces), ("GET", None), ("PUT", b"y"), ("GET", None)):
+        path = weights.path(piece) if piece is not None else weights.path()
+        length = {"content-length": str(len(piece or b""))} if method == "PUT" else {}
+        line = f"{method} {path} HTTP/1.1"
+        data += head(line=line, headers=north.beside(method, path) | length) + (piece or b"")
+    path = weights.path(weights.name)
+    data += head(line=f"GET {path} HTTP/1.1", headers=north.beside("GET", path) | {"connection": "close"})
+    with weights.door.connect() as sock:
+        first = threading.Thread(target=lambda: (sock.sendall(data[:cut]), time.sleep(0.05), sock.sendall(data[cut:])))
+        first.start()
+        answer = rest(sock)
+        first.join()
+    assert answer.count(b"HTTP/1.1 200") == 7
+    names = [sorted(hashlib.sha256(piece).hexdigest() for piece in some) for some in (pieces, [*pieces, b"y"])]
+    assert [json.dumps(each).encode() in answer for each in names] == [True, True]
+    assert answer.endswith(weights.piece)
+    for piece in (*pieces, b"y"):
+        got = memoryview(bytearray(len(piece)))
+        weights.round_.answers("north").get(hashlib.sha256(piece).hexdigest(), got)
+        assert bytes(got) == piece
+
+
+def test_a_piece_that_comes_byte_by_byte_is_whole(weights):
+    piece = random.Random(2).randbytes(3_000)
+    path = weights.path(piece)
+    signed = weights.door.sites.keys["north"].beside("PUT", path)
+    with weights.door.connect() as sock:
+        sock.sendall(head(line=f"PUT {path} HTTP/1.1", headers=signed | {"content-length": "3000"}))
+        for at in range(3_000):
+            sock.sendall(piece[at : at + 1])
+        assert sock.recv(1 << 12).startswith(b"HTTP/1.1 200")
+    got = memoryview(bytearray(3_000))
+    weights.round_.answers("north").get(hashlib.sha256(piece).hexdigest(), got)
+    assert bytes(got) == piece
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_all_of_a_piece(tmp_path, monkeypatch):
+    write, writev = os.write, os.writev
+    monkeypatch.setattr(os, "writev", lambda file, block: writev(file, [b"".join(block)[:5]]))
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
+    with (tmp_path / "piece").open("wb", buffering=0) as file:
+        gateway_beside._keep(file.fileno(), [b"0123", b"456", b"789"])
+    assert (tmp_path / "piece").read_bytes() == b"0123456789"
 
 
 def test_a_signature_is_good_for_one_method_and_path_and_flowers_own_for_none(weights):
