@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Condition, Lock
 from typing import NamedTuple, Protocol
@@ -194,27 +195,106 @@ def _private_gradients(
     views = engines[0].views
     patients = torch.tensor([len(x_B) // views for x_B in x], device=x[0].device)
     present_SP = torch.arange(max(map(len, x)) // views, device=x[0].device) < patients[:, None]
-
-    def loss(values: Values, x_V: torch.Tensor, target_V: torch.Tensor, weight_C: torch.Tensor | None) -> torch.Tensor:
-        logits = _logits(model, recipe, values, x_V)
-        return per_record(losses_of(recipe, logits, target_V, weight_C), views).mean()
-
-    x_SPV, target_SPV = (_padded(values).unflatten(1, (-1, views)) for values in (x, target))
-    every = 0 if weight_SC is not None else None
-    of_patients = vmap(grad(loss), in_dims=(None, 0, 0, None))
     values = {name: value.detach() for name, value in parameters.items()}
-    gradients = vmap(of_patients, in_dims=(0, 0, 0, every))(values, x_SPV, target_SPV, weight_SC)
+    x_SPV, target_SPV = (_padded(some).unflatten(1, (-1, views)) for some in (x, target))
+    given = model, recipe, values, weight_SC, x_SPV, target_SPV
+    norm_SP, summed = _of_linear(*given) or _of_patients(*given)
     clip_S = torch.tensor([engine.clip_norm for engine in engines], device=present_SP.device)
-    norms = [torch.linalg.vector_norm(g.flatten(2), dim=2) for g in gradients.values()]
-    norm_SP = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     factors = clip_factors((norm_SP / clip_S[:, None]).square().flatten(), 1.0)
     factor = torch.zeros_like(norm_SP).flatten()
     factor[slice(None) if factors.rows is None else factors.rows] = factors.patients
     factor_SP = torch.where(present_SP, factor.view_as(norm_SP), 0)
-    for name, g in gradients.items():
-        whole = g if factors.rows is None else g.nan_to_num(0, 0, 0)
-        parameters[name].grad = torch.einsum("sp,sp...->s...", factor_SP, whole)
+    for name, total in summed(factor_SP, factors.rows is None).items():
+        parameters[name].grad = total
     _release(model, parameters, engines, norm_SP, [len(x_B) // views for x_B in x])
+
+
+_Summed = Callable[[torch.Tensor, bool], Values]
+"""(factors (S, P), whether all gradients are finite) -> each site's sum of its patients' gradients times these."""
+
+
+def _of_patients(
+    model: nn.Module,
+    recipe: Recipe,
+    values: Values,
+    weight_SC: torch.Tensor | None,
+    x_SPV: torch.Tensor,
+    target_SPV: torch.Tensor,
+) -> tuple[torch.Tensor, _Summed]:
+    """Norms (S, P) of the gradients of every patient of every site, and their sums, by `torch.func`."""
+
+    def loss(values: Values, x_V: torch.Tensor, target_V: torch.Tensor, weight_C: torch.Tensor | None) -> torch.Tensor:
+        logits = _logits(model, recipe, values, x_V)
+        return per_record(losses_of(recipe, logits, target_V, weight_C), len(x_V)).mean()
+
+    every = 0 if weight_SC is not None else None
+    of_site = vmap(grad(loss), in_dims=(None, 0, 0, None))
+    gradients = vmap(of_site, in_dims=(0, 0, 0, every))(values, x_SPV, target_SPV, weight_SC)
+    norms = [torch.linalg.vector_norm(g.flatten(2), dim=2) for g in gradients.values()]
+
+    def summed(factor_SP: torch.Tensor, finite: bool) -> Values:
+        whole = gradients if finite else {name: g.nan_to_num(0, 0, 0) for name, g in gradients.items()}
+        return {name: torch.einsum("sp,sp...->s...", factor_SP, g) for name, g in whole.items()}
+
+    return torch.linalg.vector_norm(torch.stack(norms), dim=0), summed
+
+
+def _of_linear(
+    model: nn.Module,
+    recipe: Recipe,
+    values: Values,
+    weight_SC: torch.Tensor | None,
+    x_SPV: torch.Tensor,
+    target_SPV: torch.Tensor,
+) -> tuple[torch.Tensor, _Summed] | None:
+    """As `_of_patients`, where one linear layer over each record is all that is trained; None elsewhere.
+
+    A patient's gradient is the product of what goes into the layer and what comes back to it, and is never formed.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    name, layer = next(((a, b) for a, b in found if {f"{a}.weight", f"{a}.bias"} == values.keys()), ("", None))
+    if layer is None:
+        return None
+    shape = x_SPV.shape[:3]
+    weight_SCF, bias_SC = values[f"{name}.weight"], values[f"{name}.bias"]
+    went: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def beside(_: nn.Module, into: tuple[torch.Tensor, ...], __: torch.Tensor) -> torch.Tensor | None:
+        if into[0].dim() != 2:
+            return None
+        into_SRF = into[0].unflatten(0, (shape[0], -1))
+        out = (torch.matmul(into_SRF, weight_SCF.mT) + bias_SC[:, None]).requires_grad_()
+        went.append((into_SRF, out))
+        return out.flatten(0, 1)
+
+    handle, drawn = layer.register_forward_hook(beside), torch.get_rng_state()
+    try:
+        logits = _logits(model, recipe, {}, x_SPV.flatten(0, 2))
+    finally:
+        handle.remove()
+    if not torch.equal(drawn, torch.get_rng_state()):
+        raise RuntimeError("the network draws random numbers, which each site would from a source of its own")
+    if len(went) != 1:
+        return None
+    every = 0 if weight_SC is not None else None
+    losses_SR = vmap(partial(losses_of, recipe), in_dims=(0, 0, every))(
+        logits.unflatten(0, (shape[0], -1)), target_SPV.flatten(1, 2), weight_SC
+    )
+    (back,) = torch.autograd.grad(per_record(losses_SR.flatten(), shape.numel()).sum() / shape[2], went[0][1])
+    into_SPVF, back_SPVC = (value.float().unflatten(1, shape[1:]) for value in (went[0][0], back))
+    if shape[2] == 1:
+        rows = [torch.linalg.vector_norm(value, dim=(2, 3)) for value in (into_SPVF, back_SPVC)]
+        norm_SP = rows[1] * (1 + rows[0].square()).sqrt()
+    else:  # of views, whose gradients are added before they are measured
+        squares = (into_SPVF @ into_SPVF.mT + 1) * (back_SPVC @ back_SPVC.mT)
+        norm_SP = squares.sum((2, 3)).clamp(min=0).sqrt()
+
+    def summed(factor_SP: torch.Tensor, finite: bool) -> Values:
+        into, back = ((v if finite else v.nan_to_num(0, 0, 0)).flatten(1, 2) for v in (into_SPVF, back_SPVC))
+        back = back * factor_SP.repeat_interleave(shape[2], dim=1)[:, :, None]
+        return {f"{name}.weight": back.mT @ into, f"{name}.bias": back.sum(1)}
+
+    return norm_SP, summed
 
 
 def _release(

@@ -35,6 +35,7 @@ __all__ = ["hospitals", "no_export"]
 CPU = torch.device("cpu")
 PRIVATE = Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-3, unsafe_seeded_noise=True)
 SMALL = ModelConfig(family="monai", name="resnet10", width=0.125, stem="small")
+LINEAR = ModelConfig(family="scattering", name="linear")
 FLAT = Preprocessing(size=(16, 16))
 
 
@@ -105,8 +106,14 @@ RECIPES = {
     "a head on a fixed network": recipe_of(),
     "privacy": recipe_of(privacy=PRIVATE),
     "privacy, a clip norm that follows": recipe_of(privacy=replace(PRIVATE, clip_quantile=0.5)),
+    "privacy, a linear layer over scattering": recipe_of(
+        privacy=PRIVATE,
+        model=LINEAR,
+        training=Training(optimizer="sgd", lr=0.5, batch_size=5, class_weights=(0.5, 2.0)),
+    ),
+    "privacy, a head on a fixed network": recipe_of(privacy=PRIVATE, model=replace(SMALL, norm="group")),
     "privacy, two views, scattering": recipe_of(
-        privacy=replace(PRIVATE, views=2), model=ModelConfig(family="scattering", name="linear")
+        privacy=replace(PRIVATE, views=2), model=LINEAR
     ),
 }  # fmt: skip
 
@@ -134,6 +141,52 @@ def test_sites_abreast_end_where_each_ends_alone(name: str, tmp_path: Path) -> N
         assert list(together.delta) == list(alone.delta)
     # and the sites differ from each other by far more, or this would show nothing
     assert away(found[0][1].delta, found[1][1].delta) > 0.05
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_where_a_linear_layer_is_all_that_is_trained_no_gradient_of_a_patient_is_formed_and_the_sums_are_the_same(
+    views: int, broken: bool, weighted: bool
+) -> None:
+    recipe, random = recipe_of(privacy=PRIVATE, model=LINEAR), torch.Generator().manual_seed(4)
+    model = build(recipe).train()
+    values = {name: torch.randn(2, *value.shape, generator=random) for name, value in module.trainable(model).items()}
+    x = torch.randn(2, 5, views, 1, 16, 16, generator=random)
+    if broken:
+        x[1, 3, views - 1] = torch.nan
+    target = torch.randint(2, (2, 5, views), generator=random)
+    weights = torch.tensor([[0.5, 2.0], [1.0, 3.0]]) if weighted else None
+    given = model, recipe, values, weights, x, target
+    found, expected = module._of_linear(*given), module._of_patients(*given)
+    assert found is not None
+    finite = torch.isfinite(expected[0])
+    assert finite.tolist() == [[True] * 5, [True, True, True, not broken, True]]
+    torch.testing.assert_close(found[0], expected[0], equal_nan=True, rtol=1e-5, atol=0)
+    factors = torch.where(finite, torch.rand(2, 5, generator=random), 0)
+    sums, right = (summed(factors, not broken) for _, summed in (found, expected))
+    assert sums.keys() == right.keys() == {"fc.weight", "fc.bias"}
+    for name, value in right.items():
+        torch.testing.assert_close(sums[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_linear_layer_at_many_places_of_an_image_or_beside_others_takes_the_usual_way() -> None:
+    class Tokens(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x[:, 0]).mean(1)
+
+    recipe, random = recipe_of(privacy=PRIVATE), torch.Generator().manual_seed(4)
+    for model in (Tokens(), build(recipe_of(model=replace(SMALL, norm="group")))):
+        values = {
+            name: torch.randn(2, *value.shape, generator=random) for name, value in module.trainable(model).items()
+        }
+        x, target = torch.randn(2, 3, 1, 1, 16, 16, generator=random), torch.zeros(2, 3, 1, dtype=torch.int64)
+        assert module._of_linear(model, recipe, values, None, x, target) is None
+        assert not list(getattr(model, "fc", model)._forward_hooks)
 
 
 def test_one_that_leaves_the_finite_numbers_fails_alone() -> None:
@@ -236,9 +289,10 @@ def test_a_pass_that_fails_fails_for_each_of_its_sites_and_nobody_waits(
     ("recipe", "why"),
     [
         (recipe_of(model=ModelConfig(family="scattering", name="linear", dropout=0.5)), "random"),
+        (recipe_of(model=replace(LINEAR, dropout=0.5), privacy=PRIVATE), "random"),
         (recipe_of(), "away from one that was trained alone"),
     ],
-    ids=["dropout", "other numbers"],
+    ids=["dropout", "dropout under privacy", "other numbers"],
 )
 def test_where_it_cannot_be_right_they_train_one_after_another(
     recipe: Recipe, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -253,9 +307,11 @@ def test_where_it_cannot_be_right_they_train_one_after_another(
     weights = get_weights(build(recipe))
     visits = [visit_of(recipe, weights, site) for site in range(2)]
     results = all_at_once(trainer(tmp_path, recipe), visits)
-    for visit in visits:
-        alone = train(build(recipe), weights, visit.cohort, recipe, round_=2, site=visit.site, device=CPU)
-        assert results[visit.site].delta.digest == alone.delta.digest
+    for fresh in (visit_of(recipe, weights, site) for site in range(2)):
+        alone = train(
+            build(recipe), weights, fresh.cohort, recipe, round_=2, site=fresh.site, device=CPU, private=fresh.private
+        )
+        assert results[fresh.site].delta.digest == alone.delta.digest
     ((factor, reason),) = json.loads((tmp_path / "abreast.json").read_text()).values()
     assert factor == 0
     assert why in reason
