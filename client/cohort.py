@@ -143,15 +143,13 @@ def site_cohort(home: SiteHome, recipe: Recipe, progress: Progress | None = None
         progress, decide: As `open_cohort`.
 
     Raises:
-        DataError: As `open_cohort`; or site.yaml names no data folder.
+        DataError: As `open_cohort`; or site.yaml names no data folder for this recipe.
         ConfigError: A folder or the cache's key is not as it must be.
         StorageError: As `open_cohort`; or a key cannot be read.
     """
     config = home.config
-    if config.data is None:
-        raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
     return open_cohort(
-        home.path / config.data,
+        home.path / config.data_of(recipe.name),
         recipe,
         cache=home.cache,
         key=read_private(home.cohort_key, "a cohort key"),
@@ -190,7 +188,8 @@ def split_patients(
 
     The first time, each class is sorted by keyed HMAC and cut: the numbers of each class differ from the exact
     fractions by less than one patient, and a class of three or more has a validation patient. Later,
-    whoever is known stays, present or not, and a newcomer goes by the value of an HMAC.
+    whoever is known stays, present or not, and a newcomer goes by the value of an HMAC. Where nobody is known, as in
+    another study's folder, it is a first time again.
 
     Args:
         classes: Patient pseudonym -> class by which to stratify.
@@ -202,8 +201,8 @@ def split_patients(
         Pseudonym -> split, for known and new patients.
     """
     validation, test = evaluation.validation_fraction, evaluation.test_fraction
-    if known:
-        split = dict(known)
+    split = dict(known)
+    if known.keys() & classes.keys():
         for patient in classes.keys() - known.keys():
             value = int(pseudonym(key, "split", patient)[:12], 16) / 16**12
             split[patient] = "validation" if value < validation else "test" if value < validation + test else "train"
@@ -215,7 +214,6 @@ def split_patients(
     for_validation = _shares(sizes, validation, at_least_one_from=3)
     left = {name: size - for_validation[name] for name, size in sizes.items()}
     for_test = _shares(sizes, test, at_least_one_from=math.inf)
-    split = {}
     for name, patients in strata.items():
         first = for_validation[name]
         second = first + min(for_test[name], max(left[name] - 1, 0))  # one stays for training

@@ -359,10 +359,12 @@ def _out(arguments: argparse.Namespace) -> Path:
     if arguments.out is not None:
         return Path(arguments.out)
     home = _home(arguments)
-    data = None if home is None else home.config.data
-    if home is None or data is None:
+    folders = () if home is None else home.config.data_folders
+    if home is None or not folders:
         raise ConfigError("nowhere to put the images: give --out DIR, or `data` in site.yaml")
-    return home.path / data
+    if len(folders) > 1:
+        raise ConfigError(f"site.yaml has several data folders ({', '.join(folders)}); say which with --out DIR")
+    return home.path / folders[0]
 
 
 def _key(arguments: argparse.Namespace, out: Path) -> bytes:

@@ -20,7 +20,7 @@ from common.chain import TOLERANCE_S, parts, verify
 from common.deployment import QualityGate, SiteConfig, SiteHome
 from common.enrolment import WARN_DAYS, warnings
 from common.epsilon import rounded_up
-from common.errors import ConfigError, FedicomError
+from common.errors import ConfigError, DataError, FedicomError
 from common.identity import Signer
 from common.imaging import Progress
 from common.storage import storing
@@ -219,29 +219,31 @@ def _budget(home: SiteHome) -> Iterator[Line]:
 
 def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[Line]:
     config = home.config
-    if config.data is None:
+    if not config.data_folders:
         yield Line(level="FAIL", what="images", says="site.yaml names no data folder", fix="set data in site.yaml")
         return
-    folder = home.path / config.data
-    if not (folder / "labels.csv").is_file():
-        yield Line(
-            level="FAIL",
-            what="images",
-            says="the data folder is missing, or holds no labels.csv that this user can read",
-            fix="check data in site.yaml and the folder's owner; docs/data.md says what it holds",
-        )
-        return
+    for folder in config.data_folders:
+        if not (home.path / folder / "labels.csv").is_file():
+            which = "the data folder" if len(config.data_folders) == 1 else f"the data folder {folder}"
+            yield Line(
+                level="FAIL",
+                what="images",
+                says=f"{which} is missing, or holds no labels.csv that this user can read",
+                fix="check data in site.yaml and the folder's owner; docs/data.md says what it holds",
+            )
+            return
     approved = Approvals(home).all()
     if not approved or not read:
         why = "counted when a recipe is reviewed or approved" if not approved else "not read, as asked"
-        yield Line(level="ok", what="images", says=f"the folder and labels.csv are there; {why}")
+        there = "the folder" if len(config.data_folders) == 1 else f"{len(config.data_folders)} folders"
+        yield Line(level="ok", what="images", says=f"{there} and labels.csv are there; {why}")
         return
     from client.cohort import site_cohort
 
-    if config.quality is not None:
-        yield from _quality(home, config.quality)
     for approval in approved:
         recipe = approval.signed.recipe
+        if config.quality is not None:
+            yield from _quality(home, config.quality, recipe.name)
         try:
             cohort = site_cohort(home, recipe, progress)
         except FedicomError as error:
@@ -275,17 +277,20 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
             yield from _objections(config, approval, patients)
 
 
-def _quality(home: SiteHome, gate: QualityGate) -> Iterator[Line]:
+def _quality(home: SiteHome, gate: QualityGate, recipe: str) -> Iterator[Line]:
     from client.quality.gate import QualityError, require_quality
 
     try:
-        require_quality(home, gate)
+        require_quality(home, gate, recipe)
     except QualityError as error:
         yield Line(
             level="FAIL",
             what="quality",
-            says=str(error),
+            says=f"{recipe}: {error}",
             fix="look at the report and mend the data, then run fedicom data report with --site; or change the limits",
         )
+    except DataError:
+        return  # there is no folder for it, which is told with the images
     else:
-        yield Line(level="ok", what="quality", says="the newest report is about these images, and keeps the limits")
+        says = f"{recipe}: the newest report is about these images, and keeps the limits"
+        yield Line(level="ok", what="quality", says=says)

@@ -312,7 +312,7 @@ class Resident:
     def _opened(self, approval: Approval, config: SiteConfig) -> Site:
         recipe, policy = approval.signed.recipe, config.policy
         # Approving a recipe anew reads its data anew.
-        report = self._report_mark() if config.quality is not None else None
+        report = self._report_mark(recipe, config) if config.quality is not None else None
         wanted = (
             recipe.id, approval.time, config.data, config.device, config.devices, config.threads, config.cache,
             config.quality, report,
@@ -365,18 +365,19 @@ class Resident:
 
         self._set(doing="reading images")
         if config.quality is not None:
-            require_quality(self._home, config.quality)
+            require_quality(self._home, config.quality, recipe.name)
         try:
             return site_cohort(self._home, recipe, progress)
         except ConfigError as error:  # of this site's folders, not of the recipe
             raise DataError(str(error)) from None
 
-    def _report_mark(self) -> tuple[int, int] | None:
+    def _report_mark(self, recipe: Recipe, config: SiteConfig) -> tuple[int, int] | None:
         """Tells a newer quality report from the one that was looked at."""
+        path = self._home.quality_file(self._home.path / config.data_of(recipe.name))
         with storing("the quality report"):
-            if not self._home.quality_file.exists():
+            if not path.exists():
                 return None
-            status = self._home.quality_file.stat()
+            status = path.stat()
         return status.st_mtime_ns, status.st_ino
 
     def _unload(self) -> None:

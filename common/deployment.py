@@ -6,6 +6,7 @@ coordinator's) become types here; nothing else reads them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import field
@@ -19,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from common.composition import config_root
 from common.config import Cache, Fraction, validate_json
-from common.errors import ConfigError, FedicomError
+from common.errors import ConfigError, DataError, FedicomError
 from common.exchange import NAME_PATTERN
 from common.registry import Registry, read_registry
 from common.storage import storing
@@ -151,8 +152,9 @@ class SiteConfig:
     federation: Name
     gateway: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}:\d{1,5}$")]
     """host:port of the coordinator's gateway: the only address that the node calls."""
-    data: str | None = None
-    """Folder with labels.csv and the DICOM files."""
+    data: str | Mapping[str, str] | None = None
+    """Folder with labels.csv and the DICOM files; or, for a hospital in several studies, a folder for each recipe's
+    name."""
     proxy: str | None = None
     """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -169,6 +171,23 @@ class SiteConfig:
     """Limits that the newest `fedicom data report --site` must keep before anything is trained; null asks for none."""
     policy: Policy = Policy()
 
+    def data_of(self, recipe: str) -> str:
+        """The data folder for the recipe of this name.
+
+        Raises:
+            DataError: site.yaml names none.
+        """
+        if self.data is None:
+            raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
+        return self.data if isinstance(self.data, str) else _named(self.data, recipe, "site.yaml: data")
+
+    @property
+    def data_folders(self) -> tuple[str, ...]:
+        """All data folders, each once."""
+        if isinstance(self.data, Mapping):
+            return tuple(dict.fromkeys(self.data.values()))
+        return () if self.data is None else (self.data,)
+
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class ServerConfig:
@@ -182,8 +201,9 @@ class ServerConfig:
     """Loopback port of Flower's SuperLink; null takes a free one."""
     control_port: Port | None = None
     """Loopback port for `fedicom server run|status|stop|resume|conclude` and for Prometheus; null takes a free one."""
-    test_data: str | None = None
-    """The coordinator's own labelled images, which no site holds; null: no central evaluation."""
+    test_data: str | Mapping[str, str | None] | None = None
+    """Folder of the coordinator's own labelled images, which no site holds; or a folder, or null, for each recipe's
+    name; null: no central evaluation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_key: str | None = None
     """Key file with which checkpoints are encrypted at rest; null leaves them plain."""
@@ -195,6 +215,23 @@ class ServerConfig:
     blobs: bool = True
     """Weights travel beside Flower's messages, through the same gateway; false where what stands in its place does not
     pass them on."""
+
+    def test_data_of(self, recipe: str) -> str | None:
+        """The test set for the recipe of this name; None where it shall have none.
+
+        Raises:
+            DataError: There are folders for other recipes only.
+        """
+        if self.test_data is None or isinstance(self.test_data, str):
+            return self.test_data
+        return _named(self.test_data, recipe, "server.yaml: test_data")
+
+
+def _named(folders: Mapping[str, T], recipe: str, field: str) -> T:
+    if recipe not in folders:
+        others = ", ".join(map(repr, folders)) or "none"
+        raise DataError(f"{field} names no folder for recipe {recipe!r} (it has: {others}); add a line for it")
+    return folders[recipe]
 
 
 def read_yaml(path: Path, kind: type[T]) -> T:
@@ -367,10 +404,12 @@ class SiteHome(_Home):
     def cache(self) -> Path:
         return self.state / "cache"
 
-    @property
-    def quality_file(self) -> Path:
-        """The newest quality report, sealed."""
-        return self.state / "quality.json"
+    def quality_file(self, folder: Path) -> Path:
+        """The newest quality report of a data folder, sealed."""
+        if not isinstance(self.config.data, Mapping):
+            return self.state / "quality.json"
+        name = hashlib.sha256(bytes((self.path / folder).resolve())).hexdigest()
+        return self.state / f"quality-{name[:16]}.json"
 
     @property
     def audit_file(self) -> Path:

@@ -413,7 +413,8 @@ federation: {federation}
 # host:port of the coordinator: the only address that the node calls.
 gateway: {gateway}
 
-data: null              # folder with labels.csv and the DICOM files, for example "/data/chest"
+data: null              # folder with labels.csv and the DICOM files, for example "/data/chest"; in several studies a
+                        # folder for each recipe's name: {{pneumonia_xray: "/data/chest", nodules: "/data/ct"}}
 proxy: null             # HTTPS proxy, for example "http://proxy.example.org:3128"; null takes HTTPS_PROXY
 device: auto            # auto, cpu or cuda
 devices: []             # numbers of the GPUs that share each batch, for example [0, 1]; empty: one

@@ -215,7 +215,7 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(map(_words, arguments))
+        return " or ".join(f"({word})" if "->" in word else word for word in map(_words, arguments))
     if origin is Annotated:
         return _bounded(arguments[0], arguments[1:])
     if origin is tuple:

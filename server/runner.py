@@ -151,7 +151,8 @@ def _work(
     device = _device(config.device)
     key = Secret.key_file(Path(home.path / config.checkpoint_key)) if config.checkpoint_key is not None else None
     # Before the first round: a test set that cannot be read is better known now than after a week of training.
-    test = _test_set(home, home.path / config.test_data, recipe) if config.test_data is not None else None
+    tested = config.test_data_of(recipe.name)
+    test = _test_set(home, home.path / tested, recipe) if tested is not None else None
 
     # The head first: it opens the log, which mends what a full disk left of its last line.
     past = verify(home.audit_file, Signer.load(home.signing_key).public) if audit.head else ()

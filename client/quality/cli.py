@@ -239,7 +239,7 @@ def _kept(arguments: argparse.Namespace) -> Path:
 
     home = SiteHome(arguments.site)
     private_folder(home.state)
-    return home.quality_file
+    return home.quality_file(arguments.folder.absolute())
 
 
 def _state(arguments: argparse.Namespace) -> Path:

@@ -72,19 +72,17 @@ def _objections(report: Mapping[str, Any], gate: QualityGate) -> list[str]:
     return found
 
 
-def require_quality(home: SiteHome, gate: QualityGate) -> None:
-    """Lets training begin only where the site's newest report keeps its limits.
+def require_quality(home: SiteHome, gate: QualityGate, recipe: str) -> None:
+    """Lets training by the recipe of this name begin only where the newest report of its images keeps the limits.
 
     Raises:
         QualityError: It does not, or there is none about just these images and labels.
-        DataError: site.yaml names no data folder.
+        DataError: site.yaml names no data folder for it.
         StorageError: Report or folder cannot be read.
     """
-    data = home.config.data
-    if data is None:
-        raise DataError("site.yaml names no data folder; set data, and run `fedicom site preflight`")
+    folder = home.path / home.config.data_of(recipe)
     key = read_private(home.cohort_key, "a cohort key")
-    if found := standing_objections(home.quality_file, home.path / data, key, gate):
+    if found := standing_objections(home.quality_file(folder), folder, key, gate):
         raise QualityError(f"the limits of site.yaml (quality) are not kept: {'; '.join(found)}")
 
 

@@ -166,11 +166,20 @@ def test_the_key_decides_who_goes_where() -> None:
 
 def test_newcomers_follow_the_fractions_in_the_long_run() -> None:
     present = {f"{number:04x}": "0" for number in range(4000)}
-    split = split_patients(present, {"known": "train"}, THIRDS, KEY)
+    split = split_patients({**present, "known": "0"}, {"known": "train"}, THIRDS, KEY)
     count = Counter(split.values())
     # 4,000 draws at 1/4: standard deviation 27
     assert abs(count["validation"] - 1000) < 110
     assert abs(count["test"] - 1000) < 110
+
+
+def test_where_nobody_is_known_it_is_a_first_split_again_and_who_was_known_stays() -> None:
+    known = {f"{number:04x}": "train" for number in range(50)}
+    present = {f"b{number:04x}": str(number % 2) for number in range(40)}
+    split = split_patients(present, known, THIRDS, KEY)
+    assert {patient: split[patient] for patient in known} == known
+    assert {patient: split[patient] for patient in present} == split_patients(present, {}, THIRDS, KEY)
+    assert Counter(split[patient] for patient in present) == {"train": 20, "validation": 10, "test": 10}
 
 
 def test_a_recipe_with_other_fractions_moves_nobody_and_says_so(

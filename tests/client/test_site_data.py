@@ -53,7 +53,7 @@ def test_a_site_with_limits_trains_only_while_its_newest_report_keeps_them(house
     assert isinstance(node.visit(3), Update)
     house.configure(quality=None)
     node.restart()
-    house.home.quality_file.unlink()
+    house.home.quality_file(images).unlink()
     assert isinstance(node.hello(), Hello)
 
 
@@ -82,7 +82,49 @@ def test_a_duplicate_under_two_patients_stops_a_site_that_asks_for_the_defaults(
 def test_the_limits_need_a_data_folder(house: House) -> None:
     house.configure(data=None)
     with pytest.raises(DataError, match="names no data folder"):
-        require_quality(house.home, QualityGate())
+        require_quality(house.home, QualityGate(), RECIPE.name)
+
+
+def test_a_hospital_in_several_studies_has_a_folder_and_a_report_for_each(house: House, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(house.images, other)
+    house.configure(data=None)
+    house.configure(data={"another study": str(other)}, quality=LENIENT)
+    report(house, other, tmp_path)
+    node = Node(house)
+    refused(node.hello(), "data", node)
+    assert node.resident.state.last_refusal["here"] == (
+        f"site.yaml: data names no folder for recipe {RECIPE.name!r} (it has: 'another study'); add a line for it"
+    )
+    house.configure(data=None)
+    house.configure(data={"another study": str(other), RECIPE.name: str(house.images)})
+    refused(node.hello(), "data", node)
+    assert "there is no quality report" in node.resident.state.last_refusal["here"]  # the other folder's is none
+    report(house, house.images, tmp_path)
+    assert isinstance(node.hello(), Hello)
+    (other / "labels.csv").write_text((other / "labels.csv").read_text() + "\n")
+    node.restart()
+    assert isinstance(node.visit(), Update)
+    report(house, other, tmp_path)
+    node.restart()
+    assert isinstance(node.hello(), Hello)
+    (line,) = [line for line in preflight(house.home, images=True, probe=False) if line.what == "quality"]
+    assert (line.level, line.says) == (
+        "ok", f"{RECIPE.name}: the newest report is about these images, and keeps the limits",
+    )  # fmt: skip
+    house.configure(data=None)
+    house.configure(data={"another study": str(other)})
+    lines = list(preflight(house.home, images=True, probe=False))
+    assert [line for line in lines if line.what == "quality"] == []
+    (line,) = [line for line in lines if line.what == "images"]
+    assert (line.level, f"names no folder for recipe {RECIPE.name!r}" in line.says) == ("FAIL", True)
+    shutil.rmtree(other)
+    (line,) = [line for line in preflight(house.home, images=True, probe=False) if line.what == "images"]
+    assert line.says.startswith("the data folder is missing")
+    house.configure(data=None)
+    house.configure(data={"another study": "nowhere", RECIPE.name: str(house.images)})
+    (line,) = [line for line in preflight(house.home, images=True, probe=False) if line.what == "images"]
+    assert line.says.startswith("the data folder nowhere is missing")
 
 
 def test_the_limits_look_at_a_relative_data_folder_below_the_sites_home(house: House, tmp_path: Path) -> None:

@@ -369,6 +369,22 @@ def test_a_missing_test_set_is_told_before_the_first_round(house):
     assert found.status["round"] == 0
 
 
+@pytest.mark.parametrize(
+    ("folders", "code", "says"),
+    [
+        ("{other: nowhere}", FAILED, "names no folder for recipe 'tiny' (it has: 'other'); add a line for it"),
+        ("{other: nowhere, tiny: here}", FAILED, "server.yaml: test_data: "),
+        ("{other: nowhere, tiny: null}", FINISHED, None),
+    ],
+)
+def test_each_recipe_has_a_test_set_of_its_own_or_none(house, no_export, folders, code, says):
+    with (house.home.path / "server.yaml").open("a") as file:
+        file.write(f"test_data: {folders}\n")
+    found = house.order("several")
+    assert run(house.home, "several", connect=house.connect()) == code
+    assert found.status["error"] is None if says is None else says in found.status["error"]
+
+
 def test_several_runs_share_one_log_and_each_event_says_whose_it_is(house, no_export):
     names = ("first", "second")
     for name in names:
