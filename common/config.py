@@ -503,8 +503,9 @@ class Settings:
     simulation: Simulation = Simulation()
     out: str | None = None
     """Folder of everything the run writes; null: runs/<name of the recipe>."""
-    resume: bool = False
-    """Continue the run in `out` where it stopped."""
+    resume: bool | Literal["conclude"] = False
+    """Continue the run in `out` where it stopped; conclude: train no more, and make the model of the rounds that are
+    done."""
     baselines: bool | Literal["centralised"] = False
     """Also train each site alone and all data pooled, with as many passes over the images as the federated model has
     behind it; centralised: the latter only."""

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 RUN_KEYS = ("simulation", "out", "resume", "overwrite", "baselines", "torchscript", "int8")
 """Settings of a run that stand beside the recipe's."""
+_BRANCHES = ("bool", "float", "int", "str")
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -19,11 +20,13 @@ def sentences(kind: type, error: ValidationError) -> str:
     """One line for each wrong field."""
     lines: dict[tuple[str, ...], str] = {}
     for problem in error.errors(include_url=False):
-        # Pydantic puts the branches of a union into the path, for example `literal['balanced']`. An unknown name stands
-        # last; it comes from the text, brackets or not.
+        # Pydantic puts the branches of a union into the path, for example `literal['balanced']` or, last, `bool`. An
+        # unknown name stands last; it comes from the text, brackets or not.
         names = [str(part) for part in problem["loc"]]
         known = len(names) - (problem["type"] in _UNKNOWN)
         place = (*(name for name in names[:known] if not {"[", "("} & set(name)), *names[known:])
+        if known == len(names) and place[-1:] and place[-1] in _BRANCHES:
+            place = place[:-1]
         got, reason = _reason(kind, place, dict(problem))
         if place not in lines:
             # ascii: a name out of somebody else's file must not move the cursor of a terminal

@@ -261,7 +261,7 @@ def _ended(state: ServerState, recipe: Recipe, sites: Sequence[str]) -> tuple[st
         return ()
     silent = [site for site in sites if site not in state.history[-1].accepted]
     return (
-        *([f"An operator ended the training after round {state.round} of {recipe.rounds}."]
+        *([f"The training was ended by hand after round {state.round} of {recipe.rounds}."]
           if state.round < recipe.rounds else []),
         *([f"The run was concluded without the measures of {', '.join(silent)} on the final model."] if silent else []),
     )  # fmt: skip

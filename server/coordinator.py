@@ -126,7 +126,7 @@ def coordinate(
 def _ended(state: ServerState, audit: Log) -> ServerState:
     if not state.round:
         raise StorageError(
-            "no round of this run is on disk, so there is no model to end with; `fedicom server resume` trains one"
+            "no round of this run is on disk, so there is no model to conclude with; resume it, and let a round end"
         )
     before, state = state.weights.digest, rounds.ended(state)
     audit.append(

@@ -29,6 +29,7 @@ _RUN = """of the run, beside the recipe:
   simulation.hospitals=DIR   one folder a hospital; without it, phantoms
   out=DIR                    where everything goes; without it, runs/NAME
   resume=true                go on after the last finished round in out
+  resume=conclude            train no more: make the model of the rounds that are done in out
   overwrite=true             remove the run in out, and start again"""
 
 
@@ -109,7 +110,10 @@ def simulate_verb(words: Sequence[str]) -> int:
         finally:
             terminal.progress.stop()
     except KeyboardInterrupt:
-        terminal.say("Stopped. The same command with resume=true goes on after the last finished round.")
+        terminal.say(
+            "Stopped. The same command with resume=true goes on after the last finished round; with resume=conclude it "
+            "makes the model of the rounds that are done."
+        )
         raise
     show_conclusion(conclusion, run_folder(settings), console)
     if settings.simulation.abreast > 1:

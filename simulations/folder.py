@@ -49,6 +49,8 @@ def check_folder(settings: Settings, out: Path) -> None:
             raise ConfigError(
                 f"out: {out} holds other files ({foreign[0]}) and no run.json; choose an empty folder, or a new name"
             )
+        if settings.resume == "conclude":
+            raise ConfigError(f"resume=conclude: {out} holds no run; name the folder of one with out=...")
     elif settings.resume:
         if changed := _changed(earlier, record_of(settings)):
             raise ConfigError(

@@ -212,7 +212,12 @@ def _federate(
 
     def main(transport: Transport) -> None:
         shown.transport = transport
-        result.append(coordinate(settings.recipe, shown, out, audit=audit, resume=settings.resume, on_round=show.round))
+        end = settings.resume == "conclude"
+        result.append(
+            coordinate(
+                settings.recipe, shown, out, audit=audit, resume=bool(settings.resume), end=end, on_round=show.round
+            )
+        )  # fmt: skip
 
     if settings.simulation.backend == "ray":
         on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)

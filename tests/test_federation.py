@@ -272,6 +272,36 @@ def test_progress_grows_to_its_total_and_starts_where_a_resumed_run_stands(
     assert {total for _, total in shown} == {9}
 
 
+def test_a_run_that_is_stopped_and_concluded_ends_with_the_model_of_its_last_round(
+    tmp_path: Path, hospitals: Path
+) -> None:
+    settings = settings_of(tmp_path / "run", hospitals)
+    with pytest.raises(ConfigError, match=r"resume=conclude: .* holds no run"):
+        simulate(replace(settings, resume="conclude"))
+    trained: list[str] = []
+    shown: list[tuple[int, int]] = []
+
+    class Show(run.Silent):
+        def step(self, what: str, done: int, total: int) -> None:
+            if what == "Training":
+                shown.append((done, total))
+
+        def round(self, state: Any, report: Any) -> None:
+            if not trained:
+                trained.append(state.weights.digest)
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(settings, Show())
+    shown.clear()
+    summary = simulate(replace(settings, resume="conclude"), Show()).summary
+    assert summary["weight_digest"] == trained[0] == weights_of(settings).digest
+    assert (summary["rounds"], summary["notes"][-1]) == (1, "The training was ended by hand after round 1 of 2.")
+    assert list(summary["sites"]) == ["east", "north", "south"]
+    assert shown == [(3, 6), (4, 6), (5, 6), (6, 6)]  # one round of three sites, and their closing evaluation
+    assert simulate(replace(settings, resume=True)).summary["rounds"] == 1  # for good
+
+
 def test_what_the_sites_wrote_is_on_the_disk_before_a_checkpoint_counts_on_it(
     tmp_path: Path, hospitals: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

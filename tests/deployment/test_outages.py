@@ -84,7 +84,7 @@ def test_a_run_whose_sites_have_left_is_concluded_with_who_is_there(federation):
     trained, notes = rounds(federation, "left"), summary["notes"]
     assert summary["rounds"] == trained[-1]["round"] < 60
     assert summary["weight_digest"] == trained[-1]["after"]
-    assert f"An operator ended the training after round {summary['rounds']} of 60." in notes
+    assert f"The training was ended by hand after round {summary['rounds']} of 60." in notes
     assert f"The run was concluded without the measures of {', '.join(leave)} on the final model." in notes
     assert summary["sites"][stays]["auroc"] is not None
     assert (federation.server.runs / "left" / "model.onnx").is_file()

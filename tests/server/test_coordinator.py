@@ -213,7 +213,7 @@ def test_with_early_stopping_the_better_earlier_model_is_taken(tmp_path):
 def test_a_run_without_a_round_on_disk_cannot_be_ended(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Fake(die_in_round=1))
-    with pytest.raises(StorageError, match="there is no model to end with"):
+    with pytest.raises(StorageError, match="there is no model to conclude with"):
         run(tmp_path, Fake(), resume=True, end=True)
 
 

@@ -215,14 +215,14 @@ def test_a_run_whose_sites_have_left_is_concluded_with_the_model_of_its_last_rou
     assert (status["state"], status["round"], status["rounds"]) == ("finished", 1, 2)
     silent = [site for site in ("east", "north", "west") if site not in present]
     assert status["summary"]["notes"][-2:] == [
-        "An operator ended the training after round 1 of 2.",
+        "The training was ended by hand after round 1 of 2.",
         f"The run was concluded without the measures of {', '.join(silent)} on the final model.",
     ]
     assert (status["summary"]["rounds"], status["summary"]["weight_digest"]) == (1, trained.weights.digest)
     assert {name for name, site in status["summary"]["sites"].items() if site["auroc"]} <= set(present)
     assert all(site["epsilon"] > 0 for site in status["summary"]["sites"].values())
     for text in ((found.path / "report.html").read_text(), (found.path / "model_card.md").read_text()):
-        assert "An operator ended the training after round 1 of 2." in text
+        assert "The training was ended by hand after round 1 of 2." in text
     logs = read_logs([house.home.audit_file])
     (traced,) = runs(logs[0])
     assert [link.round for link in lineage(traced, traced.exports[-1], logs).rounds] == [1]
