@@ -27,6 +27,7 @@ from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError
+from common.identity import read_private
 from common.prometheus import Family, serve_metrics
 from common.storage import held_alone, private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port, stop_on_signal
@@ -435,6 +436,8 @@ def _need(home: SiteHome) -> None:
     ):
         if not path.is_file():
             raise ConfigError(f"{what} is missing ({path.relative_to(home.path)}); unpack the site's kit again")
+        if path != home.ca:
+            read_private(path, what)
 
 
 def _lock_file(home: SiteHome) -> Path:

@@ -21,7 +21,7 @@ from client import node as module
 from client.machine import Card, connected
 from client.node import RUNNER, SUPERNODE, changes, check_user, end, families, only_one, running, start
 from common.deployment import SiteHome, read_status
-from common.errors import ConfigError
+from common.errors import ConfigError, StorageError
 from common.prometheus import exposition
 from common.supervise import Child, free_port
 from tests.client.conftest import House
@@ -235,6 +235,15 @@ def test_root_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch, h
 def test_a_missing_file_is_told_before_anything_is_started(house: House, file: str) -> None:
     (house.home.path / file).unlink()
     with pytest.raises(ConfigError, match=file):
+        start(house.home, lambda *line: None, allow_root=True, children=DUMMIES)
+    assert not house.home.status_file.exists()
+
+
+@pytest.mark.parametrize("name", ["signing_key", "node_key", "cohort_key", "superexec_secret"])
+def test_a_key_that_others_may_read_is_told_before_anything_is_started(house: House, name: str) -> None:
+    path = getattr(house.home, name)
+    path.chmod(0o644)
+    with pytest.raises(StorageError, match=rf"{path.name} has mode 644, expected 600; run chmod 600 on it"):
         start(house.home, lambda *line: None, allow_root=True, children=DUMMIES)
     assert not house.home.status_file.exists()
 
