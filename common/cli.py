@@ -45,6 +45,12 @@ def predict_verb(words: Sequence[str]) -> int:
         default=Path("predictions.csv"),
         help="table to write; it names patients (default: %(default)s)",
     )
+    parser.add_argument(
+        "--sr",
+        type=Path,
+        metavar="DIR",
+        help="also write a DICOM Structured Report for each image into this new folder",
+    )
     arguments = parser.parse_args(words)
     from rich.console import Console
     from rich.progress import Progress
@@ -58,10 +64,13 @@ def predict_verb(words: Sequence[str]) -> int:
             arguments.model,
             arguments.dicom,
             arguments.out,
+            reports=arguments.sr,
             progress=lambda ready, total: bar.update(task, completed=ready, total=total),
         )
     positive = "" if done.positive is None else f", {done.positive} at or above the operating point"
     console.print(f"{done.samples} images of {done.patients} patients{positive}: {done.path}", highlight=False)
+    if arguments.sr is not None:
+        console.print(f"{done.reports} structured reports, unverified: {arguments.sr}", highlight=False)
     for code, files in sorted(done.refused.items()):
         console.print(f"  {files} files not used: {code}", highlight=False)
     if done.refused:

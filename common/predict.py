@@ -1,14 +1,18 @@
-"""`fedicom predict`: a model file and a folder of DICOM become two tables, on the user's own machine."""
+"""`fedicom predict`: a model file and a folder of DICOM become two tables, and DICOM reports on request, on the user's
+own machine."""
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TextIO
 
@@ -16,9 +20,19 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError, DataError
-from common.imaging import Image, Refused, Volume, iterate_folder, prepare
-from common.onnx_model import Description, OnnxModel
-from common.storage import commit, storing
+from common.imaging import (
+    Algorithm,
+    Image,
+    Refused,
+    Said,
+    Source,
+    Volume,
+    iterate_folder,
+    prepare,
+    structured_report,
+)  # fmt: skip
+from common.onnx_model import STATEMENT, Description, OnnxModel
+from common.storage import commit, private_folder, storing, write_whole
 
 Array = npt.NDArray[np.float32]
 
@@ -41,6 +55,8 @@ class Predictions:
     """Reason code -> number of files that were not used."""
     path: Path
     refused_path: Path
+    reports: int = 0
+    """DICOM Structured Reports that were written."""
     model_sha256: str
     description: Description = field(repr=False)
 
@@ -50,6 +66,7 @@ def predict(
     dicom_dir: Path,
     out_csv: Path,
     *,
+    reports: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Runs a model that Fedicom exported over every image of a folder.
@@ -62,10 +79,13 @@ def predict(
     A cell that a spreadsheet would run as a formula is written with a leading apostrophe.
 
     Args:
+        reports: A folder that gets a DICOM Structured Report for each sample, named in the table's last column; whole
+            or absent as the tables are. A sample whose header makes no valid one keeps its row, and its files are among
+            the refusals with the code `no_report`.
         progress: Told (files done, files in all).
 
     Raises:
-        ConfigError: `out_csv` lies inside `dicom_dir`.
+        ConfigError: `out_csv` or `reports` lies inside `dicom_dir`, or `reports` is no empty folder.
         ModelFileError: The model is unreadable or was not exported by Fedicom.
         DataError: No image of the folder can be used; the refusals are written all the same.
         StorageError: A table cannot be written.
@@ -73,17 +93,21 @@ def predict(
     model = OnnxModel(model_path)
     if not dicom_dir.is_dir():
         raise DataError("the folder of DICOM images does not exist; give the folder that holds them")
-    if out_csv.resolve().is_relative_to(dicom_dir.resolve()):
-        raise ConfigError("the output lies inside the folder of images; choose a place beside it")
+    for path in (out_csv, reports):
+        if path is not None and path.resolve().is_relative_to(dicom_dir.resolve()):
+            raise ConfigError("the output lies inside the folder of images; choose a place beside it")
     refused_csv = out_csv.with_name(f"{out_csv.stem}.refused.csv")
     with ExitStack() as open_tables:
         # Entered first, so it takes its name last: predictions never stand there without their refusals
         table = open_tables.enter_context(_table(out_csv))
         refusals = open_tables.enter_context(_table(refused_csv))
-        run = _Run(model, dicom_dir, table, refusals)
+        shelf = open_tables.enter_context(_shelf(reports, model)) if reports is not None else None
+        run = _Run(model, dicom_dir, table, refusals, shelf)
         run.over(iterate_folder(dicom_dir, progress, correct_tilt=run.data.correct_tilt))
         if run.samples:
             table.keep = True
+            if shelf is not None:
+                shelf.keep = True
         refusals.keep = True
     if not run.samples:
         raise DataError(
@@ -97,6 +121,7 @@ def predict(
         refused=dict(sorted(run.refused.items())),
         path=out_csv,
         refused_path=refused_csv,
+        reports=shelf.count if shelf is not None else 0,
         model_sha256=model.sha256,
         description=model.description,
     )
@@ -118,8 +143,10 @@ class _Table:
 class _Run:
     """One pass over a folder; holds one batch of prepared samples."""
 
-    def __init__(self, model: OnnxModel, folder: Path, table: _Table, refusals: _Table) -> None:
-        self.model, self.folder, self.table, self.refusals = model, folder, table, refusals
+    def __init__(
+        self, model: OnnxModel, folder: Path, table: _Table, refusals: _Table, shelf: _Shelf | None = None
+    ) -> None:
+        self.model, self.folder, self.table, self.refusals, self.shelf = model, folder, table, refusals, shelf
         self.task, self.data = model.description.task, model.description.data
         self.threshold = model.description.operating_threshold if self.task.kind == "binary" else None
         self.samples = self.positive = 0
@@ -131,6 +158,7 @@ class _Run:
             *("patient", "study", "series", "instance", "accession", "modality"),
             *(f"probability_{name}" for name in self.task.classes),
             *("predicted", "above_operating_point"),
+            *(("report",) if shelf is not None else ()),
         )
         refusals.row("file", "code", "why")
 
@@ -185,17 +213,22 @@ class _Run:
 
     def _write(self, item: Volume | Image, probability_C: Array) -> None:
         source, classes = item.source, self.task.classes
-        above = ""
+        reached = None
         if self.threshold is not None:
             reached = float(probability_C[1]) >= self.threshold
             self.positive += reached
-            above = "yes" if reached else "no"
+        of_class = [(name, float(p)) for name, p in zip(classes, probability_C, strict=True)]
         if self.task.kind == "multilabel":
-            predicted = ";".join(
-                name for name, p in zip(classes, probability_C, strict=True) if float(p) > _MULTILABEL_CUT
-            )
+            predicted = tuple(name for name, p in of_class if p > _MULTILABEL_CUT)
         else:
-            predicted = classes[int(probability_C.argmax())]
+            predicted = (classes[int(probability_C.argmax())],)
+        report: tuple[str, ...] = ()
+        if self.shelf is not None:
+            try:
+                report = (self.shelf.put(source, tuple(of_class), predicted, reached),)
+            except DataError as error:
+                self._refuse(source.files, "no_report", str(error))
+                report = ("",)
         self.samples += 1
         self.patients.add(source.patient_id)
         self.table.row(
@@ -206,10 +239,60 @@ class _Run:
             source.sop_uids[0] if len(source.sop_uids) == 1 else "",
             source.accession,
             source.modality,
-            *(f"{float(p):.7f}" for p in probability_C),
-            predicted,
-            above,
+            *(f"{p:.7f}" for _, p in of_class),
+            ";".join(predicted),
+            {None: "", True: "yes", False: "no"}[reached],
+            *report,
         )
+
+
+class _Shelf:
+    """A folder of DICOM Structured Reports in the making."""
+
+    def __init__(self, folder: Path, model: OnnxModel) -> None:
+        about = model.description
+        self._folder, self._of_study, self.count, self.keep = folder, Counter[str](), 0, False
+        name = str(json.loads(about.recipe)["name"])
+        parameters = (f"model file SHA-256 {model.sha256}", f"recipe {about.recipe_id}", STATEMENT)
+        self._algorithm = Algorithm(
+            name=name, version=f"Fedicom {about.version}", weights=about.weight_digest, parameters=parameters
+        )
+
+    def put(
+        self,
+        source: Source,
+        probabilities: tuple[tuple[str, float], ...],
+        predicted: tuple[str, ...],
+        above: bool | None,
+    ) -> str:
+        """Writes a report; gives the name of its file."""
+        said = Said(probabilities=probabilities, predicted=predicted, above=above)
+        report = structured_report(source, said, self._algorithm, number=self._of_study[source.study_uid] + 1)
+        self._of_study[source.study_uid] += 1
+        self.count += 1
+        name = f"{report.SOPInstanceUID}.dcm"
+        data = BytesIO()
+        report.save_as(data)
+        write_whole(self._folder / name, data.getvalue())
+        return name
+
+
+@contextmanager
+def _shelf(folder: Path, model: OnnxModel) -> Iterator[_Shelf]:
+    """A folder that gets its name when the block ends well and `keep` was set; else nothing is left of it."""
+    with storing(folder.name):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ConfigError(f"{folder} is no empty folder; choose another one for the reports")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    part = private_folder(folder.with_name(f".{folder.name}.{os.getpid()}.tmp"))
+    try:
+        shelf = _Shelf(part, model)
+        yield shelf
+        if shelf.keep:
+            with storing(folder.name):
+                part.replace(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

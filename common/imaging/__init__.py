@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from common.imaging.augment import Augmenter, augmentation
     from common.imaging.preprocess import prepare
     from common.imaging.refusal import RefusalCode, Refused
+    from common.imaging.reporting import Algorithm, Said, structured_report
     from common.imaging.volume import FolderReading, Image, Progress, Source, Volume, iterate_folder, read_folder
 
 # Their warnings quote values of the header, which name patients; a refusal says what is needed. The filter as well as
@@ -17,24 +18,28 @@ for _name in ("pydicom", "highdicom"):
     logging.getLogger(_name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
 __all__ = [
+    "Algorithm",
     "Augmenter",
     "FolderReading",
     "Image",
     "Progress",
     "RefusalCode",
     "Refused",
+    "Said",
     "Source",
     "Volume",
     "augmentation",
     "iterate_folder",
     "prepare",
     "read_folder",
+    "structured_report",
 ]  # fmt: skip
 
 _PLACES = {
     "augment": ("Augmenter", "augmentation"),
     "preprocess": ("prepare",),
     "refusal": ("RefusalCode", "Refused"),
+    "reporting": ("Algorithm", "Said", "structured_report"),
 }
 
 
