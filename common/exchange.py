@@ -19,7 +19,7 @@ from common.compression import Form, nbytes
 from common.fixed import Residues
 from common.weights import Weights
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)

@@ -3,9 +3,9 @@
 A message holds nothing that is executed or unpickled. Whatever bytes arrive, the answer is
 an exchange type or an `ExchangeError`.
 
-Between two houses large weights do not travel in the message but beside it, in pieces (`common.blobs`): the message has
-their digest, which the receiver computes anew, and the signature under the message is one over it. So whoever carries
-the pieces can withhold them, and nothing else.
+Between two houses large weights, masked ones too, do not travel in the message but beside it, in pieces
+(`common.blobs`): the message has their digest, which the receiver computes anew, and the signature under the message is
+one over it. So whoever carries the pieces can withhold them, and nothing else.
 
 An update may be in a smaller form (`common.compression`), which its field `compression` names; whoever decodes it gets
 float32, and digests are over that.
@@ -55,6 +55,7 @@ from common.identity import Signer, signed_by
 from common.weights import Weights
 
 T = TypeVar("T")
+Numbers = TypeVar("Numbers", Weights, Residues)
 
 Request = Question | RoundPlan | Ask
 Reply = Hello | Update | Refusal | Answer
@@ -76,7 +77,7 @@ _LAID: dict[Form, str] = {"none": "fedicom.flat.f4", "bfloat16": "fedicom.packed
 """How the bytes of weights lie in a message's one flat array."""
 _DTYPES = {_LAID["none"]: "float32", _LAID["bfloat16"]: "uint8", _LAID["int8"]: "uint8", _MASKED: "uint32"}
 _BESIDE = ("ticket", "bytes", "digest")
-"""Fields of a message whose weights travel beside it."""
+"""Fields of a message whose weights travel beside it; the ask for a masked update has the ticket alone."""
 _ARRAY_NAME = re.compile(r"[A-Za-z0-9_./-]{1,200}")
 
 
@@ -85,7 +86,8 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
 
     Args:
         signer: Puts its signature to the whole message; None where both ends are one process.
-        blobs: Takes a large array, which the message then only names; None leaves it in the message.
+        blobs: Takes a large array, which the message then only names, or is where a site shall put its masked update;
+            None leaves it in the message.
 
     Raises:
         ExchangeError: The weights are not of the form that the value names.
@@ -93,11 +95,13 @@ def encode(value: Request | Reply, signer: Signer | None = None, blobs: Blobs | 
     """
     message, name, laid, data = _split(value)
     record = RecordDict()
-    if blobs is not None and laid != _MASKED and len(data) >= BESIDE_BYTES:
+    if blobs is not None and len(data) >= BESIDE_BYTES:
         digest = getattr(value, name).digest
-        for piece_name, piece in zip(_names(digest, _form(value), len(data)), pieces(data), strict=True):
+        for piece_name, piece in zip(_names(digest, laid, len(data)), pieces(data), strict=True):
             blobs.put(piece_name, piece)
         message |= {"ticket": blobs.ticket, "bytes": len(data), "digest": digest}
+    elif blobs is not None and isinstance(value, Masking):
+        message["ticket"] = blobs.ticket
     elif name:
         record["weights"] = ArrayRecord({name: _array(bytes(data), laid)})
     # Not a record of its own: each costs Flower a call on every leg of the way.
@@ -302,9 +306,11 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
     if cls is None or cls not in kinds:
         raise ExchangeError(f"expected {' or '.join(k.__name__ for k in kinds)}, got another kind of message")
     hints = set(_HINTS[cls].values())
-    beside = blobs is not None and Weights in hints and "ticket" in message
-    expected = {"message", "weights"} if {Weights, Residues} & hints and not beside else {"message"}
-    fields_ = {"kind", "version", "body", *(_BESIDE if beside else ())}
+    arrays = bool({Weights, Residues} & hints)
+    beside = blobs is not None and arrays and "ticket" in message
+    place = blobs is not None and cls is Masking and "ticket" in message
+    expected = {"message", "weights"} if arrays and not beside else {"message"}
+    fields_ = {"kind", "version", "body", *(_BESIDE if beside else _BESIDE[:1] if place else ())}
     if set(record) != expected or set(message) - {"signature"} != fields_:
         raise ExchangeError(f"{cls.__name__} with other records than {' and '.join(sorted(expected))}")
     if not isinstance(text, str) or len(text) > _MAX_BODY_BYTES:
@@ -323,7 +329,7 @@ def _decode(record: RecordDict, kinds: tuple[type, ...], blobs: Open | None) -> 
             if hint is Weights:
                 body[name] = _weights(record, name, body.get(name), form, blobs)
             elif hint is Residues:
-                body[name] = _residues(record, name, body.get(name))
+                body[name] = _residues(record, name, body.get(name), blobs)
             elif name in _PARTS and isinstance(body.get(name), dict):
                 body[name] = _PARTS[name](**body[name])
             elif name in _MAPS and isinstance(body.get(name), dict):
@@ -349,7 +355,7 @@ def _signed_bytes(record: RecordDict) -> bytes:
     title = "fedicom message"
     if any(name in message for name in _BESIDE):
         title += " with blobs"
-        told = json.dumps({name: message[name] for name in _BESIDE}, sort_keys=True)
+        told = json.dumps({name: message[name] for name in _BESIDE if name in message}, sort_keys=True)
         parts.append(hashlib.sha256(told.encode()).hexdigest())
     return "\n".join((title, *map(str, parts), digest.hexdigest())).encode()
 
@@ -361,12 +367,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _names(digest: str, form: Form, size: int) -> list[str]:
+def _names(digest: str, laid: str, size: int) -> list[str]:
     """The names of the pieces: other bytes of the same numbers have others."""
-    return names(digest if form == "none" else f"{digest} {form}", size)
+    return names(digest if laid == _LAID["none"] else f"{digest} {laid}", size)
 
 
-def _gathered(record: RecordDict, name: str, form: Form, size: int, open_: Open) -> memoryview:
+def _gathered(record: RecordDict, name: str, laid: str, size: int, open_: Open) -> memoryview:
     """The bytes that the message announces; whether they are the right ones is not checked here."""
     told, place = record.config_records["message"], ticket(record)
     digest = told["digest"]
@@ -376,7 +382,7 @@ def _gathered(record: RecordDict, name: str, form: Form, size: int, open_: Open)
     if size > blobs.most_bytes:  # before there is room for them
         raise ExchangeError(f"{name}: {size} bytes beside the message, at most {blobs.most_bytes} are taken")
     data = np.empty(size, np.uint8).data
-    for piece_name, piece in zip(_names(digest, form, size), pieces(data), strict=True):
+    for piece_name, piece in zip(_names(digest, laid, size), pieces(data), strict=True):
         blobs.get(piece_name, piece)
     return data
 
@@ -407,16 +413,22 @@ def _weights(record: RecordDict, name: str, shapes: object, form: Form, blobs: O
     message, size = record.config_records["message"], nbytes(shapes, form)
     if blobs is None or "ticket" not in message:
         return unpacked(_bytes(record, name, size, _LAID[form]), shapes, form)
-    weights = unpacked(_gathered(record, name, form, size, blobs), shapes, form)
-    if weights.digest != message["digest"]:
-        raise ExchangeError(f"{name}: what came beside the message is not what it announced")
-    return weights
+    return _announced(record, name, unpacked(_gathered(record, name, _LAID[form], size, blobs), shapes, form))
 
 
-def _residues(record: RecordDict, name: str, size: object) -> Residues:
+def _residues(record: RecordDict, name: str, size: object, blobs: Open | None) -> Residues:
     if type(size) is not int or not 0 <= size <= _MAX_NUMBERS:
         raise ExchangeError(f"{name}: expected how many numbers there are, at most {_MAX_NUMBERS}")
-    return Residues(np.frombuffer(_bytes(record, name, 4 * size, _MASKED), dtype="<u4"))
+    if blobs is None or "ticket" not in record.config_records["message"]:
+        return Residues(np.frombuffer(_bytes(record, name, 4 * size, _MASKED), dtype="<u4"))
+    data = _gathered(record, name, _MASKED, 4 * size, blobs)
+    return _announced(record, name, Residues(np.frombuffer(data, dtype="<u4")))
+
+
+def _announced(record: RecordDict, name: str, came: Numbers) -> Numbers:
+    if came.digest != record.config_records["message"]["digest"]:
+        raise ExchangeError(f"{name}: what came beside the message is not what it announced")
+    return came
 
 
 def _bytes(record: RecordDict, name: str, size: int, laid: str) -> bytes:

@@ -104,6 +104,7 @@ class FlowerTransport:
         self._patient = keys is not None
         self._watch: Watch = watch or (lambda site, state, why: None)
         self._federation, self._recipe_id, self._question = Federation(), "", RecordDict()
+        self._model_bytes = 0
         self._fewer: int | None = None
         """How many are enough, where it is not `federation.quorum`."""
         self._nodes: dict[int, _Node] = {}
@@ -175,7 +176,7 @@ class FlowerTransport:
         A site that is connected has the whole `timeout_s`. One that is not, or that answers with errors, is asked
         again until then or, once the quorum has answered, until it has been so for `federation.offline_s`.
         """
-        store = self._store
+        store, self._model_bytes = self._store, plan.weights.nbytes
         # Open until the caller has the last reply, or has enough of them.
         with nullcontext() if store is None else store.round(sites, plan.weights.nbytes) as blobs:
             yield from self._ask(plan, sites, timeout_s, blobs)
@@ -195,15 +196,17 @@ class FlowerTransport:
         """
         large = any(isinstance(ask, Masking) for ask in asks.values())
         kind = MessageType.TRAIN if large else MessageType.QUERY
-        records: dict[int, RecordDict] = {}  # what all are asked is encoded once
-        visits = []
-        for site, ask in sorted(asks.items()):
-            if id(ask) not in records:
-                records[id(ask)] = self._written(ask)
-            why = f"no answer to the {type(ask).__name__.lower()} within {timeout_s:g} s"
-            visits.append(_Visit(site, ask.round, records[id(ask)], get_args(Answer), why, take=take))
-        for _ in self._converse(visits, kind, timeout_s, hurry=not large):
-            pass
+        store = self._store if large else None
+        with nullcontext() if store is None else store.round(sorted(asks), self._model_bytes) as blobs:
+            records: dict[int, RecordDict] = {}  # what all are asked is encoded once
+            visits = []
+            for site, ask in sorted(asks.items()):
+                if id(ask) not in records:
+                    records[id(ask)] = self._written(ask, blobs)
+                why = f"no answer to the {type(ask).__name__.lower()} within {timeout_s:g} s"
+                visits.append(_Visit(site, ask.round, records[id(ask)], get_args(Answer), why, take=take, blobs=blobs))
+            for _ in self._converse(visits, kind, timeout_s, hurry=not large):
+                pass
         return {visit.site: cast(Answer | Refusal | Failure, visit.reply) for visit in visits}
 
     def _converse(

@@ -104,8 +104,8 @@ class GatewayLimits:
     requests_per_s_per_node: Rate = 50.0
     request_burst_per_node: Count = 200
     answer_bytes: Count = 4 << 30
-    """What a node may push through Flower from one question to the next; it has to hold an update (masked, or with
-    `blobs: false`) a few times. Weights beside the messages have a limit of their own."""
+    """What a node may push through Flower from one question to the next; with `blobs: false` it has to hold an update
+    a few times. Weights beside the messages have a limit of their own."""
     refusals_per_s_per_address: Rate = 1.0
     """Requests without a known node's credentials; more are answered 429 whatever they ask, and counted, not logged."""
     refusal_burst_per_address: Count = 20

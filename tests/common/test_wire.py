@@ -636,3 +636,61 @@ def test_words_about_an_array_that_do_not_hold_are_refused_before_a_byte_is_fetc
     with pytest.raises(ExchangeError):
         wire.decode_reply(RecordDict({"message": ConfigRecord(message)}), heap.open)
     assert heap.asked == 0
+
+
+# Under masks
+
+
+WORDS = Residues(np.arange(2_000_000, dtype=np.uint32))
+MASKED = MaskedUpdate(site="north", recipe_id="a" * 64, round=1, session="b" * 64, values=WORDS)
+SEALED = Box(sealed="0" * 164, seed_share="a" * 64, key_share="b" * 64)
+ASKED = Masking(
+    recipe_id="a" * 64, round=1, base="c" * 64, session="b" * 64, boxes=dict.fromkeys(("east", "south", "west"), SEALED)
+)
+
+
+def test_a_masked_update_travels_beside_its_signed_message_as_weights_do():
+    heap = Heap()
+    record = wire.encode(MASKED, SIGNER, heap)
+    assert sorted(len(piece) for piece in heap.pieces.values()) == [3_805_696, 4_194_304]
+    assert not record.array_records
+    wire.check_signature(record, SIGNER.public)
+    assert wire.decode(record, MaskedUpdate, heap.open) == MASKED
+    assert b"".join(heap.pieces.values()) == WORDS.words.tobytes()
+    plain = Heap()
+    wire.encode(update(delta=Weights({"w": WORDS.words.view(np.float32)})), SIGNER, plain)
+    assert not plain.pieces.keys() & heap.pieces.keys()  # the same bytes as other numbers have other names
+    with pytest.raises(ExchangeError, match="other records"):
+        wire.decode(record, MaskedUpdate)
+    name = next(iter(heap.pieces))
+    heap.pieces[name] = bytes([heap.pieces[name][0] ^ 1]) + heap.pieces[name][1:]
+    with pytest.raises(ExchangeError, match="values: what came beside the message is not what it announced"):
+        wire.decode(record, MaskedUpdate, heap.open)
+
+
+@pytest.mark.parametrize("change", [{"bytes": 4}, {"digest": "A" * 64}, {"ticket": 5}, {"more": 1}])
+def test_words_about_a_masked_update_that_do_not_hold_are_refused_before_a_byte_is_fetched(change):
+    heap = Heap()
+    message = {**wire.encode(MASKED, None, heap).config_records["message"], **change}
+    with pytest.raises(ExchangeError):
+        wire.decode_reply(RecordDict({"message": ConfigRecord(message)}), heap.open)
+    assert heap.asked == 0
+
+
+def test_who_asks_for_a_masked_update_says_under_signature_where_it_shall_lie():
+    heap = Heap()
+    record = wire.encode(ASKED, SIGNER, heap)
+    wire.check_signature(record, SIGNER.public)
+    assert (wire.ticket(record), heap.pieces) == (heap.ticket, {})
+    assert wire.decode_request(record, heap.open) == ASKED
+    assert wire.ticket(wire.encode(ASKED, SIGNER)) is None
+    assert wire.decode_request(wire.encode(ASKED, SIGNER), heap.open) == ASKED
+    with pytest.raises(ExchangeError, match="other records"):  # a site that sends nothing beside its messages
+        wire.decode_request(record)
+    for change in ({"ticket": "2e" * 16}, {"ticket": None}):
+        message = {key: value for key, value in {**record.config_records["message"], **change}.items() if value}
+        with pytest.raises(ExchangeError, match="changed on its way"):
+            wire.check_signature(RecordDict({"message": ConfigRecord(message)}), SIGNER.public)
+    more = {**record.config_records["message"], "bytes": 4, "digest": "a" * 64}
+    with pytest.raises(ExchangeError, match="other records"):
+        wire.decode_request(RecordDict({"message": ConfigRecord(more)}), heap.open)

@@ -17,7 +17,8 @@ from flwr.serverapp import Grid
 from common import wire
 from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
-from common.exchange import Failure, Hello, Question, Refusal, RoundPlan, Update
+from common.exchange import Box, Failure, Hello, MaskedUpdate, Masking, Question, Refusal, RoundPlan, Update
+from common.fixed import Residues
 from common.identity import Signer
 from common.weights import Weights
 from server.app import FlowerTransport
@@ -444,6 +445,48 @@ def test_weights_beside_the_messages_are_there_until_the_last_reply_is_taken_or_
     next(given_up)
     given_up.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_masked_updates_travel_beside_the_messages_too(clock, sites, tmp_path):
+    words = {name: np.arange(100_000, dtype=np.uint32) + number for number, name in enumerate(SITES)}
+    box = Box(sealed="0" * 164, seed_share="a" * 64, key_share="b" * 64)
+    about = {"recipe_id": RECIPE.id, "round": 1, "session": "b" * 64}
+    asks = {name: Masking(**about, base="c" * 64, boxes=dict.fromkeys(SITES, box)) for name in SITES}
+    net = Connected(clock, *sites)
+    transport = FlowerTransport(net, signer=COORDINATOR, keys=keys, store=Store(tmp_path, "run"))
+    transport.hello(RECIPE, HEAD)
+    for site in sites:
+        beside(tmp_path, site)
+    list(transport.ask(LARGE, SITES, 600.0))
+    lay: dict[str, int] = {}
+
+    def masking(site):
+        def rule(message):
+            wire.check_signature(message.content, COORDINATOR.public)
+            assert (
+                wire.decode_request(message.content, lambda given: AtSite(tmp_path, site.name, given))
+                == asks[site.name]
+            )
+            at = AtSite(tmp_path, site.name, wire.ticket(message.content) or "")
+            sent = MaskedUpdate(**about, site=site.name, values=Residues(words[site.name]))
+            return Message(wire.encode(sent, SIGNERS[site.name], at), reply_to=message)
+
+        return rule
+
+    def take(came):
+        (folder,) = tmp_path.iterdir()
+        lay[came.site] = sum(path.stat().st_size for path in (folder / "from" / came.site).iterdir())
+        return replace(came, values=Residues(np.empty(0, np.uint32))) if came.site == "west" else came
+
+    for site in sites:
+        site.rule = masking(site)
+    net.sent.clear()
+    found = transport.step(asks, 600.0, take)
+    assert lay == dict.fromkeys(SITES, 400_000)
+    assert {name: len(reply.values) for name, reply in found.items()} == {"east": 100_000, "north": 100_000, "west": 0}
+    assert found["east"].values == Residues(words["east"])
+    assert all(not message.content.array_records for message in net.sent)
+    assert list(tmp_path.iterdir()) == []  # the step is over
 
 
 class Belled(Connected):
