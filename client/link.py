@@ -120,11 +120,8 @@ def serve(
         StorageError: The secret that the SuperNode expects cannot be read.
     """
     _spare_loopback()
-    tell, bell, replied = (
-        _on_change(on_state),
-        Bell(home.supernode / _BELL_FILE),
-        Bell(home.supernode / _REPLY_BELL_FILE),
-    )
+    tell = _on_change(on_state)
+    bell, replied = Bell(home.supernode / _BELL_FILE), Bell(home.supernode / _REPLY_BELL_FILE)
     pause_s = _POLL_S[0]
     while not stop.is_set():
         try:
@@ -136,8 +133,8 @@ def serve(
                     pause_s = _POLL_S[0]
                     if not got.HasField("task"):
                         tell("ready")
-                        shortest_s, longest_s = (_BELL_S, _BELL_S) if bell.there else _POLL_S
-                        bell.wait(mark, _pause_s(time.monotonic() - idle, shortest_s, longest_s), stop.wait)
+                        longest_s = _BELL_S if bell.there else _pause_s(time.monotonic() - idle, *_POLL_S)
+                        bell.wait(mark, longest_s, stop.wait)
                         continue
                     tell("working")
                     _work(app, port, got.token, refused, replied)
