@@ -26,10 +26,10 @@ UNCOMPRESSED = (
     uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )  # fmt: skip
+_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 COMPRESSED = (
     uid.RLELossless, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1,
-    uid.JPEGLSLossless, uid.JPEGLSNearLossless, uid.JPEG2000Lossless, uid.JPEG2000,
-    uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K,
+    uid.JPEGLSLossless, uid.JPEGLSNearLossless, *_JPEG_2000,
 )  # fmt: skip
 
 LAYOUT_TAGS = (
@@ -158,7 +158,8 @@ def layout_of(dataset: Dataset, element: Element | None) -> Layout:
             RefusalCode.UNSUPPORTED_PIXELS,
             f"Pixels of {samples} sample(s) with {stored} of {allocated} bits are not supported.",
         )
-    if int(dataset.get("PixelRepresentation") or 0) not in (0, 1):
+    signed = dataset.get("PixelRepresentation")
+    if signed not in (0, 1):
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "The header does not say whether there are negative values.")
     if high_bit is not None and int(high_bit) != stored - 1:
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "The pixel values do not start at the lowest bit.")
@@ -183,12 +184,24 @@ def layout_of(dataset: Dataset, element: Element | None) -> Layout:
         samples=samples,
         allocated=allocated,
         stored=stored,
-        signed=bool(dataset.get("PixelRepresentation")),
+        signed=bool(signed),
         photometric=str(dataset.get("PhotometricInterpretation", "")),
         planar=int(dataset.get("PlanarConfiguration") or 0),
     )
+    if samples == 3:
+        _check_colour(layout, dataset)
     _check_length(layout, frame_bytes * frames)
     return layout
+
+
+def _check_colour(layout: Layout, dataset: Dataset) -> None:
+    """Refuses colours that would be taken for others (PS3.3 C.7.6.3.1.2 and C.7.6.3.1.3)."""
+    known = layout.photometric in ("RGB", "YBR_FULL", "YBR_FULL_422")
+    if layout.signed or not (known or (layout.photometric in ("YBR_RCT", "YBR_ICT") and layout.syntax in _JPEG_2000)):
+        raise _of_a_kind(layout)
+    if not layout.encapsulated and dataset.get("PlanarConfiguration") not in (0, 1):
+        why = "The header does not say whether colours lie pixel by pixel or one behind the other."
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, why)
 
 
 def _check_length(layout: Layout, decoded_bytes: int) -> None:
@@ -236,9 +249,11 @@ def check_behind(tag: int) -> None:
 def need_grey(layout: Layout) -> None:
     """Refuses what is not one grey value a pixel."""
     if layout.samples != 1 or layout.photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        raise Refusal(
-            RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported."
-        )
+        raise _of_a_kind(layout)
+
+
+def _of_a_kind(layout: Layout) -> Refusal:
+    return Refusal(RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported.")
 
 
 def padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:

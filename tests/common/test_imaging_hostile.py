@@ -278,6 +278,29 @@ def test_mr_and_radiographs_may_lack_both_slope_and_intercept_and_not_one(tmp_pa
     assert all_refused(one) == {RefusalCode.MISSING_HEADER}
 
 
+def test_pixels_of_which_nobody_says_whether_they_are_negative_are_refused(tmp_path: Path) -> None:
+    slices = [ct(z, stored=np.full((2, 2), -1000, np.int16), PixelRepresentation=None) for z in range(3)]
+    assert all_refused(read_folder(write(tmp_path / "ct", *slices))) == {RefusalCode.UNSUPPORTED_PIXELS}
+    picture = radiograph(np.full((2, 2), -1, np.int16), PixelRepresentation=None)
+    assert all_refused(read_folder(write(tmp_path / "cr", picture))) == {RefusalCode.UNSUPPORTED_PIXELS}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"PhotometricInterpretation": kind} for kind in ("HSV", "CMYK", "YBR_PARTIAL_422", "YBR_RCT", "MONOCHROME2")]
+    + [{"PlanarConfiguration": None}, {"PlanarConfiguration": 2}, {"PixelRepresentation": 1}],
+    ids=lambda more: "-".join(map(str, *more.items())),
+)
+def test_colours_of_another_kind_or_order_than_is_known_are_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    about = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    green = np.zeros((2, 2, 3), np.uint8)
+    green[..., 1] = 100
+    (image,) = read_folder(write(tmp_path / "rgb", radiograph(green, **about))).images
+    np.testing.assert_allclose(image.values_YX, 58.7, rtol=1e-6)
+    refused = all_refused(read_folder(write(tmp_path / "other", radiograph(green, **{**about, **more}))))
+    assert refused == {RefusalCode.UNSUPPORTED_PIXELS}
+
+
 def test_bits_above_bits_stored_are_masked(tmp_path: Path) -> None:
     unsigned = [ct(z, stored=np.full((6, 4), 0xF005, "<u2"), BitsStored=12, HighBit=11) for z in range(2)]
     assert one_volume(read_folder(write(tmp_path / "u", *unsigned))).values_ZYX.max() == 5 * 2 - 1000
