@@ -160,7 +160,7 @@ def import_images(
         ConfigError: `out` holds something else, or the pattern does not fit.
         DataError: No images, an unreadable one, or patients with more than one label under key `patient`.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     names = tuple(classes or sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
     if len(names) < 2:
@@ -176,7 +176,8 @@ def import_images(
     def item(file: Path, label: str) -> Item:
         def write(target: Path, subject: Subject) -> None:
             try:
-                with Image.open(file) as picture:
+                with Image.open(file) as lying:
+                    picture = ImageOps.exif_transpose(lying)  # upright, as every viewer shows it
                     deep = picture.mode.startswith("I;16")
                     values = np.asarray(picture if deep else picture.convert("L"))
             except (UnidentifiedImageError, OSError, Image.DecompressionBombError):

@@ -187,6 +187,18 @@ def test_a_patient_with_two_labels_needs_the_accession_as_key(tmp_path: Path) ->
     assert {str(header.AccessionNumber) for header in headers} == set(rows)
 
 
+def test_a_picture_that_says_how_it_was_held_is_written_upright(tmp_path: Path) -> None:
+    upright = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # Orientation: turn clockwise before showing
+    for label in ("a", "b"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        Image.fromarray(np.rot90(upright)).save(tmp_path / "in" / label / f"{label}1.png", exif=turned)
+    import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0)
+    images = read_folder(tmp_path / "out" / "north" / "dicom").images
+    assert [image.values_YX.tolist() for image in images] == [upright.tolist()] * 2
+
+
 def test_sixteen_bit_pictures_keep_their_depth(tmp_path: Path) -> None:
     deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     for label, name in (("a", "1"), ("b", "2")):
