@@ -190,7 +190,10 @@ def _read_stack(stack: Stack, entries: Sequence[Entry], jobs: int) -> Volume | N
         padding_ZYX = np.zeros(shape, dtype=np.bool_)
         for z, mask in padding.items():
             padding_ZYX[z] = mask
-        fill_padding(values_ZYX, padding_ZYX)
+        try:
+            fill_padding(values_ZYX, padding_ZYX)
+        except Refusal:
+            return None
     return volume._volume(values_ZYX, stack, stack.headers)
 
 
@@ -232,7 +235,7 @@ class _Scratch:
         """Reads one slice, and returns its padding.
 
         Raises:
-            _NotPlain: The file is not the one that was indexed, or holds padding only.
+            _NotPlain: The file is not the one that was indexed.
         """
         stored = self._decoded(path, plan, mark) if plan.codec else self._raw(path, plan, mark)
         mask = None
@@ -310,8 +313,4 @@ def _padding(stored: NDArray[Any], low: int, high: int) -> NDArray[np.bool_] | N
     if high < kind.min or low > kind.max:
         return None
     mask = stored == low if low == high else (stored >= low) & (stored <= high)
-    if not mask.any():
-        return None
-    if mask.all():
-        raise _NotPlain
-    return mask
+    return mask if mask.any() else None

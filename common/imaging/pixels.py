@@ -72,8 +72,6 @@ def _checked(
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
     singles = values.astype(np.float32, copy=False)
     valid = singles if padding is None else singles[~padding]
-    if valid.size == 0:
-        raise Refusal(RefusalCode.CORRUPT, "The image holds padding only.")
     if not np.isfinite(valid).all():
         raise Refusal(RefusalCode.CORRUPT, "The pixel values are not finite numbers.")
     return singles, padding
@@ -91,9 +89,7 @@ def _luminance(stored: NDArray[Any], found: Single) -> NDArray[np.float32]:
     return grey.astype(np.float32)
 
 
-def decode_frames(
-    path: Path, order: Sequence[int], found: MultiFrame, modality: str
-) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+def decode_frames(path: Path, order: Sequence[int], found: MultiFrame, modality: str) -> NDArray[np.float32]:
     """Decodes frames of a multi-frame file.
 
     Args:
@@ -103,10 +99,11 @@ def decode_frames(
         modality: Decides whether MONOCHROME1 is a way of display.
 
     Returns:
-        `values_ZYX` and the mask of padding, as `decode`; MONOCHROME1 is inverted in the range of all slices together.
+        `values_ZYX`, finite, as `decode` and `fill_padding` give them; MONOCHROME1 is inverted in the range of all
+        slices together.
 
     Raises:
-        Refusal: The pixels cannot be decoded or are not supported.
+        Refusal: The pixels cannot be decoded, are not supported, or are padding only.
     """
     layout = found.layout
     need_grey(layout)
@@ -128,13 +125,21 @@ def decode_frames(
         raise Refusal(RefusalCode.CORRUPT, "The pixel values are not finite numbers.")
     if _inverted(layout, modality):
         np.subtract(min(limits) + max(limits), values_ZYX, out=values_ZYX)
-    return values_ZYX, padding_ZYX
+    fill_padding(values_ZYX, padding_ZYX)
+    return values_ZYX
 
 
 def fill_padding(values: NDArray[np.float32], padding: NDArray[np.bool_] | None) -> None:
-    """Sets padding to the smallest valid value, in place: pixels outside the scanner's circle measured nothing."""
-    if padding is not None and padding.any() and not padding.all():
-        values[padding] = values[~padding].min()
+    """Sets padding to the smallest valid value, in place: pixels outside the scanner's circle measured nothing.
+
+    Raises:
+        Refusal: There is nothing else. A single slice of padding is none: the ends of a reformatted volume have such.
+    """
+    if padding is None or not padding.any():
+        return
+    if padding.all():
+        raise Refusal(RefusalCode.CORRUPT, "The image holds padding only.")
+    values[padding] = values[~padding].min()
 
 
 def _padding_mask(stored: NDArray[Any], padding: tuple[int, int] | None) -> NDArray[np.bool_] | None:

@@ -307,8 +307,11 @@ def _stacked(stack: Stack) -> Iterator[Volume | Refused]:
         whole = [header for z, header in enumerate(headers) if z not in broken]
         yield from _refuse(whole, RefusalCode.INCOMPLETE, "Another file of this series cannot be used.")
         return
-    # the smallest value of the whole volume: slices must not differ in what stands for nothing
-    fill_padding(values_ZYX, padding_ZYX)
+    try:  # the smallest value of the whole volume: slices must not differ in what stands for nothing
+        fill_padding(values_ZYX, padding_ZYX)
+    except Refusal as refusal:
+        yield from _refuse(headers, refusal.code, refusal.why)
+        return
     yield _volume(values_ZYX, stack, headers)
 
 
@@ -352,7 +355,6 @@ def _multiframe(header: Header, *, correct_tilt: bool) -> Iterator[Volume]:
         ):  # twice, because they do not fit into memory together, and none is used before all are right
             decode_frames(header.path, order, found, header.modality)
     for stack, order in zip(divided, orders, strict=True):
-        values_ZYX, padding_ZYX = decode_frames(header.path, order, found, header.modality)
-        fill_padding(values_ZYX, padding_ZYX)
+        values_ZYX = decode_frames(header.path, order, found, header.modality)
         numbers = tuple(frame + 1 for frame in order) if len(divided) > 1 else ()
         yield _volume(values_ZYX, stack, [header], numbers)

@@ -323,6 +323,18 @@ def test_padding_takes_the_smallest_valid_value(tmp_path: Path, vr: str) -> None
     assert volume.values_ZYX[2, 0, 1] == 201 - 1024.0
 
 
+def test_a_slice_of_padding_alone_ends_a_volume_and_a_volume_of_padding_alone_is_refused(tmp_path: Path) -> None:
+    outside = np.zeros((2, 2), np.uint16)
+    stored = [outside, np.full((2, 2), 700, np.uint16), np.array([[0, 500], [600, 700]], np.uint16), outside]
+    slices = [ct(z, stored=each, PixelPaddingValue=0) for z, each in enumerate(stored)]
+    volume = one_volume(read_folder(write(tmp_path / "ends", *slices)))
+    assert volume.values_ZYX[:, 0, 0].tolist() == [0, 400, 0, 0]  # 2 * 500 - 1000 = 0
+    empty = [ct(z, stored=outside, PixelPaddingValue=0) for z in range(3)]
+    assert all_refused(read_folder(write(tmp_path / "empty", *empty))) == {RefusalCode.CORRUPT}
+    picture = radiograph(outside, PixelPaddingValue=0)
+    assert all_refused(read_folder(write(tmp_path / "picture", picture))) == {RefusalCode.CORRUPT}
+
+
 def test_a_signed_padding_range_covers_everything_up_to_its_limit(tmp_path: Path) -> None:
     slices = []
     for z in range(2):

@@ -99,6 +99,17 @@ def test_padding_of_a_multi_frame_file_takes_the_smallest_valid_value(tmp_path: 
     assert one_volume(read(tmp_path, made)).values_ZYX[0].ravel().tolist() == [2, 2, 3, 4, 5, 6]
 
 
+def test_a_stack_of_padding_alone_refuses_its_file_and_an_empty_frame_does_not(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 0, 2])
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].StackID = str(1 + k // 2)
+    made.add_new("PixelPaddingValue", "US", 21)
+    made.add_new("PixelPaddingRangeLimit", "US", 26)  # frame 2: its stack has another one
+    assert [v.values_ZYX[:, 0, 0].tolist() for v in read(tmp_path, made).volumes] == [[1, 11], [31, 31]]
+    made.PixelPaddingRangeLimit = 36  # frames 2 and 3
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.CORRUPT]
+
+
 @pytest.mark.parametrize(
     ("code", "z_mm"),
     [
