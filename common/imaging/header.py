@@ -240,7 +240,8 @@ def _kind(sop_class: uid.UID, dataset: Dataset) -> Kind:
             RefusalCode.BURNED_IN_TEXT,
             "The header says that text is burned into the image; it may name the patient and mislead the model.",
         )
-    if text(dataset, "ConcatenationUID") and int(dataset.get("InConcatenationTotalNumber") or 0) != 1:
+    pieces = int(dataset.get("InConcatenationTotalNumber") or 0)
+    if pieces > 1 or (text(dataset, "ConcatenationUID") and pieces != 1):
         raise Refusal(
             RefusalCode.PART_OF_A_FILE, "The sender cut a multi-frame file into pieces (concatenation); send it whole."
         )

@@ -211,8 +211,13 @@ def test_a_piece_of_a_concatenation_is_refused(tmp_path: Path) -> None:
     made = enhanced([0, 2, 4])
     made.ConcatenationUID, made.InConcatenationNumber, made.InConcatenationTotalNumber = "1.2.7", 1, 2
     assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.PART_OF_A_FILE]
+    del made.InConcatenationTotalNumber  # it may be absent (type 3): then nobody knows
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.PART_OF_A_FILE]
     made.InConcatenationTotalNumber = 1
     assert one_volume(read(tmp_path, made)).values_ZYX.shape == (3, 2, 3)
+    made.InConcatenationTotalNumber = 2
+    del made.ConcatenationUID  # as what removes identifiers may leave it
+    assert [refused.code for refused in read(tmp_path, made).refused] == [RefusalCode.PART_OF_A_FILE]
 
 
 def test_a_localizer_among_the_frames_refuses_the_file(tmp_path: Path) -> None:
