@@ -186,6 +186,18 @@ def test_the_copy_keeps_what_reading_needs_and_says_what_was_done(tmp_path):
     assert len(copy.PatientID) == 16
 
 
+def test_words_by_which_the_reader_tells_images_apart_stay(tmp_path):
+    for kind in ("LOCALIZER", "SCOUT", "MOSAIC", "RECON TOMO"):
+        copy = copied(image(ImageType=["ORIGINAL", "PRIMARY", kind, MARKER]), tmp_path / "a")
+        assert list(copy.ImageType) == ["ORIGINAL", "PRIMARY", kind, "OTHER"]
+    content, frame = Dataset(), Dataset()
+    for stack, kept in (("2", "2"), (MARKER, "")):
+        content.StackID = stack
+        frame.FrameContentSequence = Sequence([content])
+        copy = copied(image(PerFrameFunctionalGroupsSequence=Sequence([frame])), tmp_path / "a")
+        assert copy.PerFrameFunctionalGroupsSequence[0].FrameContentSequence[0].StackID == kept
+
+
 def test_dates_and_characteristics_stay_only_when_asked_for_and_the_file_says_so(tmp_path):
     copy = copied(image(), tmp_path / "a", dates="keep", characteristics=True)
     assert (copy.StudyDate, copy.StudyTime, copy.PatientSex, copy.PatientAge) == ("20260301", "101500", "F", "090Y")

@@ -136,6 +136,7 @@ def tilted(z: int) -> Dataset:
         (RefusalCode.TILT, lambda: [tilted(z) for z in range(4)]),
         (RefusalCode.MIXED_SPACING, lambda: [ct(z, mm=(0, 0, mm)) for z, mm in enumerate((0, 2, 4, 7, 10, 13))]),
         (RefusalCode.MIXED_SPACING, lambda: [ct(z, PixelSpacing=[0.5 + 0.1 * (z > 2)] * 2) for z in range(5)]),
+        (RefusalCode.MIXED_SPACING, lambda: [ct(z, PixelSpacing=[0.5 + 0.005 * (z > 2)] * 2) for z in range(5)]),
         (
             RefusalCode.MIXED_SPACING,
             lambda: [ct(z, mm=(0, 0, 2 * z + 0.02 * abs(z - 30))) for z in range(60)],
@@ -240,10 +241,11 @@ def test_two_different_files_with_one_identity_refuse_the_series(tmp_path: Path)
 # --- values
 
 
-def test_a_slope_per_slice_is_applied_per_slice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shown", ["MONOCHROME2", "MONOCHROME1"])  # PET is mostly shown black on white
+def test_a_slope_per_slice_is_applied_per_slice(tmp_path: Path, shown: str) -> None:
     slices = [
         ct(z, sop_class=uid.PositronEmissionTomographyImageStorage, modality="PT", stored=np.full((6, 4), 10, "<u2"),
-           RescaleSlope=z + 0.5, RescaleIntercept=0)
+           RescaleSlope=z + 0.5, RescaleIntercept=0, PhotometricInterpretation=shown)
         for z in range(3)
     ]  # fmt: skip
     volume = one_volume(read_folder(write(tmp_path, *slices)))

@@ -92,6 +92,26 @@ def test_an_aborted_last_repeat_is_refused_and_the_whole_ones_are_read(tmp_path:
     assert [refused.code for refused in reading.refused] == [RefusalCode.INCOMPLETE] * 3
 
 
+def test_repeats_are_compared_in_slices_and_not_in_the_last_digits_of_their_positions(tmp_path: Path) -> None:
+    z_mm = {0: (0, 2, 4, 6), 1: (1e-4, 2, 4, 6 - 1e-4), 2: (-1e-4, 2, 4)}  # the last one was aborted
+    slices = [at(z, k, mm=(0, 0, mm), AcquisitionNumber=k) for k, each in z_mm.items() for z, mm in enumerate(each)]
+    reading = read_folder(write(tmp_path, *slices))
+    assert stacks_of(reading) == {0: 4, 1: 4}
+    assert [refused.code for refused in reading.refused] == [RefusalCode.INCOMPLETE] * 3
+
+
+def test_a_shorter_stack_with_other_distances_is_no_aborted_repeat(tmp_path: Path) -> None:
+    thin = [at(z, 0, mm=(0, 0, 2.0 * z), AcquisitionNumber=0) for z in range(8)]
+    thick = [at(z, 1, mm=(0, 0, 4.0 * z), AcquisitionNumber=1) for z in range(3)]
+    assert stacks_of(read_folder(write(tmp_path, *thin, *thick))) == {0: 8, 1: 3}
+
+
+def test_repeats_with_a_tilted_gantry_are_refused_for_their_tilt_and_read_where_it_is_corrected(tmp_path: Path) -> None:
+    slices = [at(z, k, mm=(0, 0.5 * z, 2.0 * z), AcquisitionNumber=k) for k in range(2) for z in range(4)]
+    assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.TILT}
+    assert len(read_folder(tmp_path, correct_tilt=True).volumes) == 2
+
+
 def test_a_repeat_that_lost_a_slice_inside_refuses_the_series(tmp_path: Path) -> None:
     slices = [at(z, t, TemporalPositionIdentifier=t) for t in range(3) for z in range(5) if (t, z) != (1, 2)]
     assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.GAP}
@@ -115,6 +135,16 @@ def test_stations_beside_each_other_are_told_apart_by_where_they_lie(tmp_path: P
 def test_overlapping_stations_are_one_volume_each(tmp_path: Path) -> None:
     slices = [at(z, k, mm=(0, 0, 2.0 * z + 5 * k), AcquisitionNumber=k) for k in range(2) for z in range(4)]
     assert stacks_of(read_folder(write(tmp_path, *slices))) == {0: 4, 1: 4}
+
+
+def test_stations_that_share_one_plane_overlap(tmp_path: Path) -> None:
+    slices = [at(z, k, mm=(0, 0, 2.0 * z + 6 * k), AcquisitionNumber=k) for k in range(2) for z in range(4)]
+    assert stacks_of(read_folder(write(tmp_path, *slices))) == {0: 4, 1: 4}
+
+
+def test_stations_half_a_pixel_beside_each_other_are_two(tmp_path: Path) -> None:
+    slices = [at(z, k, mm=(0.25 * k, 0, 2.0 * z)) for z in range(3) for k in range(2)]  # a pixel has 0.5 mm
+    assert stacks_of(read_folder(write(tmp_path, *slices))) == {0: 3, 1: 3}
 
 
 def test_stations_with_room_between_them_are_a_gap(tmp_path: Path) -> None:
@@ -218,11 +248,15 @@ def nuclear(kind: str, frames: int = 4, **more: Any) -> Dataset:
     return made
 
 
+def head(z_mm: float) -> Dataset:
+    made = Dataset()
+    made.ImagePositionPatient, made.ImageOrientationPatient = [10, 20, z_mm], [1, 0, 0, 0, 1, 0]
+    return made
+
+
 def reconstruction(**more: Any) -> Dataset:
-    detector = Dataset()
-    detector.ImagePositionPatient, detector.ImageOrientationPatient = [10, 20, 30], [1, 0, 0, 0, 1, 0]
     geometry = {
-        "DetectorInformationSequence": [detector], "FrameIncrementPointer": 0x00540080, "SliceVector": [1, 2, 3, 4],
+        "DetectorInformationSequence": [head(30)], "FrameIncrementPointer": 0x00540080, "SliceVector": [1, 2, 3, 4],
         "NumberOfSlices": 4, "SpacingBetweenSlices": -5.0,
     }  # fmt: skip
     return nuclear("RECON TOMO", **{**geometry, **more})
@@ -235,8 +269,14 @@ def test_a_reconstruction_of_nuclear_medicine_is_a_volume_in_the_direction_of_it
     assert volume.affine @ [1, 2, 3, 1] == pytest.approx([10 + 9, 20 + 8, 20, 1])
 
 
+def test_a_reconstruction_of_two_heads_is_a_volume_where_both_say_the_same_place(tmp_path: Path) -> None:
+    both = reconstruction(DetectorInformationSequence=[head(30), head(30)], NumberOfDetectors=2)
+    assert one_volume(read_folder(write(tmp_path, both))).values_ZYX[:, 0, 0].tolist() == [300, 200, 100, 0]
+
+
 @pytest.mark.parametrize(
     "lack", [{"SliceVector": None}, {"SpacingBetweenSlices": None}, {"DetectorInformationSequence": []},
+             {"DetectorInformationSequence": [head(30), head(31)]}, {"DetectorInformationSequence": [Dataset()]},
              {"SliceVector": [1, 2, 3]}, {"FrameIncrementPointer": [0x00540070, 0x00540080]}]
 )  # fmt: skip
 def test_a_reconstruction_without_its_geometry_is_refused(tmp_path: Path, lack: dict[str, Any]) -> None:
