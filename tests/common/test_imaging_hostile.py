@@ -123,6 +123,13 @@ def test_jitter_of_a_millionth_does_not_refuse_a_series(tmp_path: Path) -> None:
     assert one_volume(read_folder(write(tmp_path, *slices))).values_ZYX.shape == (4, ROWS, COLUMNS)
 
 
+def test_axes_that_are_perpendicular_but_for_rounding_become_so(tmp_path: Path) -> None:
+    slices = [ct(z, ImageOrientationPatient=[1, 0, 0, 5e-4, 1, 0]) for z in range(3)]
+    affine = one_volume(read_folder(write(tmp_path, *slices))).affine
+    assert affine[:3, 1] == pytest.approx([0, 0.5, 0], abs=1e-9)
+    assert affine[:3, 2] == pytest.approx([0.8, 0, 0], abs=1e-9)
+
+
 def tilted(z: int) -> Dataset:
     return ct(z, mm=(0.0, 0.5 * z, 2.0 * z))
 
@@ -139,13 +146,16 @@ def tilted(z: int) -> Dataset:
         (RefusalCode.MIXED_SPACING, lambda: [ct(z, PixelSpacing=[0.5 + 0.005 * (z > 2)] * 2) for z in range(5)]),
         (
             RefusalCode.MIXED_SPACING,
-            lambda: [ct(z, mm=(0, 0, 2 * z + 0.02 * abs(z - 30))) for z in range(60)],
+            lambda: [ct(z, mm=(0, 0, 2 * z + 0.018 * abs(z - 30))) for z in range(60)],
         ),
+        (RefusalCode.MIXED_SPACING, lambda: [ct(z, mm=(0.6 * (z == 2), 0, 2.0 * z)) for z in range(5)]),
         (RefusalCode.MIXED_PATIENTS, lambda: [ct(z, PatientID=f"P{z % 2}") for z in range(4)]),
+        (RefusalCode.MIXED_PATIENTS, lambda: [ct(z, StudyInstanceUID=f"1.2.{z % 2}") for z in range(4)]),
         (RefusalCode.SINGLE_SLICE, lambda: [ct(0)]),
         (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, ImagePositionPatient=None) for z in range(3)]),
         (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, PixelSpacing=[0, 0]) for z in range(3)]),
         (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]) for z in range(3)]),
+        (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, ImageOrientationPatient=[1.1, 0, 0, 0, 1, 0]) for z in range(3)]),
         (RefusalCode.LOCALIZER, lambda: [ct(z, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]) for z in range(3)]),
         (RefusalCode.BURNED_IN_TEXT, lambda: [ct(z, BurnedInAnnotation="YES") for z in range(3)]),
         (RefusalCode.MISSING_HEADER, lambda: [ct(z, SeriesInstanceUID=None) for z in range(3)]),
@@ -239,6 +249,12 @@ def test_two_different_files_with_one_identity_refuse_the_series(tmp_path: Path)
 
 
 # --- values
+
+
+def test_a_large_number_keeps_its_last_digit_until_the_intercept_has_made_it_small(tmp_path: Path) -> None:
+    stored = np.array([[2**24 + 1, 2**24]], "<u4")  # one float32
+    write(tmp_path, radiograph(stored, BitsStored=25, HighBit=24, RescaleSlope=1, RescaleIntercept=-(2**24)))
+    assert read_folder(tmp_path).images[0].values_YX.tolist() == [[1, 0]]
 
 
 @pytest.mark.parametrize("shown", ["MONOCHROME2", "MONOCHROME1"])  # PET is mostly shown black on white

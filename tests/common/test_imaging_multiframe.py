@@ -79,6 +79,15 @@ def test_frames_are_ordered_by_position_and_scaled_frame_by_frame(tmp_path: Path
     assert volume.affine @ [3, 1, 2, 1] == pytest.approx([-10 + 1.6, 20.5, 6, 1])
 
 
+def test_what_a_frame_says_itself_goes_before_what_all_share(tmp_path: Path) -> None:
+    made = enhanced([0, 2, 4])
+    made.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = [
+        item(RescaleSlope=5, RescaleIntercept=0, RescaleType="US")
+    ]
+    del made.PerFrameFunctionalGroupsSequence[1].PixelValueTransformationSequence
+    assert one_volume(read(tmp_path, made)).values_ZYX[:, 0, 0].tolist() == [1, 5 * 11, 21]
+
+
 @pytest.mark.parametrize("modality", ["CT", "PT", "MR"])
 def test_a_frame_without_a_pixel_value_transformation_is_refused_where_values_have_a_unit(
     tmp_path: Path, modality: str
@@ -200,11 +209,13 @@ def test_stacks_far_from_each_other_are_two_volumes_only_where_the_file_says_so(
 def test_an_inverted_multi_frame_file_is_inverted_alike_in_all_frames_but_not_in_ct(tmp_path: Path) -> None:
     made = enhanced([0, 2], slopes=[1, 2])
     made.PhotometricInterpretation = "MONOCHROME1"
+    for groups in made.PerFrameFunctionalGroupsSequence:
+        groups.PixelValueTransformationSequence[0].RescaleIntercept = 100
     volume = one_volume(read(tmp_path, made))
-    # 12 bits: 0 ... 4095 and 0 ... 8190, so 8190 - value; stored 1 and 11
-    assert volume.values_ZYX[:, 0, 0].tolist() == [8190 - 1, 8190 - 22]
+    # 12 bits: 100 ... 4195 and 100 ... 8290, so 8390 - value; stored 1 and 11
+    assert volume.values_ZYX[:, 0, 0].tolist() == [8390 - 101, 8390 - 122]
     made.Modality, made.SOPClassUID = "CT", uid.EnhancedCTImageStorage
-    assert one_volume(read(tmp_path, made)).values_ZYX[:, 0, 0].tolist() == [1, 22]
+    assert one_volume(read(tmp_path, made)).values_ZYX[:, 0, 0].tolist() == [101, 122]
 
 
 def test_a_piece_of_a_concatenation_is_refused(tmp_path: Path) -> None:

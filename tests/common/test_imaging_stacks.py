@@ -172,6 +172,21 @@ def test_a_slice_of_another_size_or_kind_refuses_the_stack_wherever_it_lies(
     assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.MIXED_SLICES}
 
 
+@pytest.mark.parametrize("other", [MR, {"FrameOfReferenceUID": "1.2.3.6"}])
+def test_slices_of_another_machine_or_frame_of_reference_are_never_stacked_on_these(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
+    slices = [at(z, z // 3, **(other if z > 2 else {})) for z in range(6)]
+    assert stacks_of(read_folder(write(tmp_path, *slices))) == {0: 3, 1: 3}
+
+
+def test_an_odd_slice_at_the_end_of_a_tilted_stack_refuses_it(tmp_path: Path) -> None:
+    slices = [ct(z, mm=(0, 0.5 * z, 2.0 * z), ImageType=["DERIVED" if z == 4 else "ORIGINAL"]) for z in range(5)]
+    write(tmp_path, *slices)
+    for correct_tilt in (False, True):
+        assert all_refused(read_folder(tmp_path, correct_tilt=correct_tilt)) == {RefusalCode.MIXED_SLICES}
+
+
 def test_interleaved_sizes_are_not_two_half_as_dense_volumes(tmp_path: Path) -> None:
     slices = [ct(z, **({"stored": np.zeros((8, 8), "<u2")} if z % 2 else {})) for z in range(6)]
     assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.MIXED_SLICES}
@@ -224,6 +239,11 @@ def test_a_stack_of_every_second_slice_is_a_gap_where_the_header_knows_better(tm
     assert "2 times" in read_folder(tmp_path).refused[0].why
 
 
+def test_a_distance_in_the_header_of_which_the_true_one_is_no_multiple_says_nothing(tmp_path: Path) -> None:
+    slices = [ct(z, SpacingBetweenSlices=1.3, SliceThickness=2) for z in range(5)]  # 2 mm apart
+    assert one_volume(read_folder(write(tmp_path, *slices))).spacing_mm[0] == 2
+
+
 # --- MR, NM and films
 
 
@@ -269,9 +289,13 @@ def test_a_reconstruction_of_nuclear_medicine_is_a_volume_in_the_direction_of_it
     assert volume.affine @ [1, 2, 3, 1] == pytest.approx([10 + 9, 20 + 8, 20, 1])
 
 
-def test_a_reconstruction_of_two_heads_is_a_volume_where_both_say_the_same_place(tmp_path: Path) -> None:
-    both = reconstruction(DetectorInformationSequence=[head(30), head(30)], NumberOfDetectors=2)
-    assert one_volume(read_folder(write(tmp_path, both))).values_ZYX[:, 0, 0].tolist() == [300, 200, 100, 0]
+def test_a_coronal_reconstruction_is_stacked_along_its_own_normal(tmp_path: Path) -> None:
+    coronal = head(30)
+    coronal.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]  # x cross -z = y: the second slice lies behind the first
+    made = reconstruction(DetectorInformationSequence=[coronal], SpacingBetweenSlices=5)
+    volume = one_volume(read_folder(write(tmp_path, made)))
+    assert volume.values_ZYX[:, 0, 0].tolist() == [0, 100, 200, 300]
+    assert volume.affine @ [3, 0, 0, 1] == pytest.approx([10, 20 + 15, 30, 1])
 
 
 @pytest.mark.parametrize(
