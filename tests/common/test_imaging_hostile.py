@@ -248,6 +248,15 @@ def test_two_different_files_with_one_identity_refuse_the_series(tmp_path: Path)
     assert all_refused(read_folder(tmp_path)) == {RefusalCode.CONFLICT, RefusalCode.INCOMPLETE}
 
 
+def test_a_copy_that_was_cut_off_or_a_damaged_picture_beside_it_costs_a_series_nothing(tmp_path: Path) -> None:
+    write(tmp_path, *(ct(z) for z in range(3)), ct(2), radiograph(pixels(0)))
+    for name in ("003.dcm", "004.dcm"):
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size - 2)
+    reading = read_folder(tmp_path)
+    assert [refused.code for refused in reading.refused] == [RefusalCode.TRUNCATED] * 2
+    np.testing.assert_array_equal(reading.volumes[0].values_ZYX, np.stack([hu(z) for z in range(3)]))
+
+
 # --- values
 
 

@@ -112,6 +112,22 @@ def test_repeats_with_a_tilted_gantry_are_refused_for_their_tilt_and_read_where_
     assert len(read_folder(tmp_path, correct_tilt=True).volumes) == 2
 
 
+def test_a_tilt_of_50_degrees_is_none_of_a_gantry(tmp_path: Path) -> None:
+    write(tmp_path, *(ct(z, mm=(0, 2.4 * z, 2.0 * z)) for z in range(4)))
+    assert all_refused(read_folder(tmp_path, correct_tilt=True)) == {RefusalCode.TILT}
+    assert "which no gantry does" in read_folder(tmp_path, correct_tilt=True).refused[0].why
+
+
+def test_what_counts_against_the_memory_is_the_straightened_volume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, *(ct(z, mm=(0, 0.5 * z, 2.0 * z)) for z in range(4)))
+    volume = one_volume(read_folder(tmp_path, correct_tilt=True))
+    assert volume.values_ZYX.shape == (4, 6 + 3, 4)  # 0.5 mm a slice are one row
+    monkeypatch.setattr("common.imaging.volume.MAX_FILE_BYTES", volume.values_ZYX.nbytes - 1)
+    assert all_refused(read_folder(tmp_path, correct_tilt=True)) == {RefusalCode.TOO_LARGE}
+
+
 def test_a_repeat_that_lost_a_slice_inside_refuses_the_series(tmp_path: Path) -> None:
     slices = [at(z, t, TemporalPositionIdentifier=t) for t in range(3) for z in range(5) if (t, z) != (1, 2)]
     assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.GAP}

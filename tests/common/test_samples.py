@@ -448,6 +448,16 @@ def test_a_spreadsheets_byte_order_mark_spaces_and_repeated_rows_are_read() -> N
     assert {name: (found.row, found.target) for name, found in labels.items()} == {"A": (2, 0), "B": (3, 1)}
 
 
+def test_two_rows_of_one_patient_may_not_differ_in_a_subgroup() -> None:
+    with pytest.raises(DataError, match="row 4: the same patient as row 2 with other values"):
+        read_labels(b"patient,label,sex\nA,negative,F\nB,positive,F\nA,negative,M\n", replace(TASK, subgroups=("sex",)))
+
+
+def test_the_identifier_is_never_a_subgroup() -> None:
+    with pytest.raises(DataError, match="no column 'patient'"):
+        read_labels(b"patient,label\nA,negative\nB,positive\n", replace(TASK, subgroups=("patient",)))
+
+
 def test_numbers_are_labels_where_they_are_the_class_names() -> None:
     labels = read_labels(b"patient,label\nA,1\nB,0\n", replace(TASK, classes=("0", "1")))
     assert (labels["A"].target, labels["B"].target) == (1, 0)
