@@ -373,8 +373,9 @@ def test_a_signed_padding_range_covers_everything_up_to_its_limit(tmp_path: Path
     assert volume.values_ZYX[0].ravel()[:5].tolist() == [-2.0, -2.0, -2.0, -2.0, -1.0]
 
 
-def test_a_padding_range_covers_everything_up_to_its_limit(tmp_path: Path) -> None:
-    slices = [ct(z, PixelPaddingValue=0, PixelPaddingRangeLimit=3) for z in range(2)]
+@pytest.mark.parametrize(("value", "limit"), [(0, 3), (3, 0)])
+def test_a_padding_range_covers_everything_up_to_its_limit(tmp_path: Path, value: int, limit: int) -> None:
+    slices = [ct(z, PixelPaddingValue=value, PixelPaddingRangeLimit=limit) for z in range(2)]
     volume = one_volume(read_folder(write(tmp_path, *slices)))
     assert volume.values_ZYX[0].ravel()[:5].tolist() == [4 * 2 - 1000.0] * 5
 

@@ -77,6 +77,7 @@ def test_frames_are_ordered_by_position_and_scaled_frame_by_frame(tmp_path: Path
     # first pixels: stored 1, 11, 21, 31 with slopes 1, 2, 3, 4 at z = 4, 0, 6, 2
     assert volume.values_ZYX[:, 0, 0].tolist() == [22, 124, 1, 63]
     assert volume.affine @ [3, 1, 2, 1] == pytest.approx([-10 + 1.6, 20.5, 6, 1])
+    assert volume.source.frames == ()  # all of them
 
 
 def test_what_a_frame_says_itself_goes_before_what_all_share(tmp_path: Path) -> None:

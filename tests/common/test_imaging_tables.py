@@ -16,7 +16,7 @@ from common.imaging import RefusalCode, header, read_folder
 from common.imaging.refusal import Refusal
 from common.imaging.single import read_single
 from common.imaging.tables import Lookup
-from tests.common.test_imaging_hostile import all_refused, ct, one_volume, radiograph, write
+from tests.common.test_imaging_hostile import all_refused, ct, hu, one_volume, radiograph, write
 
 STORED = np.array([[0, 100, 255, 256], [1000, 2000, 4095, 3000]], "<u2")
 SIGNED = np.array([[-32768, -2048, -1, 0], [5, 100, 2047, 32000]], "<i2")
@@ -79,7 +79,7 @@ def test_a_tone_curve_behind_a_modality_lut_begins_where_an_unsigned_number_says
     made = radiograph(
         np.array([[-2, -1], [0, 1]], "<i2"),
         ModalityLUTSequence=table(4, -2, 16, [0, 39999, 40001, 65535]),
-        VOILUTSequence=table(25536, 40000, 16, range(25536)),
+        VOILUTSequence=table(30000, 40000, 16, range(30000)),  # from -25536 on it would meet values as well
     )
     made.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian  # where pydicom goes by the signed pixels
     assert read(tmp_path, made) == [0, 0, 1, 25535]
@@ -96,10 +96,11 @@ def test_a_first_value_written_without_its_sign_is_taken_as_the_one_that_occurs(
         (RefusalCode.CORRUPT, table(4096, 0, 8, range(100))),
         (RefusalCode.CORRUPT, table(4, 0, 8, [0, 1, 2, 256])),
         (RefusalCode.CORRUPT, table(4, 40000, 8, [0, 1, 2, 3])),
+        (RefusalCode.CORRUPT, table(10, 65526, 8, range(10))),  # from -10 to -1
         (RefusalCode.CORRUPT, [Dataset()]),
         (RefusalCode.UNSUPPORTED_PIXELS, table(4, 0, 17, [0, 1, 2, 3])),
     ],
-    ids=["short", "entries above their bits", "no value in reach", "empty", "17 bits"],
+    ids=["short", "entries above their bits", "no value in reach", "just out of reach", "empty", "17 bits"],
 )
 def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path, code: RefusalCode, made: Any) -> None:
     assert all_refused(read_folder(write(tmp_path, twelve(VOILUTSequence=made)))) == {code}
@@ -112,6 +113,11 @@ def test_slices_with_a_modality_lut_are_read_through_it(tmp_path: Path) -> None:
         del made.RescaleSlope, made.RescaleIntercept
     volume = one_volume(read_folder(write(tmp_path, *slices)))
     assert volume.values_ZYX[1].ravel().tolist() == [min(int(v) + 2048, 4095) * 2 for v in STORED.ravel()]
+
+
+def test_the_tone_curve_of_a_slice_is_a_way_to_show_it_and_changes_no_value(tmp_path: Path) -> None:
+    slices = [ct(z, VOILUTSequence=table(4, 0, 16, [9, 9, 9, 9])) for z in range(3)]
+    np.testing.assert_array_equal(one_volume(read_folder(write(tmp_path, *slices))).values_ZYX[1], hu(1))
 
 
 def palette(count: int, bits: int, stored: NDArray[Any]) -> Dataset:
@@ -182,6 +188,11 @@ def test_the_header_of_one_image_says_the_same_in_the_other_process(
     monkeypatch.setattr(header, "_HEADER_BYTES", 100)
     assert found() == here
     assert len(set(here)) == 4
+
+
+def test_a_picture_of_more_than_a_million_pixels_is_looked_up_to_its_last_one() -> None:
+    values = np.arange(2**20 + 3, dtype=np.uint32) % 4
+    np.testing.assert_array_equal(Lookup(np.array([7, 6, 5, 4], np.uint8), 0, 8)(values), 7 - values)
 
 
 @given(

@@ -178,6 +178,10 @@ SERIES: dict[str, tuple[dict[str, Any], Change]] = {
         {}, lambda made, _: (text("PixelPaddingValue", "SS", -32768)(made, 0),
                              text("PixelPaddingRangeLimit", "SS", -20000)(made, 0)),
     ),
+    "padding range, written backwards": (
+        {}, lambda made, _: (text("PixelPaddingValue", "SS", -20000)(made, 0),
+                             text("PixelPaddingRangeLimit", "SS", -32768)(made, 0)),
+    ),
     "padding only in one slice": (
         {}, lambda made, z: (text("PixelPaddingValue", "SS", -32768)(made, 0),
                              z == 1 and setattr(made, "PixelData", b"\0\x80" * (len(made.PixelData) // 2))),

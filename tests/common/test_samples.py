@@ -166,6 +166,17 @@ def test_only_the_series_that_changed_is_prepared_again(
         assert again.digest == first.digest
 
 
+def test_a_new_file_that_claims_to_be_an_old_image_takes_the_old_sample_with_it(site: Path) -> None:
+    write_image(site / "dicom" / "more.dcm", image_of(40), CR, someone(0), number=2)
+    time.sleep(0.03)  # else the old file would be prepared anew in any case
+    assert len(read(site).samples.x_N) == 7
+    clash = pydicom.dcmread(site / "dicom" / "p0" / "1.dcm")
+    clash.SeriesInstanceUID, clash.PixelData = "1.2.3", bytes(64)
+    clash.save_as(site / "dicom" / "other.dcm")
+    again = read(site)
+    assert (len(again.samples.x_N), again.refused) == (6, {"conflict": 2})
+
+
 def test_order_and_digest_do_not_depend_on_where_the_files_lie(tmp_path: Path) -> None:
     one = hospital(tmp_path / "a" / "site")
     two = hospital(tmp_path / "b" / "site")
