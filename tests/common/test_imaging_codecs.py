@@ -16,6 +16,8 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
 from common.imaging import FolderReading, RefusalCode, read_folder
+from common.imaging.layout import UNDEFINED, Element, layout_of
+from common.imaging.refusal import Refusal
 from tests.common.test_imaging_hostile import all_refused, ct, one_volume, radiograph, write
 
 Encoder = Callable[[NDArray[Any]], bytes]
@@ -197,3 +199,23 @@ def test_a_piece_of_another_image_behind_the_pixels_is_refused_and_padding_is_no
         file.write_bytes(whole + piece)
         (refused,) = read_folder(tmp_path / "a").refused
         assert (refused.code, "piece of another image" in refused.why) == (RefusalCode.CORRUPT, True)
+
+
+@pytest.mark.parametrize("frames", [1, 64])
+def test_a_compressed_file_may_declare_64_times_its_length(frames: int) -> None:
+    made = radiograph(np.zeros((1, 1), "<u2"), Rows=2**14, Columns=2**13 // frames, NumberOfFrames=frames)  # 2^28 bytes
+    made.file_meta.TransferSyntaxUID = uid.JPEGLSLossless
+    enough = 2**28 // 64
+    assert layout_of(made, Element(0, UNDEFINED, enough, words=False)).frames == frames
+    with pytest.raises(Refusal) as caught:
+        layout_of(made, Element(0, UNDEFINED, enough - 1, words=False))
+    assert caught.value.code == RefusalCode.TOO_LARGE
+
+
+def test_every_compressed_frame_takes_eight_bytes_at_least() -> None:
+    made = radiograph(np.zeros((1, 1), "<u2"), NumberOfFrames=1000)
+    made.file_meta.TransferSyntaxUID = uid.JPEGLSLossless
+    assert layout_of(made, Element(0, UNDEFINED, 8000, words=False)).frames == 1000
+    with pytest.raises(Refusal) as caught:
+        layout_of(made, Element(0, UNDEFINED, 7999, words=False))
+    assert caught.value.code == RefusalCode.TOO_LARGE
