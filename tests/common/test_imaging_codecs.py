@@ -219,3 +219,12 @@ def test_every_compressed_frame_takes_eight_bytes_at_least() -> None:
     with pytest.raises(Refusal) as caught:
         layout_of(made, Element(0, UNDEFINED, 7999, words=False))
     assert caught.value.code == RefusalCode.TOO_LARGE
+
+
+def test_negative_pixels_where_the_header_knows_none_are_refused(tmp_path: Path) -> None:
+    values = np.arange(-128, 128, dtype="<i2").reshape(16, 16)
+    for negative, code in ((True, set()), (False, {RefusalCode.CORRUPT})):
+        made = radiograph(values, PixelRepresentation=int(negative))  # the codestream says itself that there is a sign
+        reading = read_folder(write(tmp_path / str(negative), packed(made, jpeg2000(values), uid.JPEG2000Lossless)))
+        assert {refused.code for refused in reading.refused} == code
+        assert [image.values_YX.tolist() for image in reading.images] == [values.tolist()] * negative

@@ -157,6 +157,8 @@ def tilted(z: int) -> Dataset:
         (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]) for z in range(3)]),
         (RefusalCode.MISSING_GEOMETRY, lambda: [ct(z, ImageOrientationPatient=[1.1, 0, 0, 0, 1, 0]) for z in range(3)]),
         (RefusalCode.LOCALIZER, lambda: [ct(z, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]) for z in range(3)]),
+        (RefusalCode.LOCALIZER, lambda: [ct(z, ImageType=["ORIGINAL", "PRIMARY", "SCOUT"]) for z in range(3)]),
+        (RefusalCode.SECONDARY_CAPTURE, lambda: [ct(z, ImageType=["DERIVED", "SCREEN SAVE"]) for z in range(3)]),
         (RefusalCode.BURNED_IN_TEXT, lambda: [ct(z, BurnedInAnnotation="YES") for z in range(3)]),
         (RefusalCode.MISSING_HEADER, lambda: [ct(z, SeriesInstanceUID=None) for z in range(3)]),
         (RefusalCode.CORRUPT, lambda: [ct(z, RescaleSlope=0) for z in range(3)] ),

@@ -174,6 +174,7 @@ SERIES: dict[str, tuple[dict[str, Any], Change]] = {
         {"syntax": ImplicitVRLittleEndian}, lambda made, z: made.add_new("PixelPaddingValue", "SS", int(stored(z)[3])),
     ),
     "padding that does not occur": ({}, text("PixelPaddingValue", "SS", -32768)),
+    "padding beyond the pixels' range": ({"dtype": "<u2"}, lambda made, _: made.add_new("PixelPaddingValue", "SS", -5)),
     "padding range": (
         {}, lambda made, _: (text("PixelPaddingValue", "SS", -32768)(made, 0),
                              text("PixelPaddingRangeLimit", "SS", -20000)(made, 0)),
