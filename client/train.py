@@ -360,12 +360,21 @@ def _focus(missing: torch.Tensor, gamma: float) -> torch.Tensor:
     return missing.clamp(min=torch.finfo(missing.dtype).tiny) ** gamma
 
 
+def steps_of(images: int, training: Training, *, at_least: int) -> tuple[int, int]:
+    """Steps of a round without privacy, which are whole and never none, and of one pass over so many images.
+
+    Args:
+        at_least: Images of a step, as far as there are so many.
+    """
+    per_epoch = max(1, min(math.ceil(images / training.batch_size), images // at_least))
+    return max(1, round(training.local_epochs * per_epoch)), per_epoch
+
+
 def _epochs(
     cohort: Cohort, training: Training, rng: np.random.Generator, *, at_least: int
 ) -> tuple[int, Iterator[npt.NDArray[np.int64]]]:
     indices = cohort.indices("train")
-    per_epoch = max(1, min(math.ceil(len(indices) / training.batch_size), len(indices) // at_least))
-    steps = max(1, round(training.local_epochs * per_epoch))
+    steps, per_epoch = steps_of(len(indices), training, at_least=at_least)
 
     def batches() -> Iterator[npt.NDArray[np.int64]]:
         done = 0

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from client.cohort import Cohort
-from client.train import train
+from client.dp.rules import sampling
+from client.train import mixes, steps_of, train
 from common.config import Privacy, Recipe
 from common.metrics import Metrics
 from common.models import build, get_weights, set_weights
@@ -31,27 +32,41 @@ def baselines(
     """Trains without privacy and without federation; every model is measured on the same central test set.
 
     Each training makes as many passes over its data as the federation's model has behind it: a site alone takes
-    exactly its own local steps, the pooled data as many as all sites together.
+    its own local steps again, the pooled data as many passes as its images made at their sites on average.
 
     Args:
         rounds: Site to the rounds of it that the model has behind it (`server.rounds.behind`); of a site without any
             there is nothing to compare.
         alone: False trains on the pooled data only.
     """
+    at_least = 2 if mixes(build(recipe)) else 1
+    passes = {name: _passes(cohort, recipe, at_least) * rounds.get(name, 0) for name, cohort in cohorts.items()}
     by_site = {}
     for name, cohort in cohorts.items() if alone else ():
         if rounds.get(name):
-            by_site[name] = _trained(_in_one_go(recipe, rounds[name]), cohort, test, device, name)
+            by_site[name] = _trained(_in_one_go(recipe, rounds[name], passes[name]), cohort, test, device, name)
             done(name)
     images = {name: len(cohort.indices("train")) for name, cohort in cohorts.items()}
-    # In rounds of all sites: some may have trained in fewer than others.
-    together = sum(rounds.get(name, 0) * count for name, count in images.items()) / sum(images.values())
+    # Some sites may have trained in fewer rounds than others.
+    together, all_passes = (
+        sum(of.get(name, 0) * count for name, count in images.items()) / sum(images.values()) for of in (rounds, passes)
+    )
     centralised = None
     if together:
         everything = pooled(list(cohorts.values()))
-        centralised = _trained(_in_one_go(recipe, together), everything, test, device, "pooled")
+        centralised = _trained(_in_one_go(recipe, together, all_passes), everything, test, device, "pooled")
         done("pooled")
     return Baselines(centralised=centralised, alone=by_site)
+
+
+def _passes(cohort: Cohort, recipe: Recipe, at_least: int) -> float:
+    """Over the site's images in one of its rounds: steps are whole, so it is not `local_epochs` to the letter."""
+    training = recipe.training
+    if recipe.privacy.active:
+        drawn = sampling(cohort.patients("train"), training.batch_size, training.local_epochs)
+        return drawn.steps * drawn.rate
+    steps, of_one_pass = steps_of(len(cohort.indices("train")), training, at_least=at_least)
+    return steps / of_one_pass
 
 
 def pooled(cohorts: list[Cohort]) -> Cohort:
@@ -70,11 +85,11 @@ def pooled(cohorts: list[Cohort]) -> Cohort:
     return Cohort(everything, split_P, "", {}, cohorts[0].outputs)
 
 
-def _in_one_go(recipe: Recipe, rounds: float) -> Recipe:
+def _in_one_go(recipe: Recipe, rounds: float, passes: float) -> Recipe:
     # One round of all epochs: the optimiser keeps its moments, as a site that trains alone would.
     training = replace(
         recipe.training,
-        local_epochs=recipe.training.local_epochs * rounds,
+        local_epochs=passes,
         warmup_rounds=recipe.training.warmup_rounds / rounds,
         proximal_mu=0.0,
     )

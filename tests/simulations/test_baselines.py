@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from client.cohort import Cohort
 from client.train import Trained
-from common.config import Federation, ModelConfig, Preprocessing, Recipe, Training
+from common.config import Federation, ModelConfig, Preprocessing, Privacy, Recipe, Training
 from common.metrics import Metrics
 from common.samples import Samples
 from common.weights import Weights
@@ -62,6 +63,25 @@ def test_a_site_makes_the_passes_of_its_own_rounds_and_the_pooled_data_their_mea
     # half a pass a round; pooled (2 * 10 + 5 * 20 + 0 * 30) / 60 = 2 rounds
     assert {name: one.local_epochs for name, one in trained.items()} == {"north": 1.0, "south": 2.5, "pooled": 1.0}
     assert list(found.alone) == ["north", "south"], "west gave nothing, so there is nothing to compare it with"
+
+
+def test_half_passes_that_are_whole_steps_are_made_again_as_they_were(trained: dict[str, Training]) -> None:
+    # Of batches of 5: 4 images are one step a round, a whole pass; 15 images are 3 steps a pass, half of which is 2;
+    # 20 are 4, half of which is 2.
+    sites = {"small": cohort(4), "odd": cohort(15), "even": cohort(20)}
+    baselines(RECIPE, sites, dict.fromkeys(sites, 3), sites["even"].samples, torch.device("cpu"))
+    found = {name: one.local_epochs for name, one in trained.items()}
+    assert found == pytest.approx(
+        {"small": 3, "odd": 3 * 2 / 3, "even": 3 / 2, "pooled": (3 * 4 + 2 * 15 + 1.5 * 20) / 39}
+    )
+
+
+def test_private_steps_are_counted_as_the_passes_that_they_make(trained: dict[str, Training]) -> None:
+    private = replace(RECIPE, privacy=Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-5))
+    sites = {"small": cohort(4), "odd": cohort(15)}
+    baselines(private, sites, dict.fromkeys(sites, 3), sites["odd"].samples, torch.device("cpu"))
+    # All 4 patients in the one step of each round; a third of 15 in each of 2.
+    assert (trained["small"].local_epochs, trained["odd"].local_epochs) == pytest.approx((3, 3 * 2 / 3))
 
 
 def test_of_a_model_with_no_round_behind_it_there_is_no_baseline(trained: dict[str, Training]) -> None:
