@@ -39,6 +39,8 @@ LOGITS = "logits"
 PROBABILITIES = "probabilities"
 STATEMENT = "Research use only. Not a medical device; not for diagnosis or treatment."
 _PREFIX = "fedicom."
+_AT_ONCE = 2**22
+"""Numbers in the images of one pass: 64 of 224 x 224, four of 96 x 96 x 96, whose features take a gigabyte."""
 
 Array = npt.NDArray[np.float32]
 
@@ -176,10 +178,13 @@ class OnnxModel:
         self._check_graph()
 
     def run(self, x_N: Array) -> tuple[Array, Array]:
-        """Logits and probabilities, each float32 (n, classes), of prepared samples (n, 1, *size)."""
-        logits, probabilities = self._session.run(
-            [LOGITS, PROBABILITIES], {INPUT: np.ascontiguousarray(x_N, dtype=np.float32)}
-        )
+        """Logits and probabilities, each float32 (n, classes), of prepared samples (n, 1, *size), some at a time."""
+        step = max(1, min(64, _AT_ONCE // math.prod(x_N.shape[1:])))
+        parts = [
+            self._session.run([LOGITS, PROBABILITIES], {INPUT: np.ascontiguousarray(x_N[at : at + step], np.float32)})
+            for at in range(0, max(1, len(x_N)), step)
+        ]
+        logits, probabilities = (np.concatenate(values) for values in zip(*parts, strict=True))
         return logits, probabilities
 
     def _check_graph(self) -> None:

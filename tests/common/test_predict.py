@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -45,14 +46,14 @@ def description(recipe, threshold=0.5):
     )
 
 
-def write_model(path, metadata, size=(8, 8), offset=0.0):
-    """logits = (offset, GAIN * mean); probabilities = softmax."""
+def write_model(path, metadata, size=(8, 8), offset=0.0, last="Softmax"):
+    """logits = (offset, GAIN * mean); probabilities = softmax, or what `last` makes of each."""
     gain = np.array([[0, GAIN / np.prod(size)]] * int(np.prod(size)), np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("Flatten", ["x"], ["flat"]),
             helper.make_node("Gemm", ["flat", "gain", "offset"], ["logits"]),
-            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+            helper.make_node(last, ["logits"], ["probabilities"], **({"axis": 1} if last == "Softmax" else {})),
         ],
         "by_hand",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, *size])],
@@ -134,6 +135,36 @@ def test_more_images_than_a_batch_keep_their_own_probabilities(model, tmp_path, 
     values = [float(row["probability_positive"]) for row in rows]
     assert len(values) == 5
     assert values == sorted(values), "a larger bright share gives a larger probability"
+
+
+def test_large_images_go_through_the_network_a_few_at_a_time(model, monkeypatch):
+    x = np.random.default_rng(0).random((8, 1, 8, 8), dtype=np.float32)
+    whole, opened, sizes = OnnxModel(model).run(x), OnnxModel(model), []
+    session = opened._session
+
+    def counted(names, given):
+        sizes.append(len(given["x"]))
+        return session.run(names, given)
+
+    monkeypatch.setattr(opened, "_session", SimpleNamespace(run=counted))
+    monkeypatch.setattr("common.onnx_model._AT_ONCE", 3 * 8 * 8)  # the numbers of three images
+    for got, expected in zip(opened.run(x), whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert sizes == [3, 3, 2]
+
+
+def test_a_multilabel_model_names_every_finding_above_one_half(tmp_path):
+    task = Task(kind="multilabel", classes=("a", "b"))
+    held = Recipe(name="two findings", task=task, data=Preprocessing(size=(8, 8), mean=0.5))
+    # logits (3, 4 * mean): a always (P = .953), b where most of the image is bright; no operating point is used
+    path = write_model(tmp_path / "model.onnx", description(held).to_metadata(), offset=3.0, last="Sigmoid")
+    for number in (0, 4):
+        write_dx(tmp_path / "dicom" / f"{number}.dcm", number)
+    summary = predict(path, tmp_path / "dicom", tmp_path / "out.csv")
+    rows = {row["patient"]: row for row in read(tmp_path / "out.csv")}
+    assert {name: row["predicted"] for name, row in rows.items()} == {"patient 0": "a", "patient 4": "a;b"}
+    assert float(rows["patient 0"]["probability_a"]) == pytest.approx(0.952574, abs=1e-6)
+    assert (summary.positive, {row["above_operating_point"] for row in rows.values()}) == (None, {""})
 
 
 def test_what_the_model_was_not_made_for_is_refused_with_a_reason(tmp_path):
