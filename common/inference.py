@@ -14,6 +14,8 @@ from common.shard import Batches
 
 _CPU_NUMBERS = 2**19
 """Of the images of a batch: ten of 224 x 224. With more, each layer's result is fresh memory of the system."""
+_GPU_NUMBERS = 2**24
+"""64 of 512 x 512, or 18 of 96 x 96 x 96: of 64 such volumes one layer's result takes 4 GB."""
 
 
 def logits(
@@ -30,7 +32,7 @@ def logits(
         model: Left in the modes (of every module) in which it came, and on `device`.
         x_N: Samples (N, 1, *size), possibly memory-mapped: one batch is copied at a time.
         indices: Which samples, in which order; the result keeps it.
-        batch_size: None: 64, and on a CPU fewer of large images.
+        batch_size: None: 64, and fewer of large images.
 
     Returns:
         float32 (len(indices), classes).
@@ -58,4 +60,5 @@ def logits(
 
 
 def _batch_size(shape: Sequence[int], device: torch.device) -> int:
-    return 64 if device.type != "cpu" else max(1, min(64, _CPU_NUMBERS // math.prod(shape)))
+    numbers = _CPU_NUMBERS if device.type == "cpu" else _GPU_NUMBERS
+    return max(1, min(64, numbers // math.prod(shape)))

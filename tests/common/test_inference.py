@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.inference import logits
+from common.inference import _batch_size, logits
 
 
 class Counting(nn.Module):
@@ -31,3 +31,10 @@ def test_a_batch_on_a_cpu_has_64_small_images_or_a_few_large_ones(size, batches)
     got = logits(model, x_N, np.arange(70)[::-1], device="cpu")
     assert model.batches == batches
     assert got.ravel().tolist() == list(range(69, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("size", "batch"), [((28, 28), 64), ((512, 512), 64), ((96, 96, 96), 18), ((128, 128, 128), 8), ((2**25,), 1)]
+)
+def test_a_card_that_trains_on_few_volumes_at_once_is_not_asked_to_score_64(size, batch):
+    assert _batch_size((1, *size), torch.device("cuda")) == batch
