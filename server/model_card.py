@@ -175,7 +175,8 @@ def _metrics(report: RunReport, exported: Exported | None) -> Iterator[str]:
     if threshold is None:
         yield f"- Operating point: {ABSENT}."
     else:
-        yield f"- Operating point: positive from a probability of {threshold:.6g}, chosen for a specificity of"
+        least = words.threshold(threshold)
+        yield f"- Operating point: positive from a probability of {least}, chosen for a specificity of"
         yield f"  {evaluation.specificity:g} **on the central test set itself**; confirm it on other images."
 
 

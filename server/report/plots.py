@@ -92,8 +92,9 @@ def performance_figures(report: RunReport, central: Metrics) -> Html:
         caption = f"Further up and left is better.{_positive(report)}"
         if point is not None and central.threshold is not None:
             caption += (
-                f" The dot is the operating point: positive from a probability of {words.number(central.threshold)}, "
-                f"sensitivity {words.number(point[1])} at specificity {words.number(1 - point[0])}."
+                " The dot is the operating point: positive from a probability of "
+                f"{words.threshold(central.threshold)}, sensitivity {words.number(point[1])} at specificity "
+                f"{words.number(1 - point[0])}."
             )
         legend = _legend([(name, stroke) for name, _, stroke in named])
         parts.append(_figure("ROC curve", svg, caption, legend))

@@ -71,11 +71,16 @@ def plain(x: float) -> str:
 
 
 def factor(spent: float) -> str:
-    """e to the power of epsilon."""
+    """e to the power of epsilon, rounded up: it is a bound."""
     if spent > 13:
         return "more than 400,000"
     odds = math.exp(spent)
-    return f"{odds:.2f}" if odds < 10 else f"{odds:,.0f}"
+    return f"{math.ceil(100 * odds) / 100:.2f}" if odds < 10 else f"{math.ceil(odds):,}"
+
+
+def threshold(of: float) -> str:
+    """A probability to compare with: three digits after the point would make of a rare finding's one nought."""
+    return f"{of:.6g}"
 
 
 def small(x: float) -> str:

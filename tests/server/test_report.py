@@ -225,8 +225,25 @@ def test_a_privacy_cost_is_rounded_up(page: str) -> None:  # 1.4961 spent
     assert "epsilon at most 1.50 (delta 1e-5)" in words(page)
 
 
-def test_the_odds_in_the_privacy_text_are_e_to_the_epsilon(page: str) -> None:  # e^1.4961 = 4.464
-    assert "a factor of 4.46" in words(page)
+@pytest.mark.parametrize(
+    ("epsilon", "odds"),
+    [(1.4961, "4.47"), (3.0, "21"), (8.0, "2,981"), (0.0, "1.00")],  # e^1.4961 = 4.4643, e^3 = 20.09, e^8 = 2980.96
+)
+def test_the_odds_in_the_privacy_text_are_e_to_the_epsilon_and_never_less(
+    epsilon: float, odds: str, tmp_path: Path
+) -> None:
+    report = lean(make(("north",)))
+    assert report.sites[0].spent is not None
+    site = replace(report.sites[0], spent=replace(report.sites[0].spent, epsilon=epsilon))
+    assert f"a factor of {odds} at the very most" in words(write(replace(report, sites=(site,)), tmp_path))
+
+
+def test_a_small_threshold_is_not_rounded_to_nought(tmp_path: Path) -> None:
+    """Who takes it from the page would else call everybody positive."""
+    report = lean(make())
+    rare = replace(metrics(1), threshold=0.00029484, operating_point=(0.04, 0.81))
+    shown = words(write(replace(report, central=rare), tmp_path))
+    assert "positive from a probability of 0.00029484, sensitivity 0.810 at specificity 0.960" in shown
 
 
 def test_suppressed_groups_show_neither_result_nor_count(tmp_path: Path) -> None:
