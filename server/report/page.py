@@ -104,9 +104,13 @@ def _verdict(report: RunReport) -> str:
             f"On {central.patients} test patients that no hospital holds, it tells {_classes(report)} apart with an "
             f"AUROC of {words.number(auroc)}{words.interval(central.values, 'auroc', report, prefix=', ')}. "
         )
-        low = words.value(central.values, "auroc_low")
-        if low is not None and low <= 0.5:
-            result += "The interval includes 0.5: this cannot be told from guessing. "
+        low, high = (words.value(central.values, f"auroc_{end}") for end in ("low", "high"))
+        if low is not None and high is not None and low <= 0.5:
+            result += (
+                "The interval includes 0.5: this cannot be told from guessing. "
+                if high >= 0.5
+                else "The interval lies below 0.5: it is worse than guessing, as if classes had changed places. "
+            )
     return start + result + _privacy_verdict(report)
 
 

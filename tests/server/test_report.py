@@ -442,3 +442,7 @@ def test_a_folder_that_does_not_exist_is_a_storage_error(tmp_path: Path) -> None
 def test_text_is_escaped_unless_it_is_markup() -> None:
     assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
     assert join("<", Html("<br>"), None) == "&lt;<br>"
+    upside_down = Metrics(patients=30, values={"auroc": 0.2, "auroc_low": 0.1, "auroc_high": 0.31})
+    shown = words(write(replace(lean(make()), central=upside_down), tmp_path))
+    assert "The interval lies below 0.5: it is worse than guessing" in shown
+    assert "includes 0.5" not in shown
