@@ -215,8 +215,8 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--modality",
-        help="DICOM modality to write: CR, DX, US, CT, MR (default: of known MedMNIST files their own, CR for "
-        "pictures, MR for NIfTI)",
+        choices=("CR", "DX", "US", "CT", "MR"),
+        help="DICOM modality to write (default: of known MedMNIST files their own, CR for pictures, MR for NIfTI)",
     )
     load.add_argument(
         "--central-fraction",
@@ -227,6 +227,12 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     load.add_argument(
         "--patient-pattern",
         help="regular expression of the patient in a picture's file name (default: every picture is a patient)",
+    )
+    load.add_argument(
+        "--key",
+        choices=("patient", "accession"),
+        default="patient",
+        help="what has a label: a patient, or of pictures each one, for task.key=accession (default: %(default)s)",
     )
     return parser
 
@@ -285,7 +291,8 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: Calla
         pattern = {"patient": arguments.patient_pattern} if arguments.patient_pattern else {}
         hospitals.import_images(
             source, out, sites, partition, classes=classes, modality=arguments.modality or "CR",
-            central_fraction=arguments.central_fraction, seed=arguments.seed, progress=progress, **pattern,
+            central_fraction=arguments.central_fraction, seed=arguments.seed, key=arguments.key, progress=progress,
+            **pattern,
         )  # fmt: skip
     else:
         raise ConfigError(f"{source} is neither an .npz file nor a folder")

@@ -158,7 +158,7 @@ def import_images(
 
     Raises:
         ConfigError: `out` holds something else, or the pattern does not fit.
-        DataError: No images, an unreadable one, or patients with more than one label under key `patient`.
+        DataError: A class without images, an unreadable one, or patients with more than one label under key `patient`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -195,11 +195,15 @@ def import_images(
 
     items, digest = [], hashlib.sha256()
     for label in names:
-        for file in sorted(path for path in (folder / label).glob("*") if path.suffix.lower() in _PICTURES):
+        files = sorted(path for path in (folder / label).glob("*") if path.suffix.lower() in _PICTURES)
+        if not files:  # a class that was typed wrongly would be missing without a word
+            raise DataError(
+                f"{folder.name}: no PNG or JPEG file in a subfolder {label!r}; put some there, or name the classes "
+                "(--classes) as their subfolders are written"
+            )
+        for file in files:
             items.append(item(file, label))
             digest.update(f"{label}/{file.name}/{file.stat().st_size}\n".encode())
-    if not items:
-        raise DataError(f"{folder.name}: no PNG or JPEG file in the subfolders {', '.join(names)}")
     source = {
         "kind": "images", "files": digest.hexdigest(), "sites": sites, "classes": list(names), "patient": patient,
         "modality": modality, "spacing_mm": spacing_mm, "key": key, "central_fraction": central_fraction,
@@ -342,7 +346,10 @@ class Writer:
             rows = []
             for number, (patient, group) in enumerate(members, start=1):
                 if key == "patient" and len({item.labels for item in group}) > 1:
-                    raise DataError("a patient has images with different labels; import with key accession")
+                    raise DataError(
+                        "a patient has images with different labels; give each image its own with --key accession, "
+                        "and say task.key=accession in the recipe"
+                    )
                 if key == "patient":
                     rows.append([patient, *group[0].labels, *(_joined(group, name) for name in names)])
                 for study, item in enumerate(group, start=1):

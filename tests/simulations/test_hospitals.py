@@ -17,6 +17,7 @@ from PIL import Image
 
 from common.errors import ConfigError, DataError
 from common.imaging import read_folder
+from simulations.cli import hospitals_verb
 from simulations.dicom_writer import Machine, Subject, quantise, write_image, write_series
 from simulations.hospitals import import_images, import_medmnist, import_nifti, site_names
 from simulations.partition import ByColumn, Dirichlet, Iid, Quantity
@@ -174,7 +175,7 @@ def test_a_patient_with_two_labels_needs_the_accession_as_key(tmp_path: Path) ->
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "in" / name)
     pattern = r"(?P<patient>p\d)_(?P<side>\w+)"
-    with pytest.raises(DataError, match="import with key accession") as error:
+    with pytest.raises(DataError, match=r"--key accession, and say task\.key=accession in the recipe") as error:
         import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), patient=pattern, central_fraction=0)
     assert "p1" not in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -197,6 +198,37 @@ def test_a_picture_that_says_how_it_was_held_is_written_upright(tmp_path: Path) 
     import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0)
     images = read_folder(tmp_path / "out" / "north" / "dicom").images
     assert [image.values_YX.tolist() for image in images] == [upright.tolist()] * 2
+
+
+def test_the_command_labels_each_picture_where_it_is_told_to(tmp_path: Path) -> None:
+    for name in ("no/p1_left.png", "yes/p1_right.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "in" / name)
+    words = ["import", str(tmp_path / "in"), str(tmp_path / "out"), "--sites", "1", "--partition", "iid"]
+    words += ["--patient-pattern", r"(?P<patient>p\d)", "--central-fraction", "0"]
+    with pytest.raises(DataError, match="--key accession"):
+        hospitals_verb(words)
+    assert hospitals_verb([*words, "--key", "accession"]) == 0
+    rows = {row["accession"]: row["label"] for row in _table(tmp_path / "out" / "north")}
+    assert rows == {"p1.1": "no", "p1.2": "yes"}
+
+
+def test_a_class_without_pictures_is_refused_and_not_left_out(tmp_path: Path) -> None:
+    """`--classes NORMAL,PNEUMONA` made hospitals of healthy patients alone."""
+    _pictures(tmp_path / "in")
+    with pytest.raises(DataError, match="no PNG or JPEG file in a subfolder 'PNEUMONA'"):
+        import_images(tmp_path / "in", tmp_path / "out", 2, Iid(), classes=("NORMAL", "PNEUMONA"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_modality_that_is_not_written_is_refused_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        hospitals_verb(["import", str(tmp_path), str(tmp_path / "out"), "--modality", "XA"])
+    assert ended.value.code == 2
+    assert "XA" in (told := capsys.readouterr().err)
+    assert "CR" in told
 
 
 def test_sixteen_bit_pictures_keep_their_depth(tmp_path: Path) -> None:
