@@ -161,6 +161,31 @@ def test_one_class_alone_has_no_auroc_but_an_accuracy():
     assert (found.roc, found.threshold, found.operating_point) == ({}, None, None)
 
 
+def test_the_ill_alone_have_a_recall_and_no_specificity():
+    found = score(np.ones(10, int), two([0.1] * 3 + [0.9] * 7), np.arange(10), BINARY, QUICK, seed=0)
+    assert {"auroc", "auprc", "specificity", "sensitivity_at_specificity"}.isdisjoint(found.values)
+    assert found.values["recall"] == found.values["balanced_accuracy"] == 0.7
+
+
+def test_labels_of_one_image_each_count_by_hand():
+    # Finding b is in nobody: a half is not called, a certain error is, and costs 100 as in the other tasks.
+    y, p = np.array([[1, 0], [0, 0]]), np.array([[0.9, 0.5], [0.1, 1.0]])
+    task = Task(kind="multilabel", classes=("a", "b"))
+    found = score(y, p, np.arange(2), task, QUICK, seed=0)
+    expected = {
+        "accuracy": (1 + 1 / 2) / 2,
+        "f1": (1 + 0) / 2,
+        "auroc": 1.0,  # of a alone
+        "brier": ((0.01 + 0.25) / 2 + (0.01 + 1) / 2) / 2,
+        "loss": ((-math.log(0.9) - math.log(0.5)) / 2 + (-math.log(0.9) + 100) / 2) / 2,
+        "ece": ((0.1 + 0.1) / 2 + (0.5 + 1.0) / 2) / 2,
+    }
+    assert {name: found.values[name] for name in expected} == pytest.approx(expected)
+    filled = {at: one for at, one in enumerate(found.bins) if one[2]}
+    assert filled == {1: (0.1, 0, 1), 7: (0.5, 0, 1), 13: (0.9, 1, 1), 14: (1.0, 0, 1)}
+    assert list(found.roc) == ["a"]
+
+
 def test_an_absent_class_is_left_out_of_the_macro_mean():
     y = np.array([0, 0, 1, 1, 0, 1])
     p = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.8, 0.1], [0.5, 0.4, 0.1], [0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
@@ -168,6 +193,8 @@ def test_an_absent_class_is_left_out_of_the_macro_mean():
     # One against the rest: class a ranks .8 .7 .6 above .5 .2 .1; class b ranks .8 .7 .4 above .3 .2 .1.
     assert found.values["auroc"] == 1.0
     assert found.values["balanced_accuracy"] == pytest.approx((1 + 2 / 3) / 2)
+    # a: 3 right, 1 more called; b: 2 right, 1 missed; c: none there, none called
+    assert found.values["f1"] == pytest.approx((6 / 7 + 4 / 5) / 2)
     assert set(found.roc) == {"a", "b"}
 
 
@@ -201,6 +228,8 @@ def test_calibration_error_by_hand():
     filled = {at: found.bins[at] for at in range(15) if found.bins[at][2]}
     assert filled == {1: pytest.approx((0.1, 0.0, 1)), 13: pytest.approx((0.9, 2 / 3, 3))}
     assert len(found.bins) == 15
+    # Resampled, every chance gap counts as an error: such an interval would lie above the estimate.
+    assert {"ece_low", "ece_high"}.isdisjoint(found.values)
     # Multi-class: the most probable class, .6 and .8, of which the second is wrong.
     p = np.array([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8]])
     found = score(np.array([0, 1]), p, np.arange(2), THREE, QUICK, seed=0)
@@ -277,8 +306,12 @@ def test_what_does_not_fit_together_is_refused():
         score(y[:9], two(p), patients, BINARY, QUICK, seed=0)
     with pytest.raises(DataError, match="got logits"):
         score(y, two(p) * 5, patients, BINARY, QUICK, seed=0)
+    with pytest.raises(DataError, match="got logits"):
+        score(y, two(p) - 0.1, patients, BINARY, QUICK, seed=0)
     with pytest.raises(DataError, match="other than 0 to 1"):
         score(y + 1, two(p), patients, BINARY, QUICK, seed=0)
+    with pytest.raises(DataError, match="other than 0 to 1"):
+        score(np.full((10, 3), 2), np.full((10, 3), 0.5), patients, LABELS, QUICK, seed=0)
     with pytest.raises(FedicomError, match="diverged"):
         score(y, two(np.where(p > 0.5, np.nan, p)), patients, BINARY, QUICK, seed=0)
 

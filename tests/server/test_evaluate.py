@@ -74,6 +74,15 @@ def test_subgroups_are_scored_apart_and_small_ones_are_suppressed():
     assert not result.subgroups["sex"]["?"].values
 
 
+def test_patients_and_not_images_are_counted():
+    held = samples(
+        [0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 1, 0], patients=[0, 1, 1, 0, 2, 3], sex=("f", "f", "f", "f", "m", "m")
+    )
+    result = central(Brightness(), held, recipe(subgroups=("sex",)), device="cpu")
+    assert result.metrics.patients == 4
+    assert {sex: one.patients for sex, one in result.subgroups["sex"].items()} == {"f": 2, "m": 2}
+
+
 def test_the_temperature_undoes_a_factor_on_the_logits():
     rng = np.random.default_rng(0)
     means = rng.normal(0, 2, 4000)

@@ -127,6 +127,39 @@ def test_the_card_holds_the_reports_numbers(tmp_path):
     assert "Replies of these sites were not used in one round or more: south\\|east." in text
 
 
+def test_each_figure_stands_beside_its_name(tmp_path):
+    asked = recipe(
+        privacy=Privacy(mechanism="dp_sgd", noise_multiplier=1.5, delta=1e-5),
+    )
+    asked = replace(
+        asked,
+        data=Preprocessing(size=(28, 28), low=1.0, high=99.0, mean=0.25, std=0.5),
+        evaluation=Evaluation(min_cell=5, bootstraps=300, confidence=0.9, specificity=0.8),
+    )
+    held = replace(full(asked), rounds=(*full(asked).rounds, RoundLine(round=2, accepted=("north", "south|east"))))
+    values = {"auroc": 0.75, "accuracy": 0.5, "balanced_accuracy": 0.625}
+    held = replace(held, subgroups={"sex": {"f": Metrics(patients=81, values=values)}})
+    made = exported(asked, tmp_path)
+    text = card(tmp_path, held, exported=made)
+    assert "> **Note:** privacy: none" in text
+    assert "percentiles 1 to 99 of each image scaled to [0, 1], minus 0.25, divided by 0.5" in text
+    assert "- Intervals: 90 %, from 300 resamples of patients." in text
+    assert "chosen for a specificity of\n  0.8 **on the central test set itself**" in text
+    assert "softmax over classes" in text
+    assert "none (temperature 1)" in text
+    assert "| f | 81 | 0.750 | 0.625 | not defined |" in text
+    assert "- Asked for by the recipe: noise multiplier 1.5, delta 1e-05." in text
+    assert "in one round or more: south\\|east." in text, "also where a later round took all"
+    warmer = replace(made, description=replace(made.description, temperature=1.75))
+    assert "logits divided by temperature 1.75" in card(tmp_path, held, exported=warmer)
+
+
+def test_a_test_set_that_is_too_small_shows_neither_count_nor_result(tmp_path):
+    text = card(tmp_path, replace(full(recipe()), central=Metrics(suppressed=True), subgroups={}))
+    assert "held by no site: fewer than 5 patients." in text
+    assert "Results: suppressed, too few patients." in text
+
+
 def test_the_counts_of_subgroups_do_not_give_a_suppressed_one_away(tmp_path):
     held = full(recipe())
     text = card(tmp_path, held)

@@ -22,6 +22,7 @@ from common.exchange import Scores, Spent
 from common.html import Html, join, tag
 from common.metrics import Metrics, score
 from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, figures, write_report
+from server.report.words import duration
 from simulations.cli import show_conclusion
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -344,10 +345,143 @@ def test_seeded_noise_claims_no_privacy(tmp_path: Path) -> None:
     assert "it gives no privacy" in shown
 
 
+def unlike() -> RunReport:
+    """`make`, but no two of its numbers are the same."""
+    report = make()
+    north, south = report.sites
+    assert north.spent is not None
+    assert south.spent is not None
+    held = {"auroc": 0.75, "auroc_low": 0.625, "auroc_high": 0.875, "loss": 0.5}
+    dear = replace(south.spent, epsilon=2.4961, delta=2e-5, noise_multiplier=0.75, clip_norm=0.5)
+    sites = (
+        replace(
+            north, test=Scores(patients=17, values=held, noised=True), spent=replace(north.spent, scores_epsilon=0.5)
+        ),
+        replace(south, test=None, spent=replace(dear, scores_epsilon=0.25)),
+    )
+    line = replace(
+        report.rounds[0],
+        validation={
+            "north": Scores(patients=9, values={"auroc": 0.6, "loss": 0.7}),
+            "south": Scores(patients=9, values={"auroc": 0.8, "loss": 0.3}),
+        },
+        mean_validation=0.7, update_norms={"north": 3.0, "south": 4.0}, epsilon={"north": 0.5, "south": 0.75},
+    )  # fmt: skip
+    return replace(report, sites=sites, rounds=(line, *report.rounds[1:]))
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What each picture was asked to show; none is drawn."""
+    asked: dict[str, Any] = {}
+
+    def note(name: str, *words: Any, **parts: Any) -> Html:
+        asked[name] = (*words, parts)
+        return Html("")
+
+    for kind in ("by_round", "roc", "calibration", "comparison"):
+        monkeypatch.setattr(figures, kind, note)
+    return asked
+
+
+def test_pictures_show_the_numbers_that_they_are_named_after(drawn: dict[str, Any], tmp_path: Path) -> None:
+    report = unlike()
+    write(report, tmp_path)
+    first = {name: {site: points[0] for site, points in drawn[name][0].items()} for name in
+             ("validation", "loss", "epsilon", "norms")}  # fmt: skip
+    assert first == {
+        "validation": {"north": (0, 0.6), "south": (0, 0.8)},  # of the model before round 1
+        "loss": {"north": (0, 0.7), "south": (0, 0.3)},
+        "epsilon": {"north": (1, 0.5), "south": (1, 0.75)},
+        "norms": {"north": (1, 3.0), "south": (1, 4.0)},
+    }
+    assert drawn["validation"][-1]["mean"][0] == (0, 0.7)
+    assert drawn["loss"][-1]["mean"][0] == (0, pytest.approx(0.5))
+    assert "the highest is 1.50" in drawn["epsilon"][-1]["alt"]  # of the last round
+    assert report.central is not None
+    assert report.baselines is not None
+    models = [report.central, report.baselines.centralised, *report.baselines.alone.values()]
+    assert [points for points, _ in reversed(drawn["roc"][0])] == [one.roc["positive"] for one in models if one]
+    assert drawn["roc"][-1]["point"] == report.central.operating_point
+    assert drawn["calibration"][0] == report.central.bins
+    rows = [(row.label, row.value, row.low, row.high) for row in drawn["comparison"][0] if row.stroke]
+    names = ["Federated", "Centralised", "north alone", "south alone"]
+    ends = ("auroc", "auroc_low", "auroc_high")
+    assert rows == [
+        *((name, *(one.values[end] for end in ends)) for name, one in zip(names, models, strict=True) if one),
+        ("north", 0.75, 0.625, 0.875),
+        ("south", None, None, None),
+    ]
+
+
+@pytest.mark.usefixtures("drawn")
+def test_where_hospitals_differ_the_highest_cost_is_told(tmp_path: Path) -> None:
+    shown = words(write(unlike(), tmp_path))
+    assert "epsilon at most 2.50 (delta 2e-5)" in shown
+    assert "Epsilon, highest 2.50 delta 2e-5, limit 8.00" in shown
+    assert "Here epsilon is at most 2.50" in shown
+    assert "a factor of 12.14 at the very most" not in shown
+    assert "a factor of 13 at the very most" in shown  # e^2.4961 = 12.135
+    assert "their ledgers paid epsilon 0.50 for them at most" in shown
+    assert "The noise came from a generator seeded by the operating system" in shown
+    assert "The patients of the central test set, with whom the coordinator works directly." in shown
+
+
+@pytest.mark.usefixtures("drawn")
+def test_tables_show_the_numbers_that_they_are_headed_with(tmp_path: Path) -> None:
+    report = unlike()
+    shown = words(write(report, tmp_path))
+    assert report.central is not None
+    (clear, missed), (wrong, _) = report.central.confusion[0], report.central.confusion[1]
+    assert f"clear {clear} {100 * clear / 20:.0f} % {missed}" in shown  # 20 patients have none
+    assert f"lesion {wrong} {100 * wrong / 20:.0f} %" in shown
+    loss, auroc = (report.central.values[name] for name in ("loss", "auroc"))
+    assert re.search(rf"Loss {loss:.3f} [0-9.]+ to [0-9.]+ lower", shown)
+    assert re.search(rf"AUROC {auroc:.3f} [0-9.]+ to [0-9.]+ higher", shown)
+    both = [report.central, *(report.baselines.alone.values() if report.baselines else ())]
+    for name, one in zip(("Federated", "north alone", "south alone"), both, strict=True):
+        said = [f"{one.values[key]:.3f}" for key in ("auroc", "auprc", "balanced_accuracy", "ece")]
+        assert re.search(rf"{name} " + r" (?:[0-9.]+ to [0-9.]+ )?".join(map(re.escape, said)), shown), name
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_long_run_shows_some_rounds_and_the_last(tmp_path: Path) -> None:
+    shown = words(write(make(rounds=25), tmp_path))
+    # every third, so that there are no more than twelve, and the 25th
+    rounds = " ".join(f"round {number}" for number in (3, 6, 9, 12, 15, 18, 21, 24, 25))
+    assert f"Hospital {rounds} north" in shown
+
+
+def test_the_reliability_diagram_and_the_whiskers_are_where_their_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(figures, "_svg", lambda figure, *_: kept.append(figure) or Html(""))
+    bins = ((0.1, 0.2, 5), (0.5, 0.0, 0), (0.8, 0.9, 7))
+    figures.calibration("calibration", bins, alt="")
+    curve, below = kept[0].axes[0].lines[1], kept[0].axes[1].patches
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([0.1, 0.8], [0.2, 0.9])  # the empty bin is left out
+    assert [bar.get_height() for bar in below] == [5, 0, 7]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in below] == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+    figures.comparison("c", [figures.Row("a", 0.75, 0.625, 0.875, figures.GLOBAL)], label="AUROC", chance=0.5, alt="")
+    whisker, dot = kept[1].axes[0].lines[:2]
+    assert list(whisker.get_xdata()) == [0.625, 0.875]
+    assert list(dot.get_xdata()) == [0.75]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(59, "59 s"), (95, "2 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min"), (90_000, "25 h 0 min")]
+)
+def test_how_long_it_took_is_told_in_words(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
 def test_an_interval_that_holds_one_half_is_called_guessing(tmp_path: Path) -> None:
     weak = Metrics(patients=30, values={"auroc": 0.55, "auroc_low": 0.45, "auroc_high": 0.64})
     assert "cannot be told from guessing" in words(write(replace(lean(make()), central=weak), tmp_path))
     assert "cannot be told from guessing" not in words(write(lean(make()), tmp_path))
+    upside_down = Metrics(patients=30, values={"auroc": 0.2, "auroc_low": 0.1, "auroc_high": 0.31})
+    shown = words(write(replace(lean(make()), central=upside_down), tmp_path))
+    assert "The interval lies below 0.5: it is worse than guessing" in shown
+    assert "includes 0.5" not in shown
 
 
 def test_the_levels_of_intervals_and_specificity_are_told_as_they_were_set(tmp_path: Path) -> None:
@@ -431,6 +565,7 @@ def test_multiclass_runs_show_a_curve_for_each_class(tmp_path: Path) -> None:
     recipe = replace(report.recipe, task=task)
     shown = words(write(replace(report, recipe=recipe, central=found, subgroups={}), tmp_path))
     assert "One curve a class" in shown
+    assert "Probability of the most probable class" in shown
     assert "called a called b called c" in shown
 
 
@@ -442,7 +577,3 @@ def test_a_folder_that_does_not_exist_is_a_storage_error(tmp_path: Path) -> None
 def test_text_is_escaped_unless_it_is_markup() -> None:
     assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
     assert join("<", Html("<br>"), None) == "&lt;<br>"
-    upside_down = Metrics(patients=30, values={"auroc": 0.2, "auroc_low": 0.1, "auroc_high": 0.31})
-    shown = words(write(replace(lean(make()), central=upside_down), tmp_path))
-    assert "The interval lies below 0.5: it is worse than guessing" in shown
-    assert "includes 0.5" not in shown
