@@ -204,7 +204,10 @@ def _json(value: Any) -> str:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("expected a JSON object, got thousands in each other") from None
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value

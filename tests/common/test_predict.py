@@ -296,6 +296,7 @@ def replaced(key, value):
         (replaced("task", "{}"), "changed after export"),
         (replaced("preprocessing", '{"size": [8, 8], "colour": 1}'), "cannot be read by this version"),
         (replaced("recipe", "["), "cannot be read by this version"),
+        (replaced("privacy", '{"a":' * 100_000), "cannot be read by this version"),
         (replaced("temperature", "nan"), "temperature nan"),
         (replaced("operating_threshold", "1.5"), "threshold 1.5"),
         ({k: v for k, v in description(recipe()).to_metadata().items() if k != "fedicom.weight_digest"}, "lacks"),
