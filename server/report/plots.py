@@ -104,10 +104,14 @@ def performance_figures(report: RunReport, central: Metrics) -> Html:
             "calibration", central.bins,
             alt=f"Reliability diagram of the federated model, expected calibration error {ece}.",
         )  # fmt: skip
-        what = "the most probable class" if report.recipe.task.kind == "multiclass" else "the positive class"
+        what, over = {
+            "binary": ("the positive class", ""),
+            "multiclass": ("the most probable class", ""),
+            "multilabel": ("each finding, all in one", ", each finding by itself,"),
+        }[report.recipe.task.kind]
         caption = (
             f"Probability of {what}: on the dotted diagonal, a predicted 70 % comes true in 70 % of cases. Mean "
-            f"distance (ECE) {ece}. Below: how many samples got each probability."
+            f"distance (ECE){over} {ece}. Below: how many samples got each probability."
         )
         parts.append(_figure("Calibration", svg, caption))
     return tag("div", *parts, class_="figures")

@@ -569,6 +569,22 @@ def test_multiclass_runs_show_a_curve_for_each_class(tmp_path: Path) -> None:
     assert "called a called b called c" in shown
 
 
+@pytest.mark.usefixtures("drawn")
+def test_findings_that_err_in_opposite_ways_are_not_called_calibrated(tmp_path: Path) -> None:
+    # Finding a is told too often, b too seldom: together .5 comes true in half of the cases, each by itself is .5 off.
+    task = Task(kind="multilabel", classes=("a", "b"))
+    truth = np.repeat([[0, 1]], 10, axis=0)
+    found = score(truth, np.full((10, 2), 0.5), np.arange(10), task, Evaluation(bootstraps=100), seed=0)
+    found = replace(found, roc={"a": ((0.0, 0.0), (1.0, 1.0))})
+    assert found.bins[7] == (0.5, 0.5, 20)
+    report = lean(make())
+    shown = words(
+        write(replace(report, recipe=replace(report.recipe, task=task), central=found, subgroups={}), tmp_path)
+    )
+    assert "Probability of each finding, all in one: on the dotted diagonal" in shown
+    assert "Mean distance (ECE), each finding by itself, 0.500." in shown
+
+
 def test_a_folder_that_does_not_exist_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"report\.html"):
         write_report(lean(make()), tmp_path / "nowhere" / "report.html")
