@@ -122,3 +122,14 @@ def test_what_cannot_be_dealt_out_is_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         partition.assign(["a"] * 10, {"ward": ["w"] * 10}, sites)
+
+
+def test_the_most_frequent_value_is_placed_first() -> None:
+    # c (2 patients) to the first site, a and b (1 each) to the other; by name it would be a and c, and b alone
+    values = ["a", "b", "c", "c"]
+    assert ByColumn("scanner").assign(["x"] * 4, {"scanner": values}, 2).tolist() == [1, 1, 0, 0]
+
+
+def test_dirichlet_does_not_deal_the_patients_of_a_class_out_in_their_order() -> None:
+    sites_P = Dirichlet(alpha=100.0).assign(["a"] * 20 + ["b"] * 20, {}, 2)
+    assert (np.diff(sites_P[:20]) < 0).any(), "the first site's would all come before the second's"
