@@ -5,7 +5,7 @@
     GET  /v1/runs, /v1/runs/NAME    operator or auditor
     GET  /v1/audit[?part=N]         operator or auditor: the signed log, or one of its earlier parts
     POST /v1/runs[?name=N&patience_s=S]      operator; the body is a signed recipe
-    POST /v1/runs/NAME/stop|resume           operator
+    POST /v1/runs/NAME/stop|resume|conclude  operator
 
 A token comes as `Authorization: Bearer ...`. A POST with a known token is in the audit log before it is done.
 """

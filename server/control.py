@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -464,10 +465,16 @@ class Control:
             if name not in self._working:
                 self._no_other_works_on(order.recipe_id)
             run.write_order(replace(order, wanted="concluded"))
-            self._working.pop(name, None)
+            # At work all the while, to whoever follows it or would run its recipe too; but nothing is started yet.
+            self._working[name] = _Work(due=math.inf)
             self._untold.pop(name, None)
         self._supervisor.stop(_child(name), _GRACE_S["run"])
         with self._lock:
+            if run.order.wanted != "concluded":  # somebody has stopped it meanwhile
+                return
+            self._working.pop(name, None)
+            if run.status.get("state") == "finished":  # it had its model before it could be ended
+                return
             run.settle(state="waiting", error=None)
             self._working[name] = _Work()
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -41,7 +42,7 @@ def events(house, kind: str) -> list[dict]:
 # Who may do what
 
 GETS = ("/v1/status", "/v1/runs", "/v1/runs/trial-1", "/v1/audit")
-POSTS = ("/v1/runs?name=trial-2", "/v1/runs/trial-1/stop", "/v1/runs/trial-1/resume")
+POSTS = ("/v1/runs?name=trial-2", *(f"/v1/runs/trial-1/{action}" for action in ("stop", "resume", "conclude")))
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_an_auditor_reads_everything_and_runs_or_stops_nothing(with_run):
     assert [run["run"] for run in with_run.ask("GET", "/v1/runs")[1]] == ["trial-1"]
     refused = events(with_run.house, "operator action refused")
     assert [(event["who"], event["action"]) for event in refused] == [
-        ("maria", "run"), ("maria", "stop"), ("maria", "resume"),
+        ("maria", "run"), ("maria", "stop"), ("maria", "resume"), ("maria", "conclude"),
     ]  # fmt: skip
 
 
@@ -334,6 +335,57 @@ def test_a_run_is_not_concluded_while_another_works_on_its_recipe(with_run):
     assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
     assert with_run.ask("POST", "/v1/runs/trial-1/conclude")[0] == 409
     assert with_run.control.run_status("trial-1")["wanted"] == "stopped"
+
+
+_SLOW_TO_END = """
+trap 'touch "$1/asked"; until [ -f "$1/go" ]; do sleep 0.05; done; cp "$1/last.json" "$1/status.json"; exit 3' TERM
+echo $$ >> "$1/starts"
+while :; do sleep 0.05 & wait $!; done
+"""
+
+
+@contextmanager
+def concluding(running, last: str):
+    """A run at work that was told to end, and ends when the block does, in this state."""
+    assert running.ask("POST", "/v1/runs?name=trial-1", body(running.house))[0] == 200
+    run = Run(running.house.home, "trial-1")
+    running.until(lambda: running.starts("trial-1"))
+    assert run.settle(state="training", round=1)
+    (run.path / "last.json").write_text(json.dumps({**run.status, "state": last}))
+    answers = []
+    asked = threading.Thread(target=lambda: answers.append(running.ask("POST", "/v1/runs/trial-1/conclude")))
+    asked.start()
+    running.until((run.path / "asked").exists)
+    yield answers
+    (run.path / "go").touch()
+    asked.join()
+
+
+def test_while_a_run_is_ended_to_be_concluded_it_is_at_work_and_no_other_begins_on_its_recipe(house):
+    with Running(house, _SLOW_TO_END) as running:
+        with concluding(running, "stopped") as answers:
+            assert running.control.run_status("trial-1")["at_work"]
+            assert running.ask("POST", "/v1/runs?name=trial-2", body(house))[0] == 409
+            assert running.ask("POST", "/v1/runs/trial-1/resume")[0] == 409
+            assert len(running.starts("trial-1")) == 1
+        assert (answers[0][0], answers[0][1]["state"]) == (200, "waiting")
+        running.until(lambda: len(running.starts("trial-1")) == 2)
+
+
+def test_a_run_that_had_its_model_before_it_could_be_ended_is_finished_and_stays_so(house):
+    with Running(house, _SLOW_TO_END) as running:
+        with concluding(running, "finished") as answers:
+            pass
+        assert (answers[0][0], answers[0][1]["state"], answers[0][1]["at_work"]) == (200, "finished", False)
+        assert len(running.starts("trial-1")) == 1
+
+
+def test_a_stop_while_a_run_is_ended_to_be_concluded_is_the_last_word(house):
+    with Running(house, _SLOW_TO_END) as running:
+        with concluding(running, "stopped"):
+            assert running.ask("POST", "/v1/runs/trial-1/stop")[0] == 200
+        status = running.control.run_status("trial-1")
+        assert (status["state"], status["wanted"], status["at_work"]) == ("stopped", "stopped", False)
 
 
 def test_a_run_whose_folder_was_removed_is_ended_and_keeps_no_other_from_running(with_run):
