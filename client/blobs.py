@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import ssl
 import threading
 import time
@@ -20,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
-from urllib3 import PoolManager, ProxyManager, make_headers
+from urllib3 import PoolManager, ProxyManager
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
 from client.reach import proxy_of
@@ -40,6 +42,9 @@ _SILENT_S = 10.0
 """Before a gateway that does not ring is asked for it again."""
 _BLOCK_BYTES = 1 << 20
 """Of an answer that is read at a time."""
+_SENT_BYTES = 1 << 18
+"""Of a body that is handed to the system at a time, and that may wait there unsent: a piece takes longer than a call
+may stand still where the line is slow, or is shared by many sites."""
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -114,8 +119,12 @@ class Remote:
             "flwr-timestamp": timestamp,
             "flwr-signature": b64encode(signature).decode(),
         }
+        body = None
+        if content is not None:
+            headers["content-length"] = str(len(content))
+            body = (content[at : at + _SENT_BYTES] for at in range(0, len(content), _SENT_BYTES))
         answer = self._pool.urlopen(
-            method, self._url + path, body=content, headers=headers, preload_content=False, decode_content=False,
+            method, self._url + path, body=body, headers=headers, preload_content=False, decode_content=False,
             redirect=False,
         )  # fmt: skip
         try:
@@ -199,12 +208,15 @@ class RemoteRound:
 
 def _pool(proxy: str | None, context: ssl.SSLContext) -> PoolManager:
     # Of large answers httpx passes on every 16 KiB alone, ten times the cost of the bytes themselves.
-    given: dict[str, Any] = {"ssl_context": context, "retries": False, "timeout": _CALL_S}
+    options = [*HTTPConnection.default_socket_options, (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _SENT_BYTES)]
+    given: dict[str, Any] = {"ssl_context": context, "retries": False, "timeout": _CALL_S, "socket_options": options}
     if proxy is None:
         return PoolManager(**given)
-    url = urlsplit(proxy)
-    login = f"{unquote(url.username)}:{unquote(url.password or '')}" if url.username else None
-    return ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login), **given)
+    url, login = urlsplit(proxy), {}
+    if url.username:  # not by urllib3's `make_headers`, which knows no name or password beyond Latin-1
+        word = f"{unquote(url.username)}:{unquote(url.password or '')}"
+        login["proxy-authorization"] = f"Basic {b64encode(word.encode()).decode()}"
+    return ProxyManager(proxy, proxy_headers=login, **given)
 
 
 def _refusal(status: int) -> str:

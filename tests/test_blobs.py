@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
+import re
 import shutil
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from urllib3.exceptions import HTTPError
 
 from client import blobs as client_blobs
 from client.blobs import Doorbell, LostError, Remote
@@ -28,6 +34,7 @@ from common.weights import Weights
 from server.blobs import Round, Shelf, Store, clear
 from server.gateway import Gateway, GatewayConfig
 from server.provision import provision
+from tests.deployment.relay import BadLine
 
 SITES = ("north", "south")
 PIECE = b"weights" * 1000
@@ -311,6 +318,39 @@ def test_while_the_gateway_is_away_a_site_waits_and_goes_on(deployed, round_):
     deployed.remote(stop=Stop()).round(round_.ticket).get(NAME, got)
     assert bytes(got) == PIECE
     assert waits == [0.1, 0.2, 0.4]
+
+
+def test_a_piece_may_take_longer_than_a_call_may_stand_still(deployed, monkeypatch):
+    monkeypatch.setattr(client_blobs, "_CALL_S", 1.5)
+    monkeypatch.setattr(client_blobs, "_STALLED_S", 5.0)
+    line, remote = BadLine(deployed.port, delay_s=0, bytes_per_s=1 << 20, loss=0), deployed.remote()
+    remote._url = f"https://127.0.0.1:{line.port}"
+    piece = bytes(PIECE_BYTES)  # 4 MiB at 1 MiB/s: 4 s
+    with closing(line), Store(deployed.server.blobs, "run").round(SITES, PIECE_BYTES) as round_:
+        remote.round(round_.ticket).put(name_of(piece), memoryview(piece))
+        round_.answers("north").get(name_of(piece), memoryview(bytearray(PIECE_BYTES)))
+
+
+def test_a_proxy_is_told_name_and_password_in_any_letters():
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        told = list[bytes]()
+
+        def listen() -> None:
+            line, _ = proxy.accept()
+            with line:
+                told.append(line.recv(4096))
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        url = f"http://m%C3%BCller:%E2%82%AC@127.0.0.1:{proxy.getsockname()[1]}"
+        pool = client_blobs._pool(url, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        with pytest.raises(HTTPError):
+            pool.urlopen("GET", "https://gateway.example:8443/")
+        listener.join(20)
+    assert told[0].startswith(b"CONNECT gateway.example:8443 ")
+    login = re.search(rb"(?i)\r\nproxy-authorization: basic ([^\r]+)", told[0])
+    assert login is not None
+    assert base64.b64decode(login[1]).decode() == "müller:€"
 
 
 def test_a_round_that_is_over_is_told_at_once(deployed, round_):
