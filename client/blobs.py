@@ -21,8 +21,8 @@ from urllib.parse import unquote, urlsplit
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
-from urllib3 import PoolManager, ProxyManager
-from urllib3.connection import HTTPConnection
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
 from client.reach import proxy_of
@@ -210,13 +210,30 @@ def _pool(proxy: str | None, context: ssl.SSLContext) -> PoolManager:
     # Of large answers httpx passes on every 16 KiB alone, ten times the cost of the bytes themselves.
     options = [*HTTPConnection.default_socket_options, (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _SENT_BYTES)]
     given: dict[str, Any] = {"ssl_context": context, "retries": False, "timeout": _CALL_S, "socket_options": options}
+    made: PoolManager
     if proxy is None:
-        return PoolManager(**given)
-    url, login = urlsplit(proxy), {}
-    if url.username:  # not by urllib3's `make_headers`, which knows no name or password beyond Latin-1
-        word = f"{unquote(url.username)}:{unquote(url.password or '')}"
-        login["proxy-authorization"] = f"Basic {b64encode(word.encode()).decode()}"
-    return ProxyManager(proxy, proxy_headers=login, **given)
+        made = PoolManager(**given)
+    else:
+        url, login = urlsplit(proxy), {}
+        if url.username:  # not by urllib3's `make_headers`, which knows no name or password beyond Latin-1
+            word = f"{unquote(url.username)}:{unquote(url.password or '')}"
+            login["proxy-authorization"] = f"Basic {b64encode(word.encode()).decode()}"
+        made = ProxyManager(proxy, proxy_headers=login, **given)
+    made.pool_classes_by_scheme = {"http": HTTPConnectionPool, "https": _Lines}
+    return made
+
+
+class _Line(HTTPSConnection):
+    def send(self, data: Any) -> None:
+        try:
+            super().send(data)
+        except ssl.SSLEOFError:
+            # A gateway that refuses a body unread answers and closes; after this error urllib3 looks for the answer.
+            raise BrokenPipeError from None
+
+
+class _Lines(HTTPSConnectionPool):
+    ConnectionCls = _Line
 
 
 def _refusal(status: int) -> str:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from common.identity import Signer
 from common.supervise import free_port
 from common.weights import Weights
 from server.blobs import Round, Shelf, Store, clear
-from server.gateway import Gateway, GatewayConfig
+from server.gateway import Gateway, GatewayConfig, RegistryKeys
 from server.provision import provision
 from tests.deployment.relay import BadLine
 
@@ -213,14 +213,16 @@ class Deployed:
     def server(self) -> ServerHome:
         return ServerHome(self.kits / "coordinator")
 
-    def open(self) -> Gateway:
+    def open(self, allowed: Callable[[], Mapping[str, str]] | None = None) -> Gateway:
+        self.close()
         home = self.server
         self.gateway = Gateway(
             GatewayConfig(
                 listen_host="127.0.0.1", listen_port=self.port, certificate=home.gateway_certificate,
                 key=home.gateway_key, upstream_port=1, upstream_ca=home.ca, registry=home.registry_file,
                 authority=home.authority, blobs=home.blobs, sent_bell=home.sent_bell,
-            )
+            ),
+            allowed,
         ).start()  # fmt: skip
         return self.gateway
 
@@ -329,6 +331,18 @@ def test_a_piece_may_take_longer_than_a_call_may_stand_still(deployed, monkeypat
     with closing(line), Store(deployed.server.blobs, "run").round(SITES, PIECE_BYTES) as round_:
         remote.round(round_.ticket).put(name_of(piece), memoryview(piece))
         round_.answers("north").get(name_of(piece), memoryview(bytearray(PIECE_BYTES)))
+
+
+@pytest.mark.parametrize("nbytes", [100, PIECE_BYTES])
+def test_a_node_that_is_known_no_more_hears_so_also_while_it_sends(deployed, nbytes):
+    allowed = dict(RegistryKeys(deployed.server.registry_file, deployed.server.authority)())
+    deployed.open(lambda: allowed)
+    with Store(deployed.server.blobs, "run").round(SITES, nbytes) as round_:
+        at_site, piece = deployed.remote().round(round_.ticket), bytes(nbytes)
+        at_site.put(name_of(b"a"), memoryview(b"a"))
+        allowed.clear()
+        with pytest.raises(LostError, match="does not know this node's key"):
+            at_site.put(name_of(piece), memoryview(piece))
 
 
 def test_a_proxy_is_told_name_and_password_in_any_letters():
