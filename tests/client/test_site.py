@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -102,6 +102,10 @@ class House:
 
     def kinds(self) -> list[str]:
         return [event.kind for event in verify(self.log)]
+
+    def steps(self, kind: Literal["updates", "scores"] = "updates") -> list[int]:
+        """What each visit has paid for."""
+        return [event.steps for event in self.ledger.events(self.recipe.id, kind)]
 
     def entries(self, kind: str) -> int:
         lines = (self.folder / "ledger.jsonl").read_text().splitlines()
@@ -301,7 +305,7 @@ def test_a_death_between_keeping_and_settling_costs_one_training_and_one_epsilon
     update = house.open().visit(house.plan())
     assert isinstance(update, Update)
     assert len(trained) == 1
-    assert (house.entries("reserve"), house.entries("settle")) == (1, 1)
+    assert (house.entries("reserve"), house.entries("settle"), house.steps()) == (1, 1, [8])
     # The reply of the next round takes its place; asked for round 1 again, the site pays again or refuses.
     site = house.open()
     assert isinstance(site.visit(house.plan(2)), Update)
@@ -330,6 +334,7 @@ def test_an_answer_that_tells_of_the_noise_is_paid_for_and_asked_again_is_paid_a
     for times in (1, 2):
         refused(house.open().visit(house.plan()), "training", house)
         assert (house.entries("reserve"), house.entries("settle")) == (times, times)
+        assert house.steps() == [8] * times  # 2 epochs of 20 patients, 5 at a time
 
 
 def test_an_update_that_is_too_large_for_a_secure_sum_is_paid_for(tmp_path: Path, trained: list[Any]) -> None:
@@ -342,6 +347,7 @@ def test_an_update_that_is_too_large_for_a_secure_sum_is_paid_for(tmp_path: Path
     for times in (1, 2):
         assert "the update has norm" in refused(site.visit(house.plan()), "training", house)
         assert (house.entries("reserve"), house.entries("settle")) == (times, times)
+        assert house.steps() == [8] * times
 
 
 def test_an_error_that_tells_of_no_noise_costs_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -747,6 +753,21 @@ def test_noised_scores_leave_once_after_the_last_round_and_are_paid(house: House
     assert isinstance(other, Update)
     assert (other.validation, other.test) == (None, None)
     assert house.ledger.events(house.recipe.id, "scores") == (event,)
+
+
+def test_a_death_between_keeping_and_settling_noised_scores_costs_them_once_and_in_full(
+    house: House, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noised, plan = {"metrics": "noised", "scores_epsilon": 4.0}, house.plan(4, "evaluate")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "settle", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            house.open(**noised).visit(plan)
+    for _ in range(2):
+        update = house.open(**noised).visit(plan)
+        assert isinstance(update, Update)
+        assert update.validation is not None
+        assert house.steps("scores") == [2]  # validation and test
 
 
 def test_the_interval_of_noised_scores_has_the_level_of_the_recipe(

@@ -123,6 +123,19 @@ def test_a_checkpoint_that_could_not_be_written_ends_the_run_and_repeats_two_rou
     assert (cut.asked, again.asked) == ([1, 2, 3, 4], [3, 4, 5])
 
 
+def test_the_last_checkpoint_too_is_on_the_disk_or_it_is_said_that_it_is_not(tmp_path, monkeypatch):
+    write = coordinator.checkpoint.write
+
+    def full(state, folder, key):
+        if state.done:
+            raise StorageError("full")
+        return write(state, folder, key)
+
+    monkeypatch.setattr(coordinator.checkpoint, "write", full)
+    with pytest.raises(StorageError, match="full"):
+        run(tmp_path, Fake())
+
+
 def test_resuming_a_finished_run_asks_for_no_round(tmp_path):
     first = run(tmp_path, Fake())
     again = Fake()
@@ -164,9 +177,11 @@ def test_a_run_that_is_ended_takes_the_model_of_its_last_round_and_asks_who_is_t
     assert (said.facts["round"], said.facts["before"], said.facts["after"]) == (
         killed - 1, state.weights.digest, state.weights.digest,
     )  # fmt: skip
-    again = run(tmp_path, Fake(), resume=True)
-    assert again.state == state
-    assert list(again.hellos) == ["east", "north", "west"]
+    for end in (False, True):
+        again = run(tmp_path, Fake(), resume=True, end=end)
+        assert again.state == state
+        assert list(again.hellos) == ["east", "north", "west"]
+    assert sum(event.kind == "training ended" for event in verify(tmp_path / "server.jsonl")) == 1
 
 
 def test_an_end_that_was_ordered_and_killed_is_ordered_again_or_taken_back(tmp_path):
@@ -208,6 +223,18 @@ def test_with_early_stopping_the_better_earlier_model_is_taken(tmp_path):
         state = run(out, net, recipe, resume=True, end=True).state
         assert state.weights.digest == best.digest == state.history[0].after
         assert net.asked == [4, 4]  # the last model, and the one that is taken
+
+    class Dying(Scored):
+        def ask(self, plan, sites, timeout_s):
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().ask(plan, sites, timeout_s)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Dying(first=()), recipe, resume=True, end=True)
+    net = Scored(first=())  # the closing evaluation has begun: the order is not taken back any more
+    state = run(tmp_path, net, recipe, resume=True).state
+    assert (net.quorum, net.asked, state.done, state.weights.digest) == (0, [4], True, best.digest)
 
 
 def test_a_run_without_a_round_on_disk_cannot_be_ended(tmp_path):

@@ -246,6 +246,42 @@ def test_a_reply_of_nobody_asked_is_not_admitted():
     assert "stranger" not in ran(recipe(1), Crowd())[0][1].accepted
 
 
+def test_of_two_replies_of_a_site_the_first_counts():
+    class Stammering(Sites):
+        def ask(self, plan, sites, timeout_s):
+            replies = super().ask(plan, sites, timeout_s)
+            return [replies[0], replace(replies[0], weight=5.0, steps=7), *replies[1:]]
+
+    (plain, _), (stammered, report) = ran(recipe(1), Sites())[0], ran(recipe(1), Stammering())[0]
+    assert stammered.weights == plain.weights
+    assert (report.accepted["s0"].weight, report.accepted["s0"].steps) == (1.0, 1)
+
+
+def test_the_closing_evaluation_needs_the_quorum_too_unless_an_operator_ended_the_training():
+    trained = ran(recipe(1), Sites())[0][0]
+    with pytest.raises(QuorumError, match="round 2: 5 of 7 replies accepted, quorum is 7"):
+        ran(recipe(1), Odd(s0=silent, s3=silent), trained)
+    state, report = ran(recipe(1), Odd(s0=silent, s3=silent), rounds.ended(trained))[0]
+    assert (state.done, list(report.accepted)) == (True, ["s1", "s2", "s4", "s5", "s6"])
+
+
+def test_a_plan_carries_the_newest_ledger_heads_of_the_sites_that_are_asked_alone():
+    class Spending(Sites):
+        def answer(self, plan, site):
+            return replace(super().answer(plan, site), ledger_head="c" * 64 if site == "s1" else "")
+
+    sites, early = Spending(), {"s0": "a" * 64, "s1": "b" * 64, "s6": "b" * 64}
+    here = hellos(SITES[:5])
+    list(
+        rounds.run(
+            rounds.start(recipe(1), START), recipe(1, quorum=5), sites, lambda: here, buffers=NONE, ledger_heads=early
+        )
+    )
+    assert [plan.ledger_heads for plan in sites.plans] == [
+        {"s0": "a" * 64, "s1": "b" * 64}, {"s0": "a" * 64, "s1": "c" * 64},
+    ]  # fmt: skip
+
+
 def test_a_round_is_behind_the_model_for_the_sites_that_were_in_it():
     present = iter([SITES[:5], SITES, SITES[2:], SITES])
     final = ran(recipe(3, quorum=5), Sites(), sites=lambda: hellos(next(present)))[-1][0]
