@@ -29,7 +29,7 @@ from flwr.proto.control_pb2 import StartRunRequest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, ObjectUnavailableError
 from flwr.supercore.run import RunNotRunningException
 
-from client.link import _connected, _pause_s, _sure, objection, supernode_child
+from client.link import _connected, _pause_s, _receiving, _sure, objection, supernode_child
 from common import wire
 from common.config import Federation, Recipe
 from common.deployment import FederationPlan, ServerHome, SiteHome
@@ -520,6 +520,14 @@ def test_what_a_supernode_would_lose_without_a_word_ends_it_for_one_that_connect
     with pytest.raises(SystemExit):
         _sure(failing(RunNotRunningException()), SystemExit(1))()
     assert _sure(lambda word: word * 2)("a") == "aa"
+
+
+def test_a_supernode_connects_anew_after_a_look_that_failed_once_there_is_no_message():
+    failed, found, anew = threading.Event(), ["message", None, None], list[int]()
+    look = _receiving(lambda: found.pop(0), failed, lambda: anew.append(1))
+    failed.set()
+    assert (look(), anew) == ("message", [])  # that one is answered first
+    assert (look(), look(), anew) == (None, None, [1])
 
 
 def test_a_run_that_ends_under_a_message_ends_the_supernode_only_once_the_runner_may_have_it(tmp_path):

@@ -19,7 +19,7 @@ from common.audit import verify
 from common.config import validate_json
 from common.deployment import FederationPlan, ServerHome
 from common.enrolment import install_registry
-from common.errors import ConfigError
+from common.errors import ConfigError, ExchangeError
 from common.identity import Signer
 from common.signed import sign_recipe
 from server.control import Control, alone, gateway_child, runner_child
@@ -335,6 +335,29 @@ def test_a_run_is_not_concluded_while_another_works_on_its_recipe(with_run):
     assert with_run.ask("POST", "/v1/runs?name=trial-2", body(with_run.house))[0] == 200
     assert with_run.ask("POST", "/v1/runs/trial-1/conclude")[0] == 409
     assert with_run.control.run_status("trial-1")["wanted"] == "stopped"
+
+
+class Beginning(Running):
+    """A coordinator that has not stopped yet what an earlier one left at the SuperLink."""
+
+    up = False
+
+    def _parts(self):
+        def stop_runs(home, port):
+            if not self.up:
+                raise ExchangeError("the SuperLink does not answer yet")
+            return 0
+
+        return replace(super()._parts(), stop_runs=stop_runs)
+
+
+def test_no_run_begins_before_the_superlink_is_there_and_what_was_left_at_it_is_stopped(house):
+    with Beginning(house) as running:
+        assert running.ask("POST", "/v1/runs?name=trial-1", body(house))[0] == 200
+        assert not threading.Event().wait(1.0)  # three looks
+        assert running.starts("trial-1") == []
+        running.up = True
+        running.until(lambda: running.starts("trial-1"))
 
 
 _SLOW_TO_END = """

@@ -23,10 +23,11 @@ from common.identity import Signer
 from common.lineage import lineage, runs
 from common.logs import read_logs
 from common.signed import sign_recipe
+from common.storage import to_disk, to_system
 from common.vault import new_key_file
 from server import checkpoint, runner
 from server.runner import AGAIN, FAILED, FINISHED, STOPPED, Stopped, run
-from server.runs import BusyError, Run
+from server.runs import BusyError, Run, RunStatus
 
 STATES = {"waiting", "training", "evaluating", "concluding", "finished", "failed", "stopped"}
 
@@ -338,6 +339,21 @@ def test_a_recipe_of_another_key_or_another_id_than_was_ordered_is_not_run(house
         run(house.home, "other", connect=house.connect())
     with pytest.raises(ConfigError, match="there is no run"):
         run(house.home, "none", connect=house.connect())
+    found = house.order("renamed")
+    found.path.rename(found.path.with_name("by-hand"))
+    with pytest.raises(ConfigError, match="the folder of run by-hand holds run renamed"):
+        run(house.home, "by-hand", connect=house.connect())
+
+
+def test_another_state_of_a_run_outlives_a_power_cut_and_the_rest_is_not_waited_for(house, monkeypatch):
+    flushed = []
+    status = RunStatus(house.order("kept"), house.signed().recipe, ["north"])
+    monkeypatch.setattr("server.runs.write_whole", lambda path, data, flush: flushed.append(flush))
+    status.change(state="training")
+    status.change(state="training", eta_s=60.0)
+    status.watch("north", "asked", "round 1")
+    status.change(state="finished")
+    assert flushed == [to_disk, to_system, to_system, to_disk]
 
 
 def test_two_processes_never_work_on_one_run(house):

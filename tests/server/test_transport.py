@@ -17,7 +17,9 @@ from flwr.serverapp import Grid
 from common import wire
 from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
-from common.exchange import Box, Failure, Hello, MaskedUpdate, Masking, Question, Refusal, RoundPlan, Update
+from common.exchange import (
+    Agreement, Box, Failure, Hello, MaskedUpdate, Masking, Question, Refusal, RoundPlan, Survivors, Update,
+)  # fmt: skip
 from common.fixed import Residues
 from common.identity import Signer
 from common.weights import Weights
@@ -235,6 +237,8 @@ def test_no_message_outlives_the_deadline(clock, sites):
     list(transport.ask(PLAN, SITES, 77))
     kinds = {message.metadata.message_type: message.metadata.ttl for message in transport._net._grid.sent}
     assert kinds == {"query": 600, "train": 77}
+    list(transport.ask(PLAN, SITES, 0.2))
+    assert transport._net._grid.sent[-1].metadata.ttl == 1  # Flower keeps one without a time to live for 12 h
 
 
 def test_a_slow_site_that_stays_connected_has_the_whole_time(clock, sites):
@@ -262,6 +266,64 @@ def test_a_site_that_connects_anew_is_asked_again_for_what_it_was_asked_is_lost(
     began = clock.now
     assert isinstance(asked(transport)["west"], Update)
     assert 40 <= clock.now - began < 45  # 10 s until the restart, 30 s for the second visit
+
+
+class Tardy(Connected):
+    """Tells that a question was lost with its connection once the site has been asked anew."""
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        to = [message.metadata.dst_node_id for message in self.sent]
+        for name in sorted(set(message_ids) & set(self._queue)):
+            message, mark, _ = self._queue[name]
+            number = message.metadata.dst_node_id
+            if self.sites[number].mark != mark and number in to[int(name[1:]) + 1 :]:
+                del self._queue[name]
+                replies.append(Message(Error(code=2, reason="lost"), reply_to=message))
+        return replies
+
+
+@pytest.mark.parametrize(("quorum_at_s", "ends_at_s"), [(10, 70), (90, 100)])
+def test_a_short_step_of_a_sum_waits_offline_s_beyond_the_quorum_and_never_beyond_the_deadline(
+    clock, sites, quorum_at_s, ends_at_s
+):
+    transport = ready(clock, sites)
+    shown = dict.fromkeys(SITES, "d" * 64)
+    ask = Survivors(recipe_id=RECIPE.id, round=1, base="b" * 64, session="c" * 64, masked=shown)
+
+    def agrees(site):
+        said = Agreement(site=site.name, recipe_id=RECIPE.id, round=1, session="c" * 64, signature="e" * 128)
+        return lambda message: site.says(message, said)
+
+    for site in sites:
+        site.meets, site.delay_s = agrees(site), quorum_at_s
+    sites[2].delay_s = 500
+    began = clock.now
+    replies = transport.step(dict.fromkeys(SITES, ask), 100.0, lambda answer: answer)
+    assert clock.now - began == pytest.approx(ends_at_s, abs=2)
+    assert [type(replies[site]) for site in SITES] == [Agreement, Agreement, Failure]
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_forgotten(clock, sites):
+    transport, forgotten = ready(clock, sites), []
+    transport._net._grid.forget = forgotten.extend
+    sites[2].delay_s = 700
+    asked(transport)
+    assert len(forgotten) == 1
+    assert transport._net._grid.sent[int(forgotten[0][1:])].metadata.dst_node_id == sites[2].number
+
+
+def test_an_error_about_a_question_of_before_a_site_came_back_is_none_about_the_one_that_is_under_way(clock, sites):
+    west, net = sites[2], Tardy(clock, *sites)
+    west.delay_s = 30
+    clock.after(10, west.restart)
+    transport = Watched(net)
+    assert list(transport.hello(RECIPE, HEAD)) == list(SITES)
+    clock.after(10, west.restart)
+    assert isinstance(asked(transport)["west"], Update)
+    kinds = [message.metadata.message_type for message in net.sent if message.metadata.dst_node_id == west.number]
+    assert Counter(kinds) == {"query": 2, "train": 2}
+    assert "failed" not in transport.states("west")
 
 
 def test_a_site_that_goes_and_comes_back_within_the_time_is_asked_again(clock, sites):
@@ -319,6 +381,7 @@ def test_a_site_that_only_fails_holds_nobody_up_longer_than_offline_s_once_the_q
     began = clock.now
     asked(transport)
     assert clock.now - began == pytest.approx(600)
+    assert sites[1].asked["train"] == pytest.approx(6 + (600 - 31) / 30, abs=2)  # 1 + 2 + 4 + 8 + 16 s, then 30
 
 
 def test_a_site_that_failed_once_and_works_now_has_the_whole_time(clock, sites):
