@@ -358,7 +358,8 @@ class _Conversation(Beside):
             await self._refuse(refused, entry)
         finally:
             if self._node is not None:
-                self._gateway.answers.note(self._node, entry.route, entry.received, entry.sent)
+                given = entry.sent if entry.status == 200 else 0  # an error has a body as well, and is no question
+                self._gateway.answers.note(self._node, entry.route, entry.received, given)
             if entry.status:
                 self._gateway.requests.note(entry)
         whole = self._http.their_state is h11.DONE or self._beyond is not None

@@ -1269,6 +1269,15 @@ class TestInFrontOfARealSuperLink:
             answers.append((refused.value.response.status_code, refused.value.response.json()["code"]))
         assert answers[0] == answers[1]  # Flower's own error comes back whole
 
+    def test_an_error_that_answers_a_nodes_look_for_a_question_is_none(self, open_door, superlink):
+        door = open_door("embedded", superlink.port, replace(LOOSE, answer_bytes=1000))
+        door.call(PUSH, bytes(1000))
+        assert door.call(PUSH).status_code == 413
+        answer = door.call(QUESTIONS, b"no message")  # Flower answers with its error as JSON
+        assert answer.status_code >= 400
+        assert answer.content
+        assert door.call(PUSH).status_code == 413
+
     def test_another_sites_public_key_without_its_private_half_is_refused(self, door, superlink):
         north, south = door.sites.keys["north"], door.sites.keys["south"]
         public = public_key_to_bytes(north.private.public_key())
