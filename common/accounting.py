@@ -23,7 +23,8 @@ _INTERVALS = (1e-2, 2.5e-3, 6.25e-4, 1.5625e-4, 3.90625e-5, 1e-5)
 # changes epsilon by less than this share, what is left is about a fifteenth of it.
 _SETTLED = 1e-3
 _FINEST_POINTS = 4e6  # of a composed distribution; beyond it the last (larger) epsilon stands
-_LOWEST_NOISE, _HIGHEST_NOISE = 0.05, 1e6
+LOWEST_NOISE, _HIGHEST_NOISE = 0.05, 1e6
+"""Of the noise multipliers that are considered for a budget."""
 
 
 _P = ParamSpec("_P")
@@ -264,7 +265,7 @@ def _solve_noise(epsilon: float, delta: float, rate: float, steps: int) -> float
     while cost_low <= 0:
         high, cost_high = low, cost_low
         low = low / 1.5
-        if low < _LOWEST_NOISE:
+        if low < LOWEST_NOISE:
             return high
         cost_low = cost(low)
     aim = math.log(0.9975)

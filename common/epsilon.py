@@ -9,9 +9,11 @@ _NOISE = 1e-9  # of the arithmetic, in hundredths: 0.07 * 100 is 7.0000000000000
 
 def rounded_up(epsilon: float) -> str:
     """What was or would be spent, with two decimals."""
-    return f"{math.ceil(epsilon * 100 - _NOISE) / 100:.2f}" if math.isfinite(epsilon) else str(epsilon)
+    hundredths = epsilon * 100
+    return f"{math.ceil(hundredths - _NOISE) / 100:.2f}" if math.isfinite(hundredths) else str(epsilon)
 
 
 def rounded_down(epsilon: float) -> str:
     """What is left, or is proved at least, with two decimals."""
-    return f"{math.floor(epsilon * 100 + _NOISE) / 100:.2f}" if math.isfinite(epsilon) else str(epsilon)
+    hundredths = epsilon * 100
+    return f"{math.floor(hundredths + _NOISE) / 100:.2f}" if math.isfinite(hundredths) else str(epsilon)

@@ -34,6 +34,7 @@ ScoreName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 Score = Annotated[float, Ge(0), Le(100)]
 Round = Annotated[int, Ge(1), Le(1_000_000)]
 Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
+Steps = Annotated[int, Ge(0), Le(1_000_000_000)]
 Reason = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]{0,500}$")]
 """No control characters: the other side prints it on a terminal."""
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64,64}$")]
@@ -93,14 +94,14 @@ class Scores:
 class Spent:
     """Site to coordinator: the privacy cost so far, as the site's ledger has it."""
 
-    epsilon: Annotated[float, Ge(0)]
+    epsilon: Annotated[float, Ge(0), Le(1e9)]
     delta: Annotated[float, Gt(0), Le(1)]
-    noise_multiplier: Annotated[float, Ge(0)]
+    noise_multiplier: Annotated[float, Ge(0), Le(1e6)]
     clip_norm: Annotated[float, Gt(0)]
-    sampling_rate: Annotated[float, Gt(0), Le(1)]
-    steps: Annotated[int, Ge(0)]
+    sampling_rate: Annotated[float, Ge(1e-9), Le(1)]
+    steps: Steps
     """Noised steps so far, over all rounds."""
-    scores_epsilon: Annotated[float, Ge(0)] = 0.0
+    scores_epsilon: Annotated[float, Ge(0), Le(1e9)] = 0.0
     """Of the noised scores of this recipe, about validation and test patients; `epsilon` is that of the updates."""
 
 
@@ -263,7 +264,7 @@ class Update:
     as `compression` says, and what rounding left out of earlier rounds' changes added before."""
     weight: Annotated[float, Gt(0), Le(1e9)]
     """Share in weighted averages: training patients, or 1; under secure aggregation 1, the true one is masked."""
-    steps: Annotated[int, Ge(0)]
+    steps: Steps
     """Steps of training; 0 under secure aggregation."""
     train_loss: Annotated[float, Ge(0)] | None = None
     """Mean loss of the round; absent under privacy, where it would leak."""

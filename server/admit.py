@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.accounting import LOWEST_NOISE
 from common.compression import Form, holds
 from common.config import Recipe
 from common.epsilon import rounded_up
@@ -107,7 +108,7 @@ def _account(update: Update, recipe: Recipe) -> str | None:
         return f"epsilon is given at delta {spent.delta:g}, expected {privacy.delta:g}"
     noise = privacy.noise_multiplier
     clipped = privacy.clip_quantile is not None or spent.clip_norm == privacy.clip_norm
-    if not clipped or spent.noise_multiplier <= 0 or spent.noise_multiplier < (noise or 0):
+    if not clipped or spent.noise_multiplier < (noise or LOWEST_NOISE):
         return (
             f"clipped at {spent.clip_norm:g} with noise {spent.noise_multiplier:g}, expected {privacy.clip_norm:g} and "
             f"{'some noise' if noise is None else f'{noise:g}'}"

@@ -433,7 +433,9 @@ def _scores_told(report: RunReport) -> Iterable[str]:
 
 def _cross_checks(spent: Spent) -> tuple[str, str]:
     found = cross_checks(spent)
-    return (rounded_up(found.prv), rounded_up(found.rdp)) if found is not None else ("–", "–")
+    if found is None:
+        return "–", "–"
+    return "–" if found.prv is None else rounded_up(found.prv), rounded_up(found.rdp)
 
 
 def _noise(privacy: Privacy) -> str:

@@ -17,6 +17,7 @@ def test_what_is_spent_is_rounded_up_and_what_is_left_down() -> None:
     assert (rounded_up(0.07), rounded_down(0.29)) == ("0.07", "0.29")
     assert (rounded_up(0.0), rounded_up(1e-4), rounded_down(1e-4)) == ("0.00", "0.01", "0.00")
     assert rounded_up(math.inf) == "inf"
+    assert (rounded_up(1e308), rounded_down(1e308)) == ("1e+308", "1e+308")  # times 100: infinite
 
 
 def test_a_nodes_status_shows_no_less_than_was_spent() -> None:

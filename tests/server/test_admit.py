@@ -148,6 +148,8 @@ def test_an_update_that_weighs_other_than_the_sites_own_count_is_refused(patient
         (replace(SPENT, delta=1e-3), "at delta 0.001, expected 1e-05"),
         (replace(SPENT, clip_norm=5), "clipped at 5"),
         (replace(SPENT, noise_multiplier=0), "noise 0, expected 0.5 and some noise"),
+        (replace(SPENT, noise_multiplier=1e-300), "noise 1e-300, expected 0.5 and some noise"),
+        (replace(SPENT, noise_multiplier=0.049), "noise 0.049, expected 0.5 and some noise"),
     ],
 )
 def test_each_wrong_privacy_account_is_refused(spent, why, work):
