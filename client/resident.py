@@ -49,7 +49,7 @@ from common.identity import Signer
 from common.installed import code_hashes, package_versions
 from common.journal import Log, SharedLog
 from common.lineage import approvals as standing_approvals
-from common.models import build
+from common.models import WeightsFileError, build
 from common.storage import drop_unfinished, private_folder, storing
 
 log = logging.getLogger(__name__)
@@ -274,6 +274,9 @@ class Resident:
         self._set(recipe={"id": recipe.id, "name": recipe.name, "rounds": recipe.rounds})
         try:
             return self._opened(approval, config)
+        except WeightsFileError as error:
+            why = "the file of first weights that the recipe names is not here, or is another one; " + _SEE
+            return self._refuse(recipe_id, round_, "recipe", why, error)
         except QualityError as error:
             why = "the data of this site does not keep the site's own limits; " + _SEE
             return self._refuse(recipe_id, round_, "data", why, error)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -419,6 +420,13 @@ def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in _MONAI_HEADS if name in names)
 
 
+_MAX_FILE_BYTES = 16 << 30
+
+
+class WeightsFileError(ConfigError):
+    """A local file is not the one that the recipe names. It says what is on this machine, so it stays on it."""
+
+
 def _load_weights(model: nn.Module, config: ModelConfig) -> None:
     """Fills the model from a safetensors file by name.
 
@@ -432,19 +440,28 @@ def _load_weights(model: nn.Module, config: ModelConfig) -> None:
     assert config.weights_file is not None
     assert config.weights_sha256 is not None
     try:
-        content = Path(config.weights_file).expanduser().read_bytes()
-    except OSError as error:
-        raise ConfigError(f"model.weights_file: cannot read {config.weights_file}: {error.strerror}") from None
+        path = Path(config.weights_file).expanduser()
+        # The recipe's author chose the name: a device would be read for ever.
+        status = path.stat()
+        content = path.read_bytes() if S_ISREG(status.st_mode) and status.st_size <= _MAX_FILE_BYTES else None
+    except (OSError, ValueError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "this is no path"
+        raise WeightsFileError(f"model.weights_file: cannot read {config.weights_file!a}: {why}") from None
+    if content is None:
+        raise WeightsFileError(
+            f"model.weights_file: {config.weights_file!a} is no file of at most {_MAX_FILE_BYTES >> 30} GiB; get "
+            "the one that the recipe's author used"
+        )
     digest = hashlib.sha256(content).hexdigest()
     if digest != config.weights_sha256.lower():
-        raise ConfigError(
+        raise WeightsFileError(
             f"model.weights_file: SHA-256 is {digest}, but the recipe approves {config.weights_sha256}; "
             "get the file that the recipe's author used"
         )
     try:
         tensors: dict[str, torch.Tensor] = load(content)
     except SafetensorError as error:
-        raise ConfigError(f"model.weights_file: not a safetensors file: {_first_line(error)}") from None
+        raise WeightsFileError(f"model.weights_file: not a safetensors file: {_first_line(error)}") from None
 
     heads = _head_prefixes(model)
     grouped = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.GroupNorm))

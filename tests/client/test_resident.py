@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -391,6 +392,21 @@ def test_a_network_that_cannot_be_built_is_refused_before_an_image_is_read(
     monkeypatch.setattr(module, "site_cohort", lambda *_, **__: pytest.fail("read"))
     node = Node(house, recipe)
     assert "resnet11" in refused(node.hello(), "recipe", node)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_recipe_finds_in_the_place_of_its_weights_file_is_told_here_and_not_there(
+    house: House, there: bool
+) -> None:
+    labels = house.images / ("labels.csv" if there else "SMITH^JOHN.dcm")
+    digest = hashlib.sha256(labels.read_bytes()).hexdigest() if there else "No such file"
+    model = replace(RECIPE.model, weights_file=str(labels), weights_sha256="0" * 64)
+    node = Node(house, recipe_of(privacy=NOISY, model=model))
+    why = refused(node.hello(), "recipe", node)
+    assert why.startswith("the file of first weights that the recipe names is not here, or is another one")
+    assert digest not in node.log.read_text()
+    assert node.resident.state.last_refusal is not None
+    assert labels.name in (here := node.resident.state.last_refusal["here"]) or digest in here
 
 
 def test_an_unexpected_error_leaves_as_its_kind_alone(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

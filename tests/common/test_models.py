@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import random
 import socket
 import subprocess
@@ -391,6 +392,14 @@ def test_batch_norm_statistics_are_dropped_when_the_network_has_group_norm(colou
     model = models.build(recipe(private=True, **source))
     assert torch.equal(model.layer4[0].bn1.weight, state["layer4.0.bn1.weight"])
     assert "layer4.0.bn1.running_mean" not in model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "a fifo", "a\0b", ".", "~nobody-of-this-name/x"])
+def test_a_weights_file_that_is_no_file_is_refused_before_it_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("a fifo")
+    with pytest.raises(ConfigError, match=r"^model\.weights_file: "):
+        models.build(recipe(weights_file=name, weights_sha256="0" * 64))
 
 
 def test_a_weights_file_that_is_not_the_approved_one_is_refused(colour_file, tmp_path):
