@@ -47,13 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     room, function, _ = _VERBS[verb]
     from common.errors import FedicomError
     from common.imports import call
+    from common.printable import printable
 
     try:
         code = int(call(f"{room}:{function}", words[1:]))
         sys.stdout.flush()
         return code
     except FedicomError as error:
-        print(f"fedicom: {error}", file=sys.stderr)  # noqa: T201
+        # Some errors quote what others wrote.
+        lines = map(printable, str(error).split("\n"))
+        print("fedicom:", "\n".join(lines), file=sys.stderr)  # noqa: T201
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output, `head` for example, has seen enough.

@@ -24,6 +24,7 @@ from common.deployment import SiteHome, read_status
 from common.epsilon import rounded_down, rounded_up
 from common.errors import ConfigError, DataError, FedicomError
 from common.imports import call
+from common.printable import printable
 
 # The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ def preflight_verb(words: Sequence[str]) -> int:
         for line in preflight(home, images=not arguments.no_images, probe=not arguments.no_probe, progress=told):
             found.append(line)
             if not arguments.json:
-                text = Text.assemble((f"{line.level:<5}", colour[line.level]), f"{line.what:<14}", line.says)
+                text = Text.assemble((f"{line.level:<5}", colour[line.level]), f"{line.what:<14}", printable(line.says))
                 if line.fix:
-                    text.append(f"\n{'':<19}-> {line.fix}", style="bold" if line.level == "FAIL" else "")
+                    text.append(f"\n{'':<19}-> {printable(line.fix)}", style="bold" if line.level == "FAIL" else "")
                 console.print(text, soft_wrap=True)
     failed = sum(line.level == "FAIL" for line in found)
     if arguments.json:
@@ -151,7 +152,8 @@ def review_verb(words: Sequence[str]) -> int:
             console.print(Padding(Text(line, style or ""), (0, 0, 0, 2)))
         console.print()
     if trouble:
-        console.print(f"The patients could not be counted: {trouble}", style="yellow", highlight=False, markup=False)
+        why = f"The patients could not be counted: {printable(trouble)}"
+        console.print(why, style="yellow", highlight=False, markup=False)
     return 0
 
 
@@ -542,7 +544,7 @@ def _promise(recipe: Any) -> str:
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _count(number: int, noun: str) -> str:

@@ -19,6 +19,7 @@ from common.config import Recipe
 from common.deployment import Policy, SiteConfig
 from common.epsilon import rounded_down, rounded_up
 from common.errors import FedicomError, PrivacyError
+from common.printable import printable
 from common.signed import SignedRecipe
 
 # The model's size needs torch, and the cohort the imaging room: both take seconds to import.
@@ -292,7 +293,7 @@ def _verdict(found: Sequence[str]) -> Section:
     return Section(
         title="This site's policy",
         lines=(
-            *(f"NO: {why}" for why in found),
+            *(f"NO: {printable(why)}" for why in found),
             "While one of these holds, this site refuses the recipe, approved or not.",
         ),
     )
@@ -459,8 +460,8 @@ def _network(recipe: Recipe) -> str:
 
 
 def _printable(text: str) -> str:
-    # The coordinator wrote it: it shall neither move the cursor of a terminal nor fill the page.
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    # The coordinator wrote it: it shall not fill the page either.
+    shown = printable(text)
     return shown if len(shown) <= 500 else f"{shown[:500]}..."
 
 

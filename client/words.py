@@ -13,6 +13,7 @@ from rich.text import Text
 
 from common.chain import Event
 from common.epsilon import rounded_down, rounded_up
+from common.printable import printable
 
 _STATES = {
     "starting": "starting",
@@ -32,7 +33,7 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
     table.add_column()
 
     def row(name: str, value: object, style: str = "") -> None:
-        table.add_row(name, Text(str(value), style))
+        table.add_row(name, Text(printable(str(value)), style))
 
     state = str(status.get("state"))
     bad = state in ("failed", "stopped", "restarting")
@@ -87,14 +88,14 @@ def in_words(event: Event) -> str:
     told = _WORDS.get(event.kind)
     if told is None:
         rest = ", ".join(f"{name} {_short(value)}" for name, value in facts.items())
-        return _plain(f"{event.kind}{': ' if rest else ''}{rest}")
+        return printable(f"{event.kind}{': ' if rest else ''}{rest}")
     values = {name: _short(value) for name, value in facts.items()}
     epsilon = facts.get("epsilon")
     values["spent"] = f", epsilon {rounded_up(epsilon)}" if isinstance(epsilon, float) else ""
     size = facts.get("bytes")
     values["size"] = f"{size / 1e6:.1f} MB" if isinstance(size, int) else "unknown size"
     values["patients_train"] = str((facts.get("patients") or {}).get("train", "?"))
-    return _plain(told.format_map(_Missing(values)))
+    return printable(told.format_map(_Missing(values)))
 
 
 _WORDS = {
@@ -135,11 +136,6 @@ def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     is_hash = len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
     return text[:12] if is_hash else text if len(text) <= 300 else f"{text[:300]}..."
-
-
-def _plain(text: str) -> str:
-    # Words of others stand in some events: they shall not move the cursor of a terminal.
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _ago(moment: str | None) -> str:

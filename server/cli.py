@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError, StorageError
+from common.printable import printable
 from common.storage import named_file, storing
 
 if TYPE_CHECKING:
@@ -528,7 +529,7 @@ def _or_dash(value: object) -> str:
 
 
 def _line(text: str, most: int = 80) -> str:
-    flat = " ".join(text.split())
+    flat = " ".join(printable(text).split())
     return flat if len(flat) <= most else f"{flat[: most - 3]}..."
 
 

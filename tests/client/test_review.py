@@ -94,6 +94,20 @@ def test_patients_and_images_are_counted_by_split_and_class_and_unused_files_by_
     assert "SECRET" not in said + json.dumps(found.plain)
 
 
+def test_no_word_of_a_recipe_moves_the_cursor_of_who_reviews_it() -> None:
+    evil = "x\x1b[2J\x9b31m\u202e\n"  # clears the screen, turns red, turns the line around
+    recipe = Recipe(
+        name="tiny",
+        description=evil,
+        task=Task(classes=("clear", "ill\x9b2J"), subgroups=(evil,)),
+        data=Preprocessing(modalities=(evil,)),
+        model=replace(recipe_of().model, name=evil),
+    )
+    found = reviewed(recipe, models=("monai/resnet10",), modalities=("MR",))
+    assert len([line for line in found.lines if line.startswith("NO: ")]) >= 3
+    assert all(line.isprintable() for line in found.lines)
+
+
 def test_the_bytes_are_those_of_the_networks_exchanged_weights() -> None:
     recipe = recipe_of(rounds=5)
     size = get_weights(build(recipe)).nbytes

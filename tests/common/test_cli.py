@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 import fedicom
+from common import imports
 from common.audit import AuditLog
 from common.config import load_recipe, recipe_from_json
+from common.errors import FedicomError
 from common.identity import Signer
 
 ROOT = Path(fedicom.__file__).parent
@@ -24,6 +26,15 @@ def run(*words: str, capsys) -> tuple[int, str, str]:
         code = int(exit_.code or 0)
     out, err = capsys.readouterr()
     return code, out, err
+
+
+def test_an_error_that_quotes_others_does_not_move_the_cursor(monkeypatch, capsys):
+    def fail(*_: object) -> int:
+        raise FedicomError("network x\x1b[2J\x9b31m\u202e\nask for another")
+
+    monkeypatch.setattr(imports, "call", fail)
+    code, _, err = run("recipe", "show", capsys=capsys)
+    assert (code, err) == (1, "fedicom: network x [2J 31m \nask for another\n")
 
 
 def test_recipe_show_prints_yaml_that_is_the_recipe_and_its_id(capsys):
