@@ -100,7 +100,10 @@ def review(signed: SignedRecipe, config: SiteConfig, cohort: Cohort | None, ledg
     numbers, size, trouble = _size(recipe)
     cost = None
     if recipe.privacy.active and patients is not None:
-        cost, why = _cost(recipe, policy, patients, ledger)
+        try:
+            cost, why = _cost(recipe, policy, patients, ledger)
+        except (ArithmeticError, MemoryError):  # of numbers that no training has
+            why = ["what it costs cannot be computed here: too little noise for so many steps"]
         trouble += why
     found += trouble
     sections = (

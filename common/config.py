@@ -205,9 +205,9 @@ class ModelConfig:
 class Training:
     """A round's work at a site."""
 
-    local_epochs: Positive = 1.0
+    local_epochs: Annotated[float, Gt(0), Le(10_000)] = 1.0
     """Passes over the site's training patients in one round."""
-    batch_size: Count = 32
+    batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Patients a step; under differential privacy the expected number."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Positive = 1e-3
@@ -242,10 +242,10 @@ class Privacy:
     """Patient-level differential privacy of every site's updates (DP-SGD, Abadi et al. 2016)."""
 
     mechanism: Literal["none", "dp_sgd"] = "none"
-    epsilon: Positive | None = None
+    epsilon: Annotated[float, Ge(1e-6), Le(1e6)] | None = None
     """Budget of the whole run at each site; the site solves for the noise."""
-    delta: Annotated[float, Gt(0), Lt(0.01)] | None = None
-    noise_multiplier: Annotated[float, Ge(0.3)] | None = None
+    delta: Annotated[float, Ge(1e-30), Lt(0.01)] | None = None
+    noise_multiplier: Annotated[float, Ge(0.3), Le(1e6)] | None = None
     """Noise standard deviation in units of `clip_norm`, instead of `epsilon`."""
     clip_norm: Positive = 1.0
     """Bound on the L2 norm of one patient's gradient."""

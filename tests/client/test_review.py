@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client import review as module
 from client.cohort import Cohort
 from client.ledger import Ledger
 from client.policy import ledger_policy, score_event
@@ -92,6 +93,17 @@ def test_patients_and_images_are_counted_by_split_and_class_and_unused_files_by_
     assert "40 patients with 80 images to train on (patients: no nodule 20, nodule 20)" in said
     assert "3 files of the folder not used: encrypted 1, no_label 2" in said
     assert "SECRET" not in said + json.dumps(found.plain)
+
+
+@pytest.mark.parametrize("error", [OverflowError, MemoryError])
+def test_a_cost_that_nobody_can_compute_speaks_against_the_recipe(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "accounts", fail)  # as at noise .3 and 10,000 rounds: 63 GiB
+    found = reviewed(recipe_of(privacy=Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-5)), cohort_of())
+    assert [why for why in found.objections if "what it costs cannot be computed here" in why]
+    assert "it could not be computed" in text(found)
 
 
 def test_no_word_of_a_recipe_moves_the_cursor_of_who_reviews_it() -> None:

@@ -297,3 +297,15 @@ def test_settings_cross_to_another_process_as_text():
     again = settings_from_json(json.dumps(as_plain(made)))
     assert isinstance(again, Settings)
     assert again == made
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.batch_size=1000001", "training.local_epochs=1e308", "privacy.epsilon=1e-300", "privacy.epsilon=1e300",
+        "privacy.delta=1e-300",
+    ],
+)  # fmt: skip
+def test_numbers_that_overflow_the_account_are_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_recipe(["privacy=dp_sgd", override])
