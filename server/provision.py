@@ -250,7 +250,8 @@ class _Authority:
     def opened(cls, path: Path) -> Iterator[_Authority]:
         if not (path / "authority.key").is_file():
             raise ConfigError(
-                f"{path.name} is no authority's folder; give --authority, the folder that provision made and you keep"
+                f"{path} is no authority's folder; work in it, or give --authority, the folder that provision made and "
+                "you keep"
             )
         with locked(path):
             yield cls(path)

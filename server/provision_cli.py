@@ -184,13 +184,19 @@ def _in_authority(verb: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"fedicom provision {verb}", description=description)
     parser.add_argument(
         "--authority",
-        type=Path,
-        default=Path("kits/authority"),
+        type=_authority,
+        default="." if Path("authority.key").is_file() else "kits/authority",
         metavar="DIR",
-        help="the authority's folder (default: kits/authority)",
+        help="the authority's folder; else the current folder if it is one, else kits/authority",
     )
     _by(parser)
     return parser
+
+
+def _authority(text: str) -> Path:
+    path = Path(text)
+    # By its name from outside: kits are laid beside the folder, and the parent of `.` is `.` again.
+    return path if path != Path() else Path("..") / Path.cwd().name
 
 
 def _at_home(verb: str, description: str) -> argparse.ArgumentParser:

@@ -1023,6 +1023,20 @@ def test_the_passphrase_comes_from_a_variable_or_a_file_and_seals(tmp_path, caps
     assert kit.unpack((tmp_path / "kits/coordinator.kit").read_bytes(), Secret.passphrase("a long passphrase"))
 
 
+@pytest.mark.parametrize("words", [(), ("--authority", ".")])
+def test_inside_the_authoritys_folder_it_is_found_and_no_kit_is_laid_into_it(tmp_path, capsys, monkeypatch, words):
+    provision(PLAN, tmp_path / "kits")
+    before = {path.name for path in (tmp_path / "kits/authority").iterdir()}
+    monkeypatch.chdir(tmp_path / "kits/authority")
+    assert "../west to west" in run(capsys, "add", "west", *words)
+    assert (tmp_path / "kits/west/site.yaml").is_file()
+    assert {path.name for path in Path().iterdir()} - before <= {".lock"}
+    monkeypatch.chdir(tmp_path)
+    assert "west: key" in run(capsys, "list")
+    monkeypatch.chdir(tmp_path / "kits")
+    assert "kits/authority is no authority's folder" in run(capsys, "list", code=2)
+
+
 def test_a_wrong_plan_is_refused_with_file_and_field(tmp_path, capsys):
     plan = tmp_path / "federation.yaml"
     plan.write_text("name: chest\nhost: fl.example.org\nsites: [north, north]\n")
