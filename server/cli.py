@@ -282,9 +282,16 @@ class _Asking:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._home: ServerHome | None = None
         if arguments.control is None or not (arguments.token_file or os.environ.get("FEDICOM_TOKEN_FILE")):
-            self._home = _home(arguments)
+            self._home = self._named(arguments)
         self._control: str | None = arguments.control
         self._token_file: Path | None = arguments.token_file
+
+    @staticmethod
+    def _named(arguments: argparse.Namespace) -> ServerHome:
+        try:
+            return _home(arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; who has a token alone says --control 127.0.0.1:PORT as well") from None
 
     def get(self, path: str) -> tuple[bytes, Mapping[str, str]]:
         """Body and headers.

@@ -35,7 +35,7 @@ listen: {listen}
 port: {port}
 
 superlink_port: null        # port of Flower's SuperLink on 127.0.0.1; null takes a free one
-control_port: null          # port on 127.0.0.1 of `fedicom server run|status|stop|resume` and of Prometheus
+control_port: null          # port on 127.0.0.1 of `fedicom server run`, `stop` ... and of Prometheus
 test_data: null             # the coordinator's own labelled images, which no site holds; null: no central evaluation
 device: auto                # auto, cpu or cuda
 int8: false                 # also write model.int8.onnx, where it is twice as fast and as good on test_data
@@ -117,7 +117,7 @@ The gateway is the only open port: allow inbound TCP to {host}, port {port} (TLS
 | `keys/signing.key` | signs recipes, plans and the audit log |
 | `keys/gateway.crt`, `.key` | TLS certificate of the gateway; runs out on {ends} |
 | `keys/superlink.crt`, `.key` | the same for Flower's SuperLink on 127.0.0.1 |
-| `keys/operator.token` | opens `fedicom server run`, `stop`, `resume` |
+| `keys/operator.token` | opens `fedicom server run`, `stop`, `resume`, `conclude` |
 | `keys/tokens.json` | SHA-256 of all tokens; `fedicom provision token` changes it |
 | `trust/registry.json` | who takes part; `fedicom provision registry FILE --home .` brings a newer one |
 
@@ -128,9 +128,14 @@ The authority's folder is not part of this kit and does not belong on this compu
 AUDITOR = """\
 # {name}: auditor of the federation "{federation}"
 
-`auditor.token` lets you read the coordinator's status and logs, and run or stop nothing:
-set FEDICOM_TOKEN_FILE to it. Logs that you were given are verified offline with the public keys in
-`trust/registry.json`: `fedicom audit verify`.
+`auditor.token` lets you read the coordinator's status and logs, and run or stop nothing. The coordinator listens for
+that on its own machine alone: log in there, or open a tunnel (`ssh -L PORT:127.0.0.1:PORT`), and ask for PORT, which is
+`control_port` in its `server.yaml`. Then, in this folder:
+
+    fedicom server status --control 127.0.0.1:PORT --token-file auditor.token
+    fedicom server audit --out logs --control 127.0.0.1:PORT --token-file auditor.token
+
+Logs that you were given are verified offline with the public keys in `trust/registry.json`: `fedicom audit verify`.
 
 The key of the federation's authority is `{authority}`; compare it with the coordinator by
 telephone.

@@ -79,6 +79,14 @@ def test_an_unsigned_composition_is_told_how_to_become_a_recipe(asking, said):
     assert len(err.splitlines()) == 1
 
 
+def test_who_has_neither_folder_nor_address_is_told_of_both(asking, said, monkeypatch, tmp_path):
+    token = asking.house.home.path / "keys/operator.token"
+    monkeypatch.chdir(tmp_path)
+    code, _, err = said("status", "--token-file", token)
+    assert code == 2
+    assert "--control 127.0.0.1:PORT" in err
+
+
 def test_what_the_coordinator_refuses_is_one_line_and_code_2(asking, said):
     (asking.house.kits / "odd.json").write_text("{}")
     assert said("run", asking.house.kits / "odd.json")[0] == 2
