@@ -305,6 +305,8 @@ class Control:
         while not self._stop.is_set():
             try:
                 self._look_at_nodes()
+                if self._seen.trouble:
+                    log.info("over: %s", self._seen.trouble)
                 self._seen.trouble = ""
             except FedicomError as error:
                 starting = isinstance(error, ExchangeError) and not self._ready.is_set()
@@ -331,6 +333,7 @@ class Control:
         if not self._ready.is_set():
             self._parts.stop_runs(self.home, self.superlink_port)
             self._ready.set()
+            log.info("ready: the SuperLink answers, sites can call port %d", self.config.port)
         if time.monotonic() - self._seen.looked_at >= _LOOK_S:
             members = {member.node: name for name, member in self.home.registry.members.items()}
             keys = self._parts.online(self.home, self.superlink_port).values()
