@@ -455,6 +455,8 @@ def _table(plain: Mapping[str, Any], only: str | None = None) -> Group:
     from rich.table import Table
     from rich.text import Text
 
+    from server.runs import NOT_YET
+
     server = plain["server"]
     shown: list[Any] = [Text(line, style=style) for line, style in _server_lines(server)]
     runs = [run for run in plain["runs"] if only in (None, run["run"])]
@@ -468,14 +470,18 @@ def _table(plain: Mapping[str, Any], only: str | None = None) -> Group:
         for column in ("site", "state", "round", "took", "epsilon", "last seen", "why"):
             table.add_column(column, justify="right" if column in ("round", "took", "epsilon") else "left")
         for name, site in sorted((run.get("sites") or {}).items()):
+            state, why = str(site.get("state")), str(site.get("why") or "")
+            if why == NOT_YET and name in server.get("online", []):
+                # A run's process takes seconds until it asks; who is connected, the coordinator knows before.
+                state, why = "online", "connected, not asked yet"
             table.add_row(
                 name,
-                Text(str(site.get("state")), style=_STYLES.get(str(site.get("state")), "")),
+                Text(state, style=_STYLES.get(state, "")),
                 _or_dash(site.get("round")),
                 _duration(site.get("seconds")),
                 "-" if site.get("epsilon") is None else rounded_up(site["epsilon"]),
                 _clock(site.get("last_seen")),
-                Text(_line(str(site.get("why") or ""))),
+                Text(_line(why)),
             )
         shown.append(table)
         if run.get("error"):

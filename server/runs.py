@@ -169,6 +169,10 @@ def run_names(home: ServerHome) -> tuple[str, ...]:
     return tuple(path.parent.name for path in sorted(found, key=lambda path: (submitted(path), path.parent.name)))
 
 
+NOT_YET = "has not come yet"
+"""Why a site is offline at the start of a run's process, which then asks who is there."""
+
+
 class RunStatus:
     """`status.json`, written whole at every change by the process that works on the run."""
 
@@ -200,7 +204,7 @@ class RunStatus:
             "summary": None,
         }
         for site in self.plain["sites"].values():
-            site["state"], site["why"] = "offline", "has not come yet"
+            site["state"], site["why"] = "offline", NOT_YET
         self.change()
 
     def change(self, **changes: Any) -> None:

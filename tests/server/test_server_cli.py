@@ -15,7 +15,7 @@ import pytest
 
 import fedicom
 from common.audit import AuditLog, verify
-from server.runs import Run
+from server.runs import NOT_YET, Run
 
 
 @pytest.fixture
@@ -140,6 +140,21 @@ def test_status_is_a_table_of_sites_with_who_is_late_and_who_refused_and_why(ask
     assert "late" in rows["north"]
     assert "offline since 03:00" in rows["north"]
     assert "site refused (budget): epsilon would pass the cap" in rows["west"]
+
+
+def test_who_is_connected_is_not_called_offline_while_the_run_has_not_asked_yet(asking, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    plain = {
+        "server": {"state": "running", "federation": "trial", "port": 1, "online": ["east"], "down": {}},
+        "runs": [{"run": "tiny", "sites": {
+            "east": {"state": "offline", "why": NOT_YET}, "north": {"state": "offline", "why": NOT_YET},
+        }}],
+    }  # fmt: skip
+    monkeypatch.setattr("server.cli._Asking.status", lambda self: plain)
+    rows = {row.split()[1]: row for row in said("status")[1].splitlines() if "│" in row}
+    assert "online" in rows["east"]
+    assert "connected, not asked yet" in rows["east"]
+    assert "offline" in rows["north"]
 
 
 def test_status_json_is_for_programs_and_tells_the_same(asking, said):
