@@ -214,6 +214,7 @@ def test_a_run_whose_sites_have_left_is_concluded_with_the_model_of_its_last_rou
     assert digest(found) == trained.weights.digest
     status = found.status
     assert (status["state"], status["round"], status["rounds"]) == ("finished", 1, 2)
+    assert {site["round"] for site in status["sites"].values()} == {1}  # the closing evaluation is no second round
     silent = [site for site in ("east", "north", "west") if site not in present]
     assert status["summary"]["notes"][-2:] == [
         "The training was ended by hand after round 1 of 2.",
