@@ -57,6 +57,9 @@ def course_figures(report: RunReport) -> Html:
         cap = report.recipe.privacy.epsilon
         most = max(y for points in spent.values() for _, y in points)
         limit = f" The limit is {rounded_up(cap)}." if cap is not None else ""
+        whole = rounded_up(max((site.spent.epsilon for site in report.sites if site.spent is not None), default=most))
+        if whole != rounded_up(most):  # a round that was given up, or a reply that came too late, is paid all the same
+            limit = f" Training that went into no round brings it to {whole}.{limit}"
         svg = figures.by_round(
             "epsilon", spent, strokes, label="epsilon spent", x_label="round", cap=cap, from_zero=True,
             cap_label=f"limit {rounded_up(cap)}" if cap is not None else "",

@@ -263,6 +263,14 @@ def test_groups_without_a_suppressed_one_show_their_counts(page: str) -> None:
     assert "M 18" in words(page)
 
 
+def test_training_that_went_into_no_round_is_told_beside_the_curve_of_epsilon(tmp_path: Path) -> None:
+    report = lean(make(names=("north",)))  # epsilon 0.5 after its one round
+    paid = replace(report.sites[0], spent=replace(report.sites[0].spent, epsilon=0.5))
+    assert "went into no round" not in write(replace(report, sites=(paid,)), tmp_path)
+    shown = words(write(report, tmp_path))  # 1.4961 in the ledger: a round was given up
+    assert "the highest is 0.50. Training that went into no round brings it to 1.50. The limit is 8.00." in shown
+
+
 def test_a_suppressed_central_result_is_hidden_everywhere(tmp_path: Path) -> None:
     leaky = Metrics(patients=4, suppressed=True, values={"auroc": 0.4242}, roc={"lesion": ((0.0, 0.0), (1.0, 1.0))})
     text = write(replace(lean(make()), central=leaky), tmp_path)
