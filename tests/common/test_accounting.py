@@ -40,6 +40,12 @@ def test_the_three_accountants_give_the_known_table(
     assert epsilon_pld(events, 1e-5) == pytest.approx(pld, abs=0.006)
 
 
+def test_much_noise_brings_no_warning_of_somebody_elses_before_a_persons_eyes(recwarn: pytest.WarningsRecorder) -> None:
+    # the demo's smallest site: the best of the orders that are tried is the largest, 512
+    assert 2.0 < epsilon_rdp([event(12.65, 1.0, 40)], 1e-5) < 2.3
+    assert [str(warned.message) for warned in recwarn] == []
+
+
 @pytest.mark.parametrize(
     ("noise", "epochs", "published"),
     [
