@@ -225,10 +225,16 @@ def _epsilon_prv(events: tuple[Event, ...], delta: float) -> float:
         raise PrivacyError("the PRV accountant has no answer for steps without noise: their epsilon is infinite")
     from opacus.accountants import PRVAccountant
 
+    _without_advice()  # its domain comes from RDP
     accountant = PRVAccountant()
     accountant.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
     with np.errstate(divide="ignore"):  # the log of 1 - q at q = 1, which Opacus then masks
         return float(accountant.get_epsilon(delta, eps_error=0.01))
+
+
+def _without_advice() -> None:
+    # With much noise RDP's best order is the largest one: the bound holds, a little loosely.
+    warnings.filterwarnings("ignore", "Optimal order is the largest alpha")
 
 
 @lru_cache(maxsize=256)
@@ -239,8 +245,7 @@ def _epsilon_rdp(events: tuple[Event, ...], delta: float) -> float:
         return math.inf
     from opacus.accountants import RDPAccountant
 
-    # With much noise the best order is the largest one: the bound holds, a little loosely.
-    warnings.filterwarnings("ignore", "Optimal order is the largest alpha")
+    _without_advice()
     accountant = RDPAccountant()
     accountant.history = [(event.noise_multiplier, event.sampling_rate, event.steps) for event in events]
     orders = [*RDPAccountant.DEFAULT_ALPHAS, 64, 96, 128, 192, 256, 512]
