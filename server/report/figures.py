@@ -103,7 +103,8 @@ def by_round(
             color=MUTED, fontsize=_FONT_PT, va="bottom",
         )  # fmt: skip
     if bounds is not None:
-        low, high = max(low, bounds[0] - 0.005), min(high, bounds[1] + 0.005)
+        room = 0.02 * (high - low)  # for half a line or dot, however wide the axis is
+        low, high = max(low, bounds[0] - room), min(high, bounds[1] + room)
     axes.set_ylim(low, high)
     axes.set_xlabel(x_label)
     axes.set_ylabel(label)
@@ -204,7 +205,7 @@ def comparison(name: str, rows: Sequence[Row], *, label: str, chance: float | No
         )  # fmt: skip
     if chance is not None and left <= chance:
         axes.axvline(chance, color=MUTED, linewidth=1, linestyle=_DASHES[2], zorder=0)
-    axes.set_xlim(left, 1.005)
+    axes.set_xlim(left, 1 + 0.025 * (1 - left))  # room for half a dot, however wide the axis is
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
