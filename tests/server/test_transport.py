@@ -18,7 +18,17 @@ from common import wire
 from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
 from common.exchange import (
-    Agreement, Box, Failure, Hello, MaskedUpdate, Masking, Question, Refusal, RoundPlan, Survivors, Update,
+    Agreement,
+    Box,
+    Failure,
+    Hello,
+    MaskedUpdate,
+    Masking,
+    Question,
+    Refusal,
+    RoundPlan,
+    Survivors,
+    Update,
 )  # fmt: skip
 from common.fixed import Residues
 from common.identity import Signer
