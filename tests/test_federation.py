@@ -519,6 +519,6 @@ def test_what_cannot_be_built_is_told_before_any_image_is_read_and_leaves_the_fo
     monkeypatch.setattr(run, "_cohort", lambda *_: pytest.fail("an image was read"))
     model = ModelConfig(family="monai", name="resnet10", weights_file="/nowhere", weights_sha256="a" * 64)
     settings = settings_of(tmp_path / "run", hospitals, model=model)
-    with pytest.raises(ConfigError, match="cannot read /nowhere"):
+    with pytest.raises(ConfigError, match="cannot read '/nowhere'"):
         simulate(settings)
     assert not (tmp_path / "run" / "run.json").exists()
