@@ -46,9 +46,8 @@ def faults(*words: str) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_a_thread_gets_its_freed_memory_again_without_asking_the_system():
-    plain, kept = faults(), faults("keep")
-    assert plain[0] > 100_000  # each round anew
-    assert kept[0] < 40_000  # once, and what torch needs for itself
+    kept = faults("keep")
+    assert kept[0] < 40_000  # of 600,000 pages: once, and what torch needs for itself
     assert kept[1] == 2
 
 
