@@ -197,8 +197,8 @@ def _private_gradients(
     present_SP = torch.arange(max(map(len, x)) // views, device=x[0].device) < patients[:, None]
     values = {name: value.detach() for name, value in parameters.items()}
     x_SPV, target_SPV = (_padded(some).unflatten(1, (-1, views)) for some in (x, target))
-    given = model, recipe, values, weight_SC, x_SPV, target_SPV
-    norm_SP, summed = _of_linear(*given) or _of_patients(*given)
+    drawn = _Drawn(model, recipe, values, weight_SC, x_SPV, target_SPV)
+    norm_SP, summed = _of_linear(drawn) or _of_patients(drawn)
     clip_S = torch.tensor([engine.clip_norm for engine in engines], device=present_SP.device)
     factors = clip_factors((norm_SP / clip_S[:, None]).square().flatten(), 1.0)
     factor = torch.zeros_like(norm_SP).flatten()
@@ -213,15 +213,22 @@ _Summed = Callable[[torch.Tensor, bool], Values]
 """(factors (S, P), whether all gradients are finite) -> each site's sum of its patients' gradients times these."""
 
 
-def _of_patients(
-    model: nn.Module,
-    recipe: Recipe,
-    values: Values,
-    weight_SC: torch.Tensor | None,
-    x_SPV: torch.Tensor,
-    target_SPV: torch.Tensor,
-) -> tuple[torch.Tensor, _Summed]:
+class _Drawn(NamedTuple):
+    """The patients that all sites drew for a step, padded to the most, and what their gradients depend on."""
+
+    model: nn.Module
+    recipe: Recipe
+    values: Values
+    """Each site's own, stacked."""
+    weight_SC: torch.Tensor | None
+    x_SPV: torch.Tensor
+    target_SPV: torch.Tensor
+
+
+def _of_patients(drawn: _Drawn) -> tuple[torch.Tensor, _Summed]:
     """Norms (S, P) of the gradients of every patient of every site, and their sums, by `torch.func`."""
+
+    model, recipe, values, weight_SC, x_SPV, target_SPV = drawn
 
     def loss(values: Values, x_V: torch.Tensor, target_V: torch.Tensor, weight_C: torch.Tensor | None) -> torch.Tensor:
         logits = _logits(model, recipe, values, x_V)
@@ -239,18 +246,12 @@ def _of_patients(
     return torch.linalg.vector_norm(torch.stack(norms), dim=0), summed
 
 
-def _of_linear(
-    model: nn.Module,
-    recipe: Recipe,
-    values: Values,
-    weight_SC: torch.Tensor | None,
-    x_SPV: torch.Tensor,
-    target_SPV: torch.Tensor,
-) -> tuple[torch.Tensor, _Summed] | None:
+def _of_linear(drawn: _Drawn) -> tuple[torch.Tensor, _Summed] | None:
     """As `_of_patients`, where one linear layer over each record is all that is trained; None elsewhere.
 
     A patient's gradient is the product of what goes into the layer and what comes back to it, and is never formed.
     """
+    model, recipe, values, weight_SC, x_SPV, target_SPV = drawn
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     name, layer = next(((a, b) for a, b in found if {f"{a}.weight", f"{a}.bias"} == values.keys()), ("", None))
     if layer is None:
@@ -267,12 +268,12 @@ def _of_linear(
         went.append((into_SRF, out))
         return out.flatten(0, 1)
 
-    handle, drawn = layer.register_forward_hook(beside), torch.get_rng_state()
+    handle, state = layer.register_forward_hook(beside), torch.get_rng_state()
     try:
         logits = _logits(model, recipe, {}, x_SPV.flatten(0, 2))
     finally:
         handle.remove()
-    if not torch.equal(drawn, torch.get_rng_state()):
+    if not torch.equal(state, torch.get_rng_state()):
         raise RuntimeError("the network draws random numbers, which each site would from a source of its own")
     if len(went) != 1:
         return None

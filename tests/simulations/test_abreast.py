@@ -157,8 +157,8 @@ def test_where_a_linear_layer_is_all_that_is_trained_no_gradient_of_a_patient_is
         x[1, 3, views - 1] = torch.nan
     target = torch.randint(2, (2, 5, views), generator=random)
     weights = torch.tensor([[0.5, 2.0], [1.0, 3.0]]) if weighted else None
-    given = model, recipe, values, weights, x, target
-    found, expected = module._of_linear(*given), module._of_patients(*given)
+    drawn = module._Drawn(model, recipe, values, weights, x, target)
+    found, expected = module._of_linear(drawn), module._of_patients(drawn)
     assert found is not None
     finite = torch.isfinite(expected[0])
     assert finite.tolist() == [[True] * 5, [True, True, True, not broken, True]]
@@ -185,7 +185,7 @@ def test_a_linear_layer_at_many_places_of_an_image_or_beside_others_takes_the_us
             name: torch.randn(2, *value.shape, generator=random) for name, value in module.trainable(model).items()
         }
         x, target = torch.randn(2, 3, 1, 1, 16, 16, generator=random), torch.zeros(2, 3, 1, dtype=torch.int64)
-        assert module._of_linear(model, recipe, values, None, x, target) is None
+        assert module._of_linear(module._Drawn(model, recipe, values, None, x, target)) is None
         assert not list(getattr(model, "fc", model)._forward_hooks)
 
 
