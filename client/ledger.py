@@ -151,7 +151,15 @@ class Ledger:
         self._path, self._cohort, self._policy, self._flush = path, cohort, policy, flush
 
     def reserve(
-        self, recipe_id: str, *, round: int, base: str, event: Event, kind: Kind = "updates", known: Iterable[str] = ()
+        self,
+        recipe_id: str,
+        *,
+        round: int,
+        base: str,
+        event: Event,
+        kind: Kind = "updates",
+        known: Iterable[str] = (),
+        visits: int | None = None,
     ) -> Reservation:
         """Counts a visit as spent, before it happens.
 
@@ -161,6 +169,8 @@ class Ledger:
         Args:
             kind: What is released; everything composes, whatever it is.
             known: Heads that others remember of this ledger (the audit log, the coordinator); "" is none.
+            visits: Most that the recipe may have of this kind, those that cost nothing left out; None: any number. Its
+                rounds are what the site approved: beyond them somebody asks a round again, from other weights.
 
         Raises:
             PrivacyError: The site's policy or its budget forbids it, or a known head is not in the ledger; nothing
@@ -176,6 +186,12 @@ class Ledger:
             for entry in entries:
                 if entry.event == event and entry.kind == kind and entry.is_open(recipe_id, round, base):
                     return entry.reservation(epsilon_pld(events, self._policy.delta))
+            same = [entry for entry in entries if (entry.recipe_id, entry.kind) == (recipe_id, kind)]
+            if visits is not None and sum(entry.event.steps > 0 for entry in same) >= visits:
+                raise PrivacyError(
+                    f"this site has paid for all {visits} rounds of recipe {recipe_id[:12]} already; to train it once "
+                    "more, sign it with another seed and have it approved"
+                )
             projected = epsilon_pld([*events, event], self._policy.delta)
             if not projected <= self._policy.epsilon:
                 raise PrivacyError(

@@ -428,8 +428,9 @@ class Site:
         known = [plan.ledger_heads.get(self.name, "")]
         try:
             reserved = self._budget.reserve(
-                recipe.id, round=plan.round, base=plan.weights.digest, event=event, kind=kind, known=known
-            )
+                recipe.id, round=plan.round, base=plan.weights.digest, event=event, kind=kind, known=known,
+                visits=recipe.rounds,
+            )  # fmt: skip
         except PrivacyError as error:
             self.audit.append("budget refused", round=plan.round, recipe_id=recipe.id, why=str(error))
             raise

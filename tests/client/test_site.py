@@ -192,6 +192,32 @@ def test_a_refused_budget_is_refused_before_anything_is_trained_or_scored(
     assert trained == []
 
 
+def test_a_coordinator_cannot_have_more_of_a_recipe_than_its_rounds(house: House, trained: list[Any]) -> None:
+    site, start_ = house.open(epsilon=100.0), start(house.recipe)  # the recipe is of epsilon 8
+    others = [start_ + Weights({name: np.full_like(a, n) for name, a in start_.items()}) for n in range(4)]
+    for weights in others[:3]:  # three rounds, or one from three weights
+        assert isinstance(site.visit(house.plan(1, weights=weights)), Update)
+    assert house.ledger.spent() <= 8
+    why = refused(site.visit(house.plan(1, weights=others[3])), "budget", house)
+    assert "paid for all 3 rounds" in why
+    assert isinstance(site.visit(house.plan(1, weights=others[2])), Update)  # kept, and sent again
+    assert (len(trained), house.entries("reserve")) == (3, 3)
+    again = House(house.folder, replace(house.recipe, seed=1))
+    assert isinstance(again.open(epsilon=100.0).visit(again.plan()), Update)
+
+
+def test_a_visit_that_cost_nothing_is_none_of_a_recipes_rounds(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Trained:
+        raise TrainingError("the card is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", full)
+        for _ in range(4):
+            refused(house.open().visit(house.plan()), "training", house)
+    for round_ in (1, 2, 3):
+        assert isinstance(house.open().visit(house.plan(round_)), Update)
+
+
 def test_a_private_recipe_without_a_ledger_is_refused(house: House, trained: list[Any]) -> None:
     site = house.open()
     site.ledger = None
