@@ -440,7 +440,10 @@ class Control:
             if name in self._working:
                 raise ConflictError(f"run {name} is at work already ({state})")
             if state == "finished":
-                raise ConflictError(f"run {name} is finished; run the recipe under a new name to do it again")
+                raise ConflictError(
+                    f"run {name} is finished; run its recipe under a new name (a private one signed with "
+                    "another seed, for sites pay for its rounds once)"
+                )
             self._no_other_works_on(order.recipe_id)
             run.write_order(replace(order, wanted="running"))
             self._untold.pop(name, None)

@@ -6,11 +6,11 @@ import pytest
 
 from common.audit import verify
 from common.chain import AuditError, verify_against
-from tests.deployment.conftest import PLAN, ROUNDS, Work, digest, events, wait_event, work
+from tests.deployment.conftest import PLAN, ROUNDS, Work, begin, digest, events, wait_event, work
 
 
 def test_a_deployed_run_ends_with_the_weights_of_the_simulation(federation, expected, tmp_path):
-    federation.run("quiet")
+    begin(federation, "quiet")
     assert digest(federation, "quiet") == expected
     for site in PLAN.sites:
         assert work(federation, site) == Work(paid=ROUNDS, trained=ROUNDS, answered=ROUNDS)
@@ -30,7 +30,7 @@ def test_sites_killed_in_training_in_upload_and_between_rounds_train_and_pay_onc
     first, second, third = PLAN.sites
     before = {site: work(federation, site) for site in PLAN.sites}
     seen = {site: events(federation, site) for site in PLAN.sites}
-    federation.run("killed-sites")
+    begin(federation, "killed-sites")
     wait_event(federation, first, "budget reserved", 1, seen[first])  # it is training now
     federation.kill(first)
     federation.start(first)
@@ -48,7 +48,7 @@ def test_sites_killed_in_training_in_upload_and_between_rounds_train_and_pay_onc
 
 def test_superlink_gateway_and_run_killed_one_after_another_lose_nothing(federation, expected):
     before = {site: work(federation, site) for site in PLAN.sites}
-    federation.run("killed-server")
+    begin(federation, "killed-server")
     federation.wait_round(1, "killed-server")
     federation.kill_child("server", "superlink")
     federation.wait_round(2, "killed-server")

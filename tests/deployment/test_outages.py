@@ -11,7 +11,7 @@ import pytest
 
 from common.deployment import read_status
 from simulations.rehearsal import rehearsing, wait_for
-from tests.deployment.conftest import PLAN, ROUNDS, digest, fill, rounds, small_disk, work
+from tests.deployment.conftest import PLAN, ROUNDS, begin, digest, fill, rounds, small_disk, work
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def federation(on_small_disk):
 
 def test_the_whole_coordinator_gone_for_two_minutes_comes_back_and_ends_with_the_same_weights(federation, expected):
     before = {site: work(federation, site) for site in PLAN.sites}
-    federation.run("gone")
+    begin(federation, "gone")
     federation.wait_round(1, "gone")
     federation.kill("server")
     began = time.monotonic()
@@ -103,7 +103,7 @@ def test_a_full_disk_stops_the_run_with_a_clear_error_and_with_space_it_ends_wit
     federation, small = on_small_disk
     if not small:
         pytest.skip("a disk is filled only where a small one may be mounted, and this user may not")
-    federation.run("full")
+    begin(federation, "full")
     federation.wait_round(1, "full")
     ballast = fill(federation.server.path)
     words = ("--home", federation.server.path)

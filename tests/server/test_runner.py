@@ -34,6 +34,7 @@ from server import checkpoint, runner
 from server.rounds import RoundReport, SiteRound, start
 from server.runner import AGAIN, FAILED, FINISHED, STOPPED, Stopped, run
 from server.runs import BusyError, Run, RunStatus
+from tests.server.house import RECIPE
 
 STATES = {"waiting", "training", "evaluating", "concluding", "finished", "failed", "stopped"}
 
@@ -432,8 +433,8 @@ def test_each_recipe_has_a_test_set_of_its_own_or_none(house, no_export, folders
 
 def test_several_runs_share_one_log_and_each_event_says_whose_it_is(house, no_export):
     names = ("first", "second")
-    for name in names:
-        house.order(name)
+    for seed, name in enumerate(names):  # a site pays for a private recipe once
+        house.order(name, house.signed(replace(RECIPE, seed=seed)))
         assert run(house.home, name, connect=house.connect()) == FINISHED
     kinds = {"run started", "sites present", "round aggregated", "evaluation received"}
     events = [event for event in verify(house.home.audit_file) if event.kind in kinds]
