@@ -15,6 +15,8 @@ from common.errors import PrivacyError
 if TYPE_CHECKING:
     from client.dp import Sampling
 
+_MOST_STEPS = 1_000_000
+"""Of a recipe at one site: its account takes half a minute then, and grows with the steps."""
 _BANDS = (10, 12, 16, 20, 25, 32, 40, 50, 63, 80)
 """ISO 3's preferred numbers, R10, as whole ones: steps of about a quarter."""
 SCORE_RELEASES = 2
@@ -87,17 +89,22 @@ def visit_event(recipe: Recipe, patients: int, policy: Policy) -> tuple[Sampling
     rate is at least batch / patients, and it is the rate that is run and accounted.
 
     Raises:
-        PrivacyError: No noise reaches the budget, or there is no patient.
+        PrivacyError: No noise reaches the budget, there is no patient, or there are more steps than anybody trains.
     """
     from client.dp.rules import sampling
 
     privacy, training = recipe.privacy, recipe.training
     assert privacy.delta is not None
     drawn = sampling(told(patients, policy), training.batch_size, training.local_epochs)
+    if (steps := drawn.steps * recipe.rounds) > _MOST_STEPS:
+        raise PrivacyError(
+            f"the recipe plans {steps:,} noised steps at this site, and no account is made of more than "
+            f"{_MOST_STEPS:,}: fewer rounds or epochs, or larger batches"
+        )
     noise = privacy.noise_multiplier
     if noise is None:
         assert privacy.epsilon is not None
-        noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
+        noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, steps)
     return drawn, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps)
 
 

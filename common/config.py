@@ -162,7 +162,7 @@ class ModelConfig:
     with standardised weights (Qiao et al. 2019)."""
     stem: Literal["default", "small"] = "default"
     """small: 3-wide stride-1 first convolution without pooling, for images below 64 pixels (ResNets only)."""
-    width: Positive = 1.0
+    width: Annotated[float, Gt(0), Le(8)] = 1.0
     """Factor on the channels of MONAI ResNets and ViT (1 is ViT-Tiny, 4 is ViT-Base) and scattering's convolutions."""
     patch: Count | None = None
     """Patch edge of a transformer; null: timm's own, for MONAI each axis' largest divisor up to 16 and size / 4."""

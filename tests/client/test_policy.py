@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+import client.policy as policy_module
 from client.ledger import Ledger
-from client.policy import ledger_policy, objections, score_event, told
+from client.policy import ledger_policy, objections, score_event, told, visit_event
 from common.accounting import Event, epsilon_pld
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
 from common.deployment import Policy
@@ -104,6 +105,14 @@ def test_coarse_counts_round_down_by_at_most_a_quarter() -> None:
     assert [told(n, FREE) for n in (11, 308)] == [11, 308]
     for n in range(10, 3000):
         assert 0.75 * n < told(n, coarse) <= n
+
+
+def test_more_steps_than_an_account_is_made_of_are_refused_before_any_is_made(monkeypatch) -> None:
+    monkeypatch.setattr(policy_module, "solve_noise", lambda *_: 1.0)
+    many = replace(RECIPE, rounds=50_000, training=replace(RECIPE.training, batch_size=10, local_epochs=2.0))
+    assert visit_event(many, 100, FREE)[1].steps == 20  # ten batches, twice: a million in all rounds
+    with pytest.raises(PrivacyError, match=r"1,000,020 noised steps .* more than 1,000,000: fewer rounds"):
+        visit_event(replace(many, rounds=50_001), 100, FREE)
 
 
 def test_the_scores_of_a_recipe_cost_what_the_policy_gives_them() -> None:
