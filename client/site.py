@@ -122,7 +122,7 @@ class Site:
             patients = {split: self._cell(cohort.patients(split)) for split in SPLITS}
             audit.append(
                 "site started", recipe_id=recipe.id, manifest=cohort.manifest, patients=patients,
-                versions=dict(package_versions()),
+                counts_rounded=policy.counts == "coarse", versions=dict(package_versions()),
             )  # fmt: skip
 
     def hello(self, question: Question) -> Hello | Refusal:
@@ -146,6 +146,7 @@ class Site:
             patients={split: self._count(self.cohort.patients(split)) for split in SPLITS},
             manifest=self.cohort.manifest,
             audit_head=self.audit.head,
+            counts_rounded=self.policy.counts == "coarse",
         )
 
     def misunderstood(self, why: str) -> Refusal:
@@ -514,8 +515,7 @@ class Site:
         """Exact ones."""
         if self.policy.metrics != "bounded":
             return None
-        patients = self.cohort.patients(split)
-        if patients < self._min_cell:
+        if (patients := self.cohort.patients(split)) < self._min_cell:
             return Scores(patients=0, values={})
         indices, samples = self.cohort.indices(split), self.cohort.samples
         result = score(

@@ -94,7 +94,8 @@ def in_words(event: Event) -> str:
     values["spent"] = f", epsilon {rounded_up(epsilon)}" if isinstance(epsilon, float) else ""
     size = facts.get("bytes")
     values["size"] = f"{size / 1e6:.1f} MB" if isinstance(size, int) else "unknown size"
-    values["patients_train"] = str((facts.get("patients") or {}).get("train", "?"))
+    train = (facts.get("patients") or {}).get("train", "?")  # as the coordinator is told them: 0 is no number
+    values["patients_train"] = f"{train or 'not told'}{' (rounded down)' * bool(train and facts.get('counts_rounded'))}"
     return printable(told.format_map(_Missing(values)))
 
 
@@ -114,7 +115,7 @@ _WORDS = {
     "node stopped": "The node was stopped ({why})",
     "configuration": "The configuration is {sha256}",
     "code": "The installed code was written down",
-    "site started": "Opened the images for recipe {recipe_id}: {patients_train} patients to train on",
+    "site started": "Opened the images for recipe {recipe_id}; patients to train on, as told: {patients_train}",
     "question received": "The coordinator asked about recipe {recipe_id}",
     "plan received": "The coordinator asked for round {round} of recipe {recipe_id} ({work})",
     "budget reserved": "Reserved {steps} noised steps for round {round}{spent} in all",

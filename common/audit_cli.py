@@ -216,6 +216,8 @@ def _trace(arguments: argparse.Namespace) -> int:
 
 
 def _lineage(found: Lineage) -> list[str]:
+    from common.lineage import counted
+
     def few(digest: str) -> str:
         return digest[:12]
 
@@ -238,8 +240,7 @@ def _lineage(found: Lineage) -> list[str]:
             f"  {site.name}: {len(site.rounds)} rounds"
             + (f", epsilon {rounded_up(site.epsilon)}" if site.epsilon is not None else "")
             + ("" if site.log else "; its own log is not there"),
-            "    patients: "
-            + (", ".join(f"{split} {n or 'not told'}" for split, n in site.patients.items()) or "not told"),
+            f"    patients: {counted(site.patients, site.counts_rounded)}",
             f"    data manifest: {', '.join(site.manifests)}",
             f"    approved by: {approved}",
             "    versions: " + ", ".join(f"{name} {version}" for name, version in sorted(site.versions.items())),

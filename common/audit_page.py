@@ -10,7 +10,7 @@ from typing import Any
 from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
 from common.epsilon import rounded_up
 from common.html import Child, Html, items, join, table, tag
-from common.lineage import Approval, Lineage
+from common.lineage import Approval, Lineage, counted
 from common.style import CSS
 
 _OPEN_ROWS = 24
@@ -177,22 +177,24 @@ def _cards(told: Account) -> Html:
     paid = [site.scores_epsilon for story in told.stories for site in story.sites if site.scores_epsilon is not None]
     scores = f"; of noised scores {_epsilon(max(paid))}" if paid else ""
     sent = [item for story in told.stories for item in story.sent if item.what.startswith("update")]
-    train = [site.patients["train"] for story in told.stories for site in story.sites if "train" in site.patients]
+    trained = [site for story in told.stories for site in story.sites if "train" in site.patients]
+    train = [site.patients["train"] for site in trained]
+    rounded = any(site.counts_rounded and site.patients["train"] for site in trained)
     return tag(
         "div",
         card("Logs", str(len(told.logs)), f"{sum(log.events for log in told.logs):,} events"),
         card("Sites", str(len(sites))),
         card("Rounds", str(sum(story.rounds for story in told.stories)), "aggregated"),
-        card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train)),
+        card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train, rounded)),
         card("Epsilon of updates", _epsilon(max(spent, default=None)), f"highest of any site, one recipe{scores}"),
         card("Updates sent", f"{len(sent):,}", _size(sum(item.bytes or 0 for item in sent))),
         class_="cards",
     )
 
 
-def _summed(counts: Sequence[int]) -> str:
+def _summed(counts: Sequence[int], rounded: bool) -> str:
     untold = f"; {counts.count(0)} not told" if 0 in counts else ""
-    return f"sum over sites and recipes{untold}"
+    return f"sum over sites and recipes{'; rounded down' * rounded}{untold}"
 
 
 def _logs(told: Account) -> Html:
@@ -292,11 +294,9 @@ def _story(story: Story) -> Html:
 
 
 def _site(site: SiteLine) -> Sequence[Child]:
-    order = [split for split in ("train", "validation", "test") if split in site.patients]
-    counts = ", ".join(f"{split} {site.patients[split] or 'not told'}" for split in order)
     return (
         join(site.name, None if site.log else tag("span", "log not there", class_="sub")),
-        counts or "not told",
+        counted(site.patients, site.counts_rounded),
         join(*_apart(map(_hash, site.manifests))) if site.manifests else "not told",
         join(*_apart(map(_approval, site.approvals))) if site.approvals else "no approval in the log",
         join(
@@ -381,7 +381,7 @@ def _lineage(found: Lineage, name: str) -> Html:
     for place, site in enumerate(sites[:_MOST_BOXES]):
         y = step * place + step / 2
         train = site.patients.get("train")
-        count = f"{train} training patients" if train else "patients not told"
+        count = f"{'at least ' * site.counts_rounded}{train} training patients" if train else "patients not told"
         spent = f", epsilon {_epsilon(site.epsilon)}" if site.epsilon is not None else ""
         manifest = site.manifests[0][:12] + (" …" if len(site.manifests) > 1 else "")
         boxes.append(_box(0, y, 250, 68, "site", site.name, f"{count}{spent}", f"manifest {manifest}"))

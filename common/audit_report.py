@@ -99,6 +99,8 @@ class SiteLine:
     log: bool
     patients: Mapping[str, int]
     """By split; 0: not told, for it is too small, by the site's policy, or as a weight under masks."""
+    counts_rounded: bool
+    """Whether the site rounds them down."""
     manifests: tuple[str, ...]
     versions: Mapping[str, str]
     approvals: tuple[Approval, ...]
@@ -395,6 +397,7 @@ def _site_line(
         name=name,
         log=log is not None,
         patients={split: count for split, count in as_map(last.get("patients")).items() if _whole(count) is not None},
+        counts_rounded=last.get("counts_rounded") is True,
         manifests=tuple(dict.fromkeys(str(start.get("manifest")) for start in starts if start.get("manifest"))),
         versions={package: str(version) for package, version in as_map(last.get("versions")).items()},
         approvals=approvals(name, log.events, recipe_id) if log is not None else (),

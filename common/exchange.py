@@ -19,7 +19,7 @@ from common.compression import Form, nbytes
 from common.fixed import Residues
 from common.weights import Weights
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -248,6 +248,8 @@ class Hello:
     manifest: Digest
     """Hash of the cohort's manifest, for the lineage of the model."""
     audit_head: MaybeDigest = ""
+    counts_rounded: bool = False
+    """Whether `patients` are rounded down, so that nobody takes them for exact."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

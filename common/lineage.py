@@ -106,11 +106,20 @@ class SiteLink:
     manifests: tuple[str, ...]
     """SHA-256 of its cohort's manifest; more than one if its data changed on the way."""
     patients: Mapping[str, int]
-    """By split; empty without its log."""
+    """By split, as the site tells them."""
+    counts_rounded: bool
+    """Whether the site rounds them down."""
     versions: Mapping[str, str]
     code: Mapping[str, str]
     epsilon: float | None
     approvals: tuple[Approval, ...]
+
+
+def counted(patients: Mapping[str, object], rounded: bool) -> str:
+    """A site's numbers of patients by split, as it tells them."""
+    splits = (split for split in ("train", "validation", "test") if split in patients)
+    told = [f"{split} {patients[split] or 'not told'}" for split in splits]
+    return (", ".join(told) or "not told") + " (rounded down)" * (rounded and any(patients.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +340,7 @@ def _site(name: str, run: Run, links: Sequence[RoundLink], log: Log | None) -> S
         rounds=tuple(link.round for link in mine),
         manifests=tuple(manifests),
         patients=as_map(last.get("patients")),
+        counts_rounded=last.get("counts_rounded") is True,
         versions=as_map(last.get("versions")),
         code=_code(log.events, started.number + 1) if log is not None and started is not None else {},
         epsilon=_epsilons(run).get(name),

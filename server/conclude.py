@@ -197,6 +197,7 @@ def _report(
         SiteSummary(
             name=name,
             patients={str(split): count for split, count in hello.patients.items()},
+            counts_rounded=hello.counts_rounded,
             test=last[name].test if name in last else None,
             spent=spent.get(name),
             refused_files=refused.get(name, {}) if refused is not None else None,
@@ -296,6 +297,7 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
         return {
             "patients": sum(summary.patients.values()) if all(summary.patients.values()) else None,  # 0: not told
             "train_patients": summary.patients.get("train") or None,
+            "patients_rounded_down": summary.counts_rounded,
             **auroc(test.values if test is not None else {}),
             "epsilon": summary.spent.epsilon if summary.spent else None,
             "epsilon_prv": checks.prv if checks else None,

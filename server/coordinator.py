@@ -171,7 +171,12 @@ def _repeats(recipe: Recipe) -> bool:
 def _presence(hellos: Mapping[str, Hello]) -> dict[str, Any]:
     return {
         "sites": {
-            name: {"manifest": hello.manifest, "versions": dict(hello.versions), "patients": dict(hello.patients)}
+            name: {
+                "manifest": hello.manifest,
+                "versions": dict(hello.versions),
+                "patients": dict(hello.patients),
+                "counts_rounded": hello.counts_rounded,
+            }
             for name, hello in sorted(hellos.items())
         },
         "heads": {name: hello.audit_head for name, hello in sorted(hellos.items())},

@@ -203,8 +203,9 @@ def _training_data(report: RunReport) -> Iterator[str]:
         ("Site", *splits),
         [(_text(site.name), *(_patients(site, split) for split in splits)) for site in report.sites],
     )
-    yield ""
-    yield words.WHY_NOT_TOLD
+    for said in words.of_counts(report.sites):
+        yield ""
+        yield _text(said)
 
 
 def _patients(site: SiteSummary, split: str) -> str:

@@ -141,7 +141,8 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
         table.add_column(column, justify="left" if not column else "right")
     for name, site in summary["sites"].items():
         epsilons = (_epsilon(site[key]) for key in ("epsilon", "epsilon_prv", "epsilon_rdp"))
-        table.add_row(name, str(site["patients"] or "not told"), _auroc(site), *epsilons, _small(site["delta"]))
+        patients = f"{'>= ' * site['patients_rounded_down']}{site['patients']}" if site["patients"] else "not told"
+        table.add_row(name, patients, _auroc(site), *epsilons, _small(site["delta"]))
     central = conclusion.report.central
     table.add_section()
     spent = [site["epsilon"] for site in summary["sites"].values() if site["epsilon"] is not None]

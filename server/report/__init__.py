@@ -56,6 +56,8 @@ class SiteSummary:
     name: str
     patients: Mapping[str, int]
     """Split (train, validation, test) to patients; 0: not told, see `words.WHY_NOT_TOLD`."""
+    counts_rounded: bool = False
+    """Whether the site's policy rounds them down."""
     test: Scores | None = None
     """Of the final model on the site's own test patients."""
     spent: Spent | None = None

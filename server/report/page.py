@@ -159,14 +159,14 @@ def _cards(report: RunReport) -> Html:
     else:
         second = card("Epsilon, highest", "–", "not reported")
     train = [site.patients.get("train", 0) for site in report.sites]
-    untold = sum(1 for count in train if count == 0)
+    rounded = any(site.counts_rounded and site.patients.get("train") for site in report.sites)
     return tag(
         "div",
         first,
         second,
         card("Hospitals", str(len(report.sites)), f"quorum {report.recipe.federation.quorum}"),
         card("Rounds", str(report.trained), _planned(report)),
-        card("Training patients", f"{sum(train):,}" if any(train) else "–", _untold(untold, len(train))),
+        card("Training patients", f"{sum(train):,}" if any(train) else "–", _counted(train, rounded)),
         card("Model", tag("span", report.weight_digest[:12], class_="hash"), "start of the weight digest", small=True),
         class_="cards",
     )
@@ -177,12 +177,15 @@ def _planned(report: RunReport) -> str:
     return f"of {report.recipe.rounds} planned{earlier}"
 
 
-def _untold(count: int, sites: int) -> str | None:
-    if not count:
-        return None
-    return (
-        words.NOT_TOLD if count == sites else f"and those of {count} site{'s' if count > 1 else ''}, {words.NOT_TOLD}"
-    )
+def _counted(train: Sequence[int], rounded: bool) -> str | None:
+    if not any(train):
+        return words.NOT_TOLD if train else None
+    untold = train.count(0)
+    said = [
+        *(["rounded down"] if rounded else []),
+        *([f"and those of {untold} site{'s' if untold > 1 else ''}, {words.NOT_TOLD}"] if untold else []),
+    ]
+    return "; ".join(said) or None
 
 
 def _sites(report: RunReport) -> Html:
@@ -203,7 +206,6 @@ def _sites(report: RunReport) -> Html:
         rows.append(row)
     if private:
         head.append("Epsilon spent")
-    untold = any(site.patients.get(split) == 0 for site in report.sites for split in _SPLITS)
     specificity = words.level(report.recipe.evaluation.specificity)
     noised = (
         "" if report.noised_scores is None else " Where a hospital's policy is to noise its scores, they are noised."
@@ -214,7 +216,7 @@ def _sites(report: RunReport) -> Html:
         ),
         table(head, rows, caption="Patients and results by hospital"),
         tag("p", f"* at {specificity} specificity. Small type: {words.confidence(report)} interval.", class_="meta"),
-        tag("p", words.WHY_NOT_TOLD, class_="meta") if untold else None,
+        *(tag("p", said, class_="meta") for said in words.of_counts(report.sites)),
     )
 
 

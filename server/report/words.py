@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from common.html import Html, tag
 
 if TYPE_CHECKING:
     from common.metrics import Metrics
-    from server.report import RunReport
+    from server.report import RunReport, SiteSummary
 
 _METRICS = {
     "auroc": "AUROC",
@@ -49,6 +49,16 @@ WHY_NOT_TOLD = (
     "A count is not told where it is too small for the site or the recipe, where the site's policy tells none, or "
     "where it went under masks as the site's weight."
 )
+
+
+def of_counts(sites: Sequence[SiteSummary]) -> tuple[str, ...]:
+    """What a reader of the hospitals' numbers of patients has to know of them."""
+    rounded, said = [site.name for site in sites if site.counts_rounded and any(site.patients.values())], []
+    if rounded:
+        said.append(f"Rounded down, by up to a quarter, by their policy: numbers of patients of {', '.join(rounded)}.")
+    if any(count == 0 for site in sites for count in site.patients.values()):
+        said.append(WHY_NOT_TOLD)
+    return tuple(said)
 
 
 def value(values: Mapping[str, float], name: str) -> float | None:

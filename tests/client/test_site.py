@@ -825,8 +825,13 @@ def test_coarse_counts_are_all_that_rate_steps_and_noise_depend_on(tmp_path: Pat
         hello, update = site.hello(house.question()), site.visit(house.plan())
         assert isinstance(hello, Hello)
         assert isinstance(update, Update)
+        assert hello.counts_rounded
         told.append((hello.patients["train"], update.spent, update.steps))
     assert told[0] == told[1] == told[2]
     assert (told[0][0], told[3][0]) == (20, 25)
     assert told[3][1] != told[0][1]
+    assert [event.facts["counts_rounded"] for event in verify(house.log) if event.kind == "site started"] == [True]
+    exact = house.open(counts="exact").hello(house.question())
+    assert isinstance(exact, Hello)
+    assert (exact.patients["train"], exact.counts_rounded) == (25, False)
     assert dict(house.open(counts="none").hello(house.question()).patients) == {"train": 0, "validation": 0, "test": 0}

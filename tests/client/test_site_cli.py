@@ -267,7 +267,15 @@ def event(kind: str, **facts: Any) -> Logged:
         ),
         (
             event("site started", recipe_id="a" * 64, patients={"train": 34}),
-            f"Opened the images for recipe {'a' * 12}: 34 patients to train on",
+            f"Opened the images for recipe {'a' * 12}; patients to train on, as told: 34",
+        ),
+        (
+            event("site started", recipe_id="a" * 64, patients={"train": 32}, counts_rounded=True),
+            f"Opened the images for recipe {'a' * 12}; patients to train on, as told: 32 (rounded down)",
+        ),
+        (
+            event("site started", recipe_id="a" * 64, patients={"train": 0}, counts_rounded=False),
+            f"Opened the images for recipe {'a' * 12}; patients to train on, as told: not told",
         ),
         (event("plan refused"), "Refused round ? of recipe ? (?): ?"),
         (event("something new", count=3, why="x\x1b[2J"), "something new: count 3, why x [2J"),

@@ -81,7 +81,7 @@ def federation(
         say(site, "approval withdrawn", recipe_id=RECIPE, by=f"dpo@{site}")
         say(site, "recipe approved", recipe_id=RECIPE, by=f"dpo@{site}", coordinator=KEYS["server"].public)
         say(site, "site started", recipe_id=RECIPE, manifest=digest("data", site), patients=PATIENTS[site],
-            versions={"torch": "2.13.0"})  # fmt: skip
+            counts_rounded=site == "south", versions={"torch": "2.13.0"})  # fmt: skip
     say(
         "server", "sites present", heads={site: logs[site].head for site in PATIENTS},
         sites={site: {"manifest": digest("data", site), "versions": {"torch": "2.13.0"}, "patients": PATIENTS[site]}
@@ -443,7 +443,9 @@ def test_the_report_of_a_deployed_run_tells_an_officer_everything(tmp_path, caps
     text, parser = seen(tmp_path / "page.html")
     assert "Verified 3 logs: every event follows the one before it" in text
     for expected in (
-        "train 210, validation 40, test 45", "train 96, validation 18, test not told",  # on how many patients
+        "train 210, validation 40, test 45",  # on how many patients
+        "train 96, validation 18, test not told (rounded down)",
+        "306 sum over sites and recipes; rounded down", "at least 96 training patients",
         "dpo@north", "dpo@south",  # under whose approval
         "3.00 delta 1e-05",  # at what epsilon
         "o.novak", "node revoked", "west", "left the federation", "node added", "configuration", "node started",

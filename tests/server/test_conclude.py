@@ -39,6 +39,13 @@ def test_counts_that_were_not_told_are_null_and_not_nought() -> None:
     assert summary(report)["sites"]["south"]["patients"] == 61 + 13 + 17
 
 
+def test_the_summary_says_whose_numbers_of_patients_are_rounded_down() -> None:
+    report = lean(make())
+    north, south = report.sites
+    sites = summary(replace(report, sites=(north, replace(south, counts_rounded=True))))["sites"]
+    assert [sites[name]["patients_rounded_down"] for name in ("north", "south")] == [False, True]
+
+
 def test_the_summary_says_of_which_round_the_model_is() -> None:
     report = lean(make())
     assert (summary(report)["rounds"], summary(report)["model_round"]) == (1, 1)
@@ -63,6 +70,7 @@ def test_each_figure_of_the_summary_is_that_of_its_name() -> None:
     assert found["sites"]["north"] == {
         "patients": 91, "train_patients": 61, "auroc": 0.75, "auroc_ci": [0.625, 0.875], "epsilon": 1.4961,
         "epsilon_prv": checks.prv, "epsilon_rdp": checks.rdp, "delta": 1e-5, "noised_scores": True,
+        "patients_rounded_down": False,
         "scores_epsilon": 0.5,
     }  # fmt: skip
     assert (found["sites"]["south"]["auroc"], found["sites"]["south"]["epsilon"]) == (None, 2.4961)

@@ -68,6 +68,14 @@ def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path):
     assert "where the site's policy tells none, or where it went under masks" in text
 
 
+def test_the_card_says_whose_numbers_of_patients_are_rounded_down(tmp_path):
+    site = SiteSummary(name="north_1", patients={"train": 32})
+    assert "rounded down" not in card(tmp_path, report(recipe(), sites=(site,)))
+    other = SiteSummary(name="south", patients={"train": 33})
+    text = card(tmp_path, report(recipe(), sites=(replace(site, counts_rounded=True), other)))
+    assert "Rounded down, by up to a quarter, by their policy: numbers of patients of north\\_1." in text
+
+
 def test_the_round_that_early_stopping_took_is_on_the_card(tmp_path):
     lines = tuple(RoundLine(round=n, accepted=("north",)) for n in (1, 2, 3))
     held = report(recipe(), rounds=lines)

@@ -301,6 +301,19 @@ def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path: Path) -> N
     assert "A count is not told" not in words(write(replace(lean(make()), sites=(told,)), tmp_path))
 
 
+def test_numbers_of_patients_that_a_site_rounded_down_are_said_to_be(tmp_path: Path) -> None:
+    report = lean(make())
+    assert "rounded down" not in words(write(report, tmp_path))
+    north, south = report.sites
+    one = words(write(replace(report, sites=(replace(north, counts_rounded=True), south)), tmp_path))
+    assert "Training patients 122 rounded down" in one
+    assert "Rounded down, by up to a quarter, by their policy: numbers of patients of north." in one
+    untold = replace(north, patients={"train": 0, "validation": 0, "test": 0}, counts_rounded=True)
+    assert "rounded down" not in words(write(replace(report, sites=(untold, south)), tmp_path))
+    both = words(write(replace(report, sites=(untold, replace(south, counts_rounded=True))), tmp_path))
+    assert "Training patients 61 rounded down; and those of 1 site, not told" in both
+
+
 def test_a_model_that_early_stopping_took_is_said_to_be_of_its_round_and_drawn_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,6 +523,25 @@ def test_the_table_on_the_terminal_names_the_level_of_its_intervals() -> None:
     conclusion = SimpleNamespace(report=replace(report, recipe=recipe), summary=summary)
     show_conclusion(cast("Any", conclusion), Path("runs/x"), Console(file=text, width=120))
     assert "AUROC [90 % CI]" in text.getvalue()
+
+
+def test_the_table_on_the_terminal_tells_a_number_that_was_rounded_down_from_an_exact_one() -> None:
+    site: dict[str, Any] = {"auroc": None, "auroc_ci": None}
+    site |= dict.fromkeys(("epsilon", "epsilon_prv", "epsilon_rdp", "delta"))
+    sites = {
+        "east": {**site, "patients": 91, "patients_rounded_down": False},
+        "north": {**site, "patients": 80, "patients_rounded_down": True},
+        "west": {**site, "patients": None, "patients_rounded_down": True},
+    }
+    nothing = {"auroc": None, "auroc_ci": None}
+    summary = {"sites": sites, "global": nothing, "notes": [], "onnx": {"max_abs_difference": 0.0}, "wall_s": 1.0}
+    text = StringIO()
+    show_conclusion(
+        cast("Any", SimpleNamespace(report=lean(make()), summary=summary)), Path("x"), Console(file=text, width=120)
+    )
+    shown = [" ".join(line.replace("│", " ").split()) for line in text.getvalue().splitlines()]
+    for row in ("east 91 ", "north >= 80 ", "west not told "):
+        assert any(line.startswith(row) for line in shown), row
 
 
 def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None:
