@@ -173,45 +173,13 @@ def by_subgroup(
     }
 
 
-def probabilities(
-    logits_NC: npt.NDArray[np.floating], kind: str, *, temperature: float = 1.0
-) -> npt.NDArray[np.float32]:
-    """Softmax over classes, or for `multilabel` a sigmoid for each, of logits divided by the temperature."""
+def probabilities(logits_NC: npt.NDArray[np.floating], kind: str) -> npt.NDArray[np.float32]:
+    """Softmax over classes, or for `multilabel` a sigmoid for each."""
     from scipy.special import expit, softmax  # 14 MB, and no training needs it
 
-    scaled = np.asarray(logits_NC, dtype=np.float64) / temperature
-    result: Floats = expit(scaled) if kind == "multilabel" else softmax(scaled, axis=1)
+    raw = np.asarray(logits_NC, dtype=np.float64)
+    result: Floats = expit(raw) if kind == "multilabel" else softmax(raw, axis=1)
     return result.astype(np.float32)
-
-
-def fit_temperature(logits_NC: npt.NDArray[np.floating], targets: npt.NDArray[np.generic], kind: str) -> float:
-    """The temperature in [0.05, 20] that minimises the log loss; dividing logits by it changes no ranking.
-
-    Raises:
-        DataError: There is no sample.
-        FedicomError: A logit is not finite.
-
-    Source: Guo et al. 2017, "On calibration of modern neural networks".
-    """
-    from scipy.optimize import minimize_scalar  # takes half a second, and no round of training needs it
-    from scipy.special import log_expit, log_softmax
-
-    z_NC = np.asarray(logits_NC, dtype=np.float64)
-    if not len(z_NC) or len(z_NC) != len(targets):
-        raise DataError(f"temperature: got {len(z_NC)} logits for {len(targets)} targets, expected as many, at least 1")
-    if not np.isfinite(z_NC).all():
-        raise FedicomError("temperature: a logit is not finite; the model diverged, lower training.lr")
-
-    def loss(log_slope: float) -> float:
-        scaled = z_NC * math.exp(log_slope)
-        if kind == "multilabel":
-            return -float(np.where(np.asarray(targets) > 0.5, log_expit(scaled), log_expit(-scaled)).mean())
-        chosen = np.take_along_axis(log_softmax(scaled, axis=1), np.asarray(targets, dtype=np.int64)[:, None], axis=1)
-        return -float(chosen.mean())
-
-    # The loss is convex in the slope 1 / temperature, so its one minimum is found by bracketing.
-    found = minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded", options={"xatol": 1e-6})
-    return math.exp(-float(found.x))
 
 
 def _check(targets: npt.NDArray[np.generic], p_NC: Floats, patient_N: npt.NDArray[np.integer], task: Task) -> None:

@@ -11,7 +11,6 @@ Everything a user needs stands in the file's `metadata_props`, each under `fedic
     task, preprocessing              JSON parts of the recipe: what is told apart, and how an input is prepared
     classes, task_kind               the same class names and kind, for readers that want no more
     operating_threshold              on the probability of the second class of a binary task; empty: none was chosen
-    temperature                      what logits were divided by before softmax or sigmoid; 1 is uncalibrated
     metrics, privacy                 JSON as the coordinator gave it
     statement                        what the file is not for
 """
@@ -59,7 +58,6 @@ class Description:
     data: Preprocessing
     operating_threshold: float | None
     """Binary tasks: a second-class probability at or above it counts as positive."""
-    temperature: float
     metrics: Mapping[str, float]
     privacy: Mapping[str, Any]
 
@@ -82,7 +80,6 @@ class Description:
             "classes": _json(list(self.task.classes)),
             "task_kind": self.task.kind,
             "operating_threshold": "" if threshold is None else repr(float(threshold)),
-            "temperature": repr(float(self.temperature)),
             "metrics": _json({name: float(value) for name, value in self.metrics.items()}),
             "privacy": _json(dict(self.privacy)),
             "statement": STATEMENT,
@@ -116,7 +113,6 @@ class Description:
                 task=TypeAdapter(Task).validate_json(found["task"]),
                 data=TypeAdapter(Preprocessing).validate_json(found["preprocessing"]),
                 operating_threshold=float(found["operating_threshold"]) if found["operating_threshold"] else None,
-                temperature=float(found["temperature"]),
                 metrics=_mapping(found["metrics"]),
                 privacy=_mapping(found["privacy"]),
             )
@@ -136,11 +132,11 @@ class Description:
             or recipe.get("data") != json.loads(found["preprocessing"])
         ):
             raise ModelFileError("the model file's description does not fit its recipe id: it was changed after export")
-        threshold, temperature = description.operating_threshold, description.temperature
-        if not (math.isfinite(temperature) and temperature > 0) or not (threshold is None or 0 <= threshold <= 1):
+        threshold = description.operating_threshold
+        if not (threshold is None or 0 <= threshold <= 1):
             raise ModelFileError(
-                f"the model file has operating threshold {threshold} and temperature {temperature}; "
-                "expected a threshold within [0, 1] and a positive temperature; export the model again"
+                f"the model file has operating threshold {threshold}; expected one within [0, 1]; "
+                "export the model again"
             )
         return description
 

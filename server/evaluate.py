@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from common.config import Recipe
 from common.errors import DataError
 from common.inference import logits
-from common.metrics import Metrics, by_subgroup, fit_temperature, probabilities, score
+from common.metrics import Metrics, by_subgroup, probabilities, score
 from common.samples import Samples
 
 
@@ -22,18 +21,8 @@ class CentralResult:
     """What the global model does on the central test set."""
 
     metrics: Metrics
-    """Of uncalibrated probabilities (temperature 1)."""
     subgroups: Mapping[str, Mapping[str, Metrics]]
     """Column of `task.subgroups` -> value -> metrics; small cells are suppressed."""
-    logits_NC: npt.NDArray[np.float32] = field(repr=False)
-    """(samples, classes), in the order of the samples."""
-    probabilities_NC: npt.NDArray[np.float32] = field(repr=False)
-    temperature: float | None
-    """By how much to divide logits for the best log loss on these very samples: above 1, the model is too sure.
-
-    A diagnosis, not a calibration: applied here and measured here it would flatter itself.
-    None where the metrics are suppressed.
-    """
 
 
 def central(
@@ -64,7 +53,4 @@ def central(
             )
             for column in task.subgroups
         },
-        logits_NC=raw_NC,
-        probabilities_NC=p_NC,
-        temperature=None if metrics.suppressed else fit_temperature(raw_NC, samples.targets_N, task.kind),
     )

@@ -60,16 +60,14 @@ class Exported:
 class _Served(nn.Module):
     """The network with what a user of the file wants beside logits."""
 
-    def __init__(self, network: nn.Module, kind: str, temperature: float) -> None:
+    def __init__(self, network: nn.Module, kind: str) -> None:
         super().__init__()
         self.network = network
         self.kind = kind
-        self.temperature = temperature
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raw = self.network(x)
-        scaled = raw if self.temperature == 1 else raw / self.temperature
-        return raw, scaled.sigmoid() if self.kind == "multilabel" else scaled.softmax(dim=1)
+        return raw, raw.sigmoid() if self.kind == "multilabel" else raw.softmax(dim=1)
 
 
 def export_onnx(
@@ -80,7 +78,6 @@ def export_onnx(
     *,
     reference_x: Array,
     operating_threshold: float | None = None,
-    temperature: float = 1.0,
     metrics: Mapping[str, float] | None = None,
     privacy: Mapping[str, Any] | None = None,
 ) -> Exported:
@@ -95,9 +92,6 @@ def export_onnx(
         weights: The global weights to write; they replace the model's own.
         reference_x: Real prepared samples (n, 1, *size) on which the file must agree with torch.
         operating_threshold: Of binary tasks, on the scale of the written probabilities.
-        temperature: What logits are divided by before softmax or sigmoid. Leave it at 1 unless it
-            was fitted on validation data: one fitted on the test set makes the reported
-            calibration look better than it is.
         metrics: Test results to carry along; entries that are not finite are left out.
         privacy: What was guaranteed, JSON types only.
 
@@ -108,8 +102,6 @@ def export_onnx(
     import onnx  # here, as in all of the end of a run: its start shall not wait for it
 
     _check_reference(reference_x, recipe)
-    if not (np.isfinite(temperature) and temperature > 0):
-        raise ExportError(f"temperature is {temperature}; expected a positive number, 1 for uncalibrated")
     if operating_threshold is not None and not 0 <= operating_threshold <= 1:
         raise ExportError(f"operating threshold is {operating_threshold}; expected a probability, or none")
     network = _with_weights(model, weights)
@@ -121,13 +113,12 @@ def export_onnx(
         task=recipe.task,
         data=recipe.data,
         operating_threshold=operating_threshold,
-        temperature=temperature,
         metrics={name: value for name, value in (metrics or {}).items() if np.isfinite(value)},
         privacy=dict(privacy or {}),
     )
     # As bytes, not as the exporter's file: nothing can land in an external data file beside it
     example = torch.from_numpy(_example(reference_x))
-    data = _graph(_Served(in_planes(network, example), recipe.task.kind, temperature).eval(), example, description)
+    data = _graph(_Served(in_planes(network, example), recipe.task.kind).eval(), example, description)
     with _partial(path) as part:
         with storing(path.name):
             _write(part, data)
@@ -136,7 +127,7 @@ def export_onnx(
         except Exception as error:  # checker and shape inference raise different classes
             raise ExportError(f"the ONNX checker refused the graph: {error}; {path.name} was not written") from None
         served = OnnxModel(part, gpu=False)
-        expected = _expected(network, reference_x, recipe, temperature)
+        expected = _expected(network, reference_x, recipe)
         one_by_one = np.concatenate([served.run(reference_x[i : i + 1])[1] for i in range(min(len(reference_x), 8))])
         difference = max(
             _difference(served.run(reference_x)[1], expected),
@@ -178,9 +169,7 @@ def export_torchscript(
                 raise OSError(str(error)) from None
         everything = np.arange(len(reference_x))
         loaded = logits(torch.jit.load(str(part), map_location="cpu"), reference_x, everything, device="cpu")
-        difference = _difference(
-            probabilities(loaded, recipe.task.kind), _expected(network, reference_x, recipe, temperature=1.0)
-        )
+        difference = _difference(probabilities(loaded, recipe.task.kind), _expected(network, reference_x, recipe))
         _gate(difference, path)
         data = part.read_bytes()
         with storing(path.name):
@@ -243,9 +232,9 @@ def _graph(served: nn.Module, example: torch.Tensor, description: Description) -
     return proto.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
-def _expected(network: nn.Module, reference_x: Array, recipe: Recipe, temperature: float) -> Array:
+def _expected(network: nn.Module, reference_x: Array, recipe: Recipe) -> Array:
     raw = logits(network, reference_x, np.arange(len(reference_x)), device="cpu")
-    return probabilities(raw, recipe.task.kind, temperature=temperature)
+    return probabilities(raw, recipe.task.kind)
 
 
 def _difference(got: Array, expected: Array) -> float:

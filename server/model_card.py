@@ -103,7 +103,7 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
                 "`logits` and `probabilities`, (batch, classes); "
                 + ("a sigmoid for each class" if task.kind == "multilabel" else "softmax over classes"),
             ),
-            ("Calibration", _calibration(exported)),
+            ("Calibration", "none: the probabilities are the network's own"),
             (
                 "Training",
                 f"{recipe.rounds} rounds planned, {report.trained} changed the model{words.stopped_early(report)}; "
@@ -129,13 +129,6 @@ def _preprocessing(report: RunReport) -> str:
         f"{spacing}{orientation}, {data.fit} to {_times(data.size)}; {scale} scaled to [0, 1], minus {data.mean:g}, "
         f"divided by {data.std:g}"
     )
-
-
-def _calibration(exported: Exported | None) -> str:
-    if exported is None or exported.description is None:
-        return "none"
-    temperature = exported.description.temperature
-    return "none (temperature 1)" if temperature == 1 else f"logits divided by temperature {temperature:g}"
 
 
 def _use(report: RunReport) -> Iterator[str]:

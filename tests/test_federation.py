@@ -496,7 +496,6 @@ def test_workers_whose_coordinator_is_killed_die_with_it_and_end_with_the_same_b
 
 def test_a_model_that_calls_everybody_the_same_is_named_first(tmp_path: Path, hospitals: Path) -> None:
     recipe = settings_of(tmp_path, hospitals).recipe
-    nothing = np.zeros((0, 2), np.float32)
     for rows, said in (
         (((12, 0), (8, 0)), "100% of the central test images 'no nodule', and 60% are. Use the operating point (0.03"),
         (((12, 0), (7, 1)), ""),
@@ -504,9 +503,7 @@ def test_a_model_that_calls_everybody_the_same_is_named_first(tmp_path: Path, ho
         ((), ""),
     ):
         metrics = Metrics(patients=20, confusion=rows, threshold=0.03)
-        result = CentralResult(
-            metrics=metrics, subgroups={}, logits_NC=nothing, probabilities_NC=nothing, temperature=None
-        )  # fmt: skip
+        result = CentralResult(metrics=metrics, subgroups={})
         found = conclude._one_class(recipe, result)
         assert len(found) == bool(said)
         assert said in "".join(found)

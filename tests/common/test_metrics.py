@@ -11,7 +11,7 @@ from sklearn import metrics as sk
 
 from common.config import Evaluation, Task
 from common.errors import DataError, FedicomError
-from common.metrics import SCALARS, by_subgroup, fit_temperature, probabilities, score
+from common.metrics import SCALARS, by_subgroup, probabilities, score
 
 BINARY = Task()
 THREE = Task(kind="multiclass", classes=("a", "b", "c"))
@@ -321,27 +321,3 @@ def test_probabilities_are_softmax_or_sigmoids():
     assert probabilities(z, "binary") == pytest.approx(np.array([[0.25, 0.75], [1, 0]]))
     assert probabilities(z, "multilabel") == pytest.approx(np.array([[0.5, 0.75], [1, 0]]))
     assert probabilities(z, "multiclass").dtype == np.float32
-    assert probabilities(z[:1] * 2, "binary", temperature=2.0) == pytest.approx(np.array([[0.25, 0.75]]))
-
-
-@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
-def test_the_temperature_undoes_an_overconfidence_of_three(kind):
-    rng = np.random.default_rng(0)
-    true_logits = rng.normal(0, 1.5, (20_000, 2 if kind == "binary" else 3))
-    p = probabilities(true_logits, kind)
-    if kind == "multilabel":
-        targets = (rng.random(p.shape) < p).astype(np.float32)
-    else:
-        targets = (rng.random((len(p), 1)) > p.astype(np.float64).cumsum(1)[:, :-1]).sum(1)
-    assert fit_temperature(3 * true_logits, targets, kind) == pytest.approx(3, rel=0.05)
-    assert fit_temperature(true_logits / 2, targets, kind) == pytest.approx(0.5, rel=0.05)
-
-
-def test_a_temperature_stays_within_its_bounds_and_needs_samples():
-    z = np.array([[0.1, -0.1], [-0.1, 0.1]])
-    assert fit_temperature(z, np.array([0, 1]), "binary") == pytest.approx(0.05, rel=0.01)  # all right: sharper
-    assert fit_temperature(z, np.array([1, 0]), "binary") == pytest.approx(20, rel=0.01)  # all wrong: flatter
-    with pytest.raises(DataError, match="at least 1"):
-        fit_temperature(z[:0], np.array([], dtype=int), "binary")
-    with pytest.raises(FedicomError, match="diverged"):
-        fit_temperature(z * np.nan, np.array([0, 1]), "binary")

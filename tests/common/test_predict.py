@@ -40,7 +40,6 @@ def description(recipe, threshold=0.5):
         task=recipe.task,
         data=recipe.data,
         operating_threshold=threshold,
-        temperature=1.0,
         metrics={},
         privacy={},
     )
@@ -297,7 +296,6 @@ def replaced(key, value):
         (replaced("preprocessing", '{"size": [8, 8], "colour": 1}'), "cannot be read by this version"),
         (replaced("recipe", "["), "cannot be read by this version"),
         (replaced("privacy", '{"a":' * 100_000), "cannot be read by this version"),
-        (replaced("temperature", "nan"), "temperature nan"),
         (replaced("operating_threshold", "1.5"), "threshold 1.5"),
         ({k: v for k, v in description(recipe()).to_metadata().items() if k != "fedicom.weight_digest"}, "lacks"),
         (description(recipe(size=(9, 9))).to_metadata(), "the model file's graph"),

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from common.errors import ExportError
@@ -100,11 +99,8 @@ def test_the_model_file_carries_the_highest_epsilon_of_its_hospitals() -> None:
 def test_a_model_that_calls_everybody_the_same_is_told(
     confusion: tuple[tuple[int, ...], ...], said: str | None
 ) -> None:
-    nothing = np.zeros((0, 2), np.float32)
     metrics = Metrics(patients=100, confusion=confusion, threshold=0.125)
-    result = CentralResult(
-        metrics=metrics, subgroups={}, logits_NC=nothing, probabilities_NC=nothing, temperature=None
-    )  # fmt: skip
+    result = CentralResult(metrics=metrics, subgroups={})
     notes = _one_class(make().recipe, result)
     assert [said in note for note in notes] == ([True] if said else [])
     assert all("Use the operating point (0.125) or a threshold" in note for note in notes)

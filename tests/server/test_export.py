@@ -187,7 +187,7 @@ def test_the_description_comes_back_as_it_went_in(small):
     assert described.recipe_id == SMALL.id
     assert described.weight_digest == weights.digest
     assert (described.task, described.data) == (SMALL.task, SMALL.data)
-    assert (described.operating_threshold, described.temperature) == (0.4, 1.0)
+    assert described.operating_threshold == 0.4
     assert described.metrics == {"auroc": 0.75}, "what is not a number is left out"
 
 
@@ -216,13 +216,13 @@ def test_the_callers_model_is_left_as_it_was(tmp_path, small, monkeypatch):
     assert get_weights(model).digest == before != weights.digest
 
 
-def test_multilabel_probabilities_are_sigmoids_of_logits_over_the_temperature(tmp_path):
+def test_multilabel_probabilities_are_sigmoids_of_logits(tmp_path):
     recipe = dataclasses.replace(SMALL, task=Task(kind="multilabel", classes=("a", "b", "c")))
     model, weights = trained(recipe)
     x = reference(recipe)
-    made = export.export_onnx(model, recipe, weights, tmp_path / "model.onnx", reference_x=x, temperature=2.0)
+    made = export.export_onnx(model, recipe, weights, tmp_path / "model.onnx", reference_x=x)
     logits, probabilities = OnnxModel(made.path).run(x)
-    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits / 2)), atol=1e-6)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-logits)), atol=1e-6)
 
 
 def test_predict_gives_torchs_probabilities_on_a_dicom_folder(small, tmp_path):

@@ -110,7 +110,7 @@ def full(recipe):
 def exported(recipe, tmp_path):
     described = Description(
         version="0.1.0", created_by="a test", recipe=recipe.canonical, weight_digest="d" * 64, task=recipe.task,
-        data=recipe.data, operating_threshold=0.4375, temperature=1.0, metrics={}, privacy={},
+        data=recipe.data, operating_threshold=0.4375, metrics={}, privacy={},
     )  # fmt: skip
     return Exported(
         path=tmp_path / "model.onnx", sha256="e" * 64, max_abs_difference=6e-7, bytes=1234, opset=20,
@@ -154,12 +154,10 @@ def test_each_figure_stands_beside_its_name(tmp_path):
     assert "- Intervals: 90 %, from 300 resamples of patients." in text
     assert "chosen for a specificity of\n  0.8 **on the central test set itself**" in text
     assert "softmax over classes" in text
-    assert "none (temperature 1)" in text
+    assert "| Calibration | none: the probabilities" in text
     assert "| f | 81 | 0.750 | 0.625 | not defined |" in text
     assert "- Asked for by the recipe: noise multiplier 1.5, delta 1e-05." in text
     assert "in one round or more: south\\|east." in text, "also where a later round took all"
-    warmer = replace(made, description=replace(made.description, temperature=1.75))
-    assert "logits divided by temperature 1.75" in card(tmp_path, held, exported=warmer)
 
 
 def test_a_test_set_that_is_too_small_shows_neither_count_nor_result(tmp_path):
