@@ -87,3 +87,15 @@ def test_private_steps_are_counted_as_the_passes_that_they_make(trained: dict[st
 def test_of_a_model_with_no_round_behind_it_there_is_no_baseline(trained: dict[str, Training]) -> None:
     found = compared({})
     assert (found.centralised, found.alone, trained) == (None, {}, {})
+
+
+def test_no_network_is_built_for_a_question_that_privacy_does_not_ask(
+    trained: dict[str, Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(module, "mixes", lambda model: bool(asked.append(model)))
+    privacy = Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-3)
+    for recipe, times in ((RECIPE, 1), (replace(RECIPE, privacy=privacy), 0)):
+        asked.clear()
+        baselines(recipe, COHORTS, dict.fromkeys(COHORTS, 8), COHORTS["north"].samples, torch.device("cpu"))
+        assert len(asked) == times
