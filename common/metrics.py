@@ -38,6 +38,8 @@ SCALARS = (
 BINS = 15
 MAX_LOSS = 100.0
 _ROC_POINTS = 200
+_OF_ALL = frozenset({"accuracy", "brier", "loss"})
+"""Means over the samples, whatever their class."""
 _CHUNK = 2_000_000  # samples x resamples held at once: 16 MB an array
 
 
@@ -52,7 +54,8 @@ class Metrics:
     patients: int = 0
     suppressed: bool = False
     values: Mapping[str, float] = field(default_factory=dict)
-    """`SCALARS`, and for each but `ece` `<name>_low` and `<name>_high`, the ends of its confidence interval."""
+    """`SCALARS`, and for each but `ece` `<name>_low` and `<name>_high`, the ends of its confidence interval. One
+    patient has none, and where a class has one patient only, nothing has that is measured by class."""
     confusion: tuple[tuple[int, ...], ...] = ()
     """Samples: row the true class, column the most probable one; empty for multi-label tasks."""
     roc: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
@@ -116,6 +119,8 @@ def score(
     estimate = samples.statistics(np.ones((1, len(p_NC))))
     resampled = _resample(samples, member_N, patients, evaluation.bootstraps, np.random.default_rng(seed))
     tail = (1 - evaluation.confidence) / 2
+    # Resampled, one patient is always the same: the interval would have no width, or leave that class's part out.
+    vary = frozenset() if patients == 1 else _OF_ALL if samples.lone_class(member_N) else frozenset(SCALARS)
     values: dict[str, float] = {}
     for name in SCALARS:
         value = float(estimate[name][0])
@@ -123,8 +128,8 @@ def score(
             continue
         # Sums of fractions may pass the end of the scale by a rounding.
         values[name] = min(max(value, 0.0), MAX_LOSS if name == "loss" else 1.0)
-        if name == "ece":
-            continue  # resampling inflates it: the interval would often lie above the estimate
+        if name == "ece" or name not in vary:
+            continue  # ece: resampling inflates it: the interval would often lie above the estimate
         defined = resampled[name][~np.isnan(resampled[name])]
         if 2 * len(defined) >= evaluation.bootstraps:
             low, high = np.quantile(defined, (tail, 1 - tail))
@@ -346,6 +351,11 @@ class _Samples:
             errors.append(np.abs(weight_BN @ gap_NB).sum(1))
         mean: Floats = np.mean(errors, axis=0)
         return mean
+
+    def lone_class(self, member_N: npt.NDArray[np.intp]) -> bool:
+        """Whether all samples with a class, or all without it, are one patient's."""
+        kinds = (of for truth_N in self.truth_NK.T for of in (truth_N, ~truth_N))
+        return any(len(np.unique(member_N[of_N])) == 1 for of_N in kinds)
 
     def confusion(self) -> tuple[tuple[int, ...], ...]:
         if self.pair_N is None:

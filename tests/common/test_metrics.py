@@ -321,3 +321,17 @@ def test_probabilities_are_softmax_or_sigmoids():
     assert probabilities(z, "binary") == pytest.approx(np.array([[0.25, 0.75], [1, 0]]))
     assert probabilities(z, "multilabel") == pytest.approx(np.array([[0.5, 0.75], [1, 0]]))
     assert probabilities(z, "multiclass").dtype == np.float32
+
+
+def test_one_patient_has_no_interval_and_nor_has_a_class_with_one_patient():
+    def ends(y, patients):
+        p = np.linspace(0.1, 0.9, len(y))
+        evaluation = Evaluation(min_cell=1, bootstraps=100)
+        found = score(np.array(y), two(p), np.array(patients), BINARY, evaluation, seed=0).values
+        assert "auroc" in found, "the result itself stays"
+        return {name.removesuffix("_low") for name in found if name.endswith("_low")}
+
+    assert ends([0, 1, 1], [7, 7, 7]) == set()
+    assert ends([0, 0, 0, 1, 1], [1, 2, 3, 4, 4]) == {"accuracy", "brier", "loss"}
+    assert ends([1, 1, 1, 0, 0], [1, 2, 3, 4, 4]) == {"accuracy", "brier", "loss"}
+    assert ends([0, 0, 0, 1, 1], [1, 2, 3, 4, 5]) == set(SCALARS) - {"ece"}
