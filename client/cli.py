@@ -24,7 +24,7 @@ from common.deployment import SiteHome, read_status
 from common.epsilon import rounded_down, rounded_up
 from common.errors import ConfigError, DataError, FedicomError
 from common.imports import call
-from common.printable import printable
+from common.printable import number_of, printable
 
 # The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ def preflight_verb(words: Sequence[str]) -> int:
         print(json.dumps([vars(line) for line in found], indent=1))  # noqa: T201
     else:
         warned = sum(line.level == "warn" for line in found)
-        verdict = "This node can work." if not failed else f"{_count(failed, 'check')} failed; mend them first."
-        console.print(f"{verdict} {_count(len(found), 'check')}, {_count(warned, 'warning')}.", highlight=False)
+        verdict = "This node can work." if not failed else f"{number_of(failed, 'check')} failed; mend them first."
+        console.print(f"{verdict} {number_of(len(found), 'check')}, {number_of(warned, 'warning')}.", highlight=False)
     return 1 if failed else 0
 
 
@@ -174,7 +174,7 @@ def approve_verb(words: Sequence[str]) -> int:
 
     signed = signed_recipe(home, arguments.recipe)
     recipe = signed.recipe
-    _say(console, f"Recipe {recipe.name}, {_count(recipe.rounds, 'round')}, {_promise(recipe)}")
+    _say(console, f"Recipe {recipe.name}, {number_of(recipe.rounds, 'round')}, {_promise(recipe)}")
     _say(console, f"Hash {recipe.id}")
     if sys.stdin.isatty() and sys.stdout.isatty() and not arguments.yes:
         answer = console.input("`fedicom site review` tells all that it does. Allow it here? Type yes: ")
@@ -545,7 +545,3 @@ def _promise(recipe: Any) -> str:
 
 def _say(console: Console, line: str, style: str | None = None) -> None:
     console.print(printable(line), style=style, highlight=False, markup=False, soft_wrap=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

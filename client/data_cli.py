@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.imports import call
+from common.printable import number_of
 
 if TYPE_CHECKING:
     from common.imaging.index import Index
@@ -262,16 +263,17 @@ def _show(plain: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     console.print(
-        f"{_count(plain['files'], 'file')}, {_count(plain['patients'], 'patient')}, {plain['studies']:,} studies, "
-        f"{len(plain['series']):,} series: {_count(plain['volumes'], 'volume')}, {_count(plain['images'], 'image')}, "
-        f"{_count(plain['multiframe_files'], 'multi-frame file')}",
+        f"{number_of(plain['files'], 'file')}, {number_of(plain['patients'], 'patient')}, "
+        f"{number_of(plain['studies'], 'study')}, {len(plain['series']):,} series: "
+        f"{number_of(plain['volumes'], 'volume')}, {number_of(plain['images'], 'image')}, "
+        f"{number_of(plain['multiframe_files'], 'multi-frame file')}",
         soft_wrap=True,
     )
     table = Table(*(Column(name, no_wrap=True) for name in ("series", "patient", "", "vendor")), "files", "gives")
     for each in plain["series"][:_MOST_SERIES]:
         gives = [f"{'x'.join(map(str, one['size']))} at {_by(one['spacing_mm'] or ())} mm" for one in each["volumes"]]
-        gives += [_count(len(each["images"]), "image")] * bool(each["images"])
-        gives += [_count(each["multiframe"], "multi-frame file")] * bool(each["multiframe"])
+        gives += [number_of(len(each["images"]), "image")] * bool(each["images"])
+        gives += [number_of(each["multiframe"], "multi-frame file")] * bool(each["multiframe"])
         gives += [f"refused: {count} {code}" for code, count in each["refused"].items()]
         table.add_row(
             each["series"][:_NARROW], each["patient"][:_NARROW], each["modality"], each["vendor"], str(each["files"]),
@@ -295,7 +297,3 @@ def _show(plain: dict[str, Any]) -> None:
             table.add_row(code, f"{count:,}", *MEANINGS.get(code, ("", "")))
         console.print(table)
     console.print("Damage inside the pixels shows when they are read.")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" + "s" * (number != 1)

@@ -23,6 +23,7 @@ from common.epsilon import rounded_up
 from common.errors import ConfigError, DataError, FedicomError
 from common.identity import Signer
 from common.imaging import Progress
+from common.printable import number_of
 from common.storage import storing
 
 Check = Callable[[], Iterator[Line]]
@@ -153,7 +154,7 @@ def _log(home: SiteHome) -> Iterator[Line]:
         yield Line(level="ok", what="log", says="not begun yet")
         return
     events = verify(path, signer.public)
-    yield Line(level="ok", what="log", says=f"{len(events)} events, whole and signed by this site")
+    yield Line(level="ok", what="log", says=f"{number_of(len(events), 'event')}, whole and signed by this site")
 
 
 def _approvals(home: SiteHome) -> Iterator[Line]:
@@ -256,13 +257,14 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
             continue
         patients = cohort.patients("train")
         used, lost = len(cohort.samples.patient_N), sum(cohort.refused.values())
-        says = f"{recipe.name}: {used} images of {len(cohort.samples.patients)} patients, {patients} to train on"
+        of = number_of(len(cohort.samples.patients), "patient")
+        says = f"{recipe.name}: {number_of(used, 'image')} of {of}, {patients} to train on"
         codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))
         many = lost > used / 4
         yield Line(
             level="warn" if many else "ok",
             what="images",
-            says=says + (f"; {lost} files not used: {codes}" if lost else ""),
+            says=says + (f"; {number_of(lost, 'file')} not used: {codes}" if lost else ""),
             fix="look whether these files should be used; docs/data.md explains each code" if many else "",
         )
         least = min(cohort.class_counts("train").tolist())

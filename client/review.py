@@ -19,7 +19,7 @@ from common.config import Recipe
 from common.deployment import Policy, SiteConfig
 from common.epsilon import rounded_down, rounded_up
 from common.errors import FedicomError, PrivacyError
-from common.printable import printable
+from common.printable import number_of, printable
 from common.signed import SignedRecipe
 
 # The model's size needs torch, and the cohort the imaging room: both take seconds to import.
@@ -170,7 +170,7 @@ def _work(recipe: Recipe, numbers: int | None) -> Section:
             f"A network learns to {what}, from {of}{modality}, each brought to {size} "
             f"{'voxels' if task.dimensions == 3 else 'pixels'}.",
             f"The network is {_printable(_network(recipe))}, {trained}.",
-            f"{_count(recipe.rounds, 'round')}. In each, this site goes through its training patients "
+            f"{number_of(recipe.rounds, 'round')}. In each, this site goes through its training patients "
             f"{_times(training.local_epochs)}, {training.batch_size} patients a step.",
             "The program that trains is the one installed here; the recipe brings no code.",
         ),
@@ -192,7 +192,7 @@ def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
         )
     if cohort.refused:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))
-        lines.append(f"{_count(sum(cohort.refused.values()), 'file')} of the folder not used: {codes}")
+        lines.append(f"{number_of(sum(cohort.refused.values()), 'file')} of the folder not used: {codes}")
     else:
         lines.append("Every file of the folder is used.")
     if recipe.privacy.secure_aggregation and recipe.federation.site_weights == "patients":
@@ -243,7 +243,7 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes:
         lines.append("In each round: the exact number of training patients, by which the update is weighted.")
     lines.append("With every message: hashes of the recipe, of the weights and of this site's log.")
     if update_bytes is not None:
-        lines.append(f"All {_count(recipe.rounds, 'update')} together: {_bytes(update_bytes * recipe.rounds)}.")
+        lines.append(f"All {number_of(recipe.rounds, 'update')} together: {_bytes(update_bytes * recipe.rounds)}.")
     lines.append("Never: images, names, identifiers, dates, or the label of a patient.")
     return Section(title="What leaves this house", lines=tuple(lines))
 
@@ -268,8 +268,8 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         lines.append(f"The recipe asks for {asked} at delta {privacy.delta:g}; what that costs here: {why}.")
         return Section(title="Privacy", lines=tuple(lines))
     lines += [
-        f"All {_count(recipe.rounds, 'round')} would spend epsilon {rounded_up(cost.epsilon.pld)} at delta "
-        f"{privacy.delta:g}, with noise {cost.noise_multiplier:.2f} on {_count(cost.steps, 'step')} a round (PLD, "
+        f"All {number_of(recipe.rounds, 'round')} would spend epsilon {rounded_up(cost.epsilon.pld)} at delta "
+        f"{privacy.delta:g}, with noise {cost.noise_multiplier:.2f} on {number_of(cost.steps, 'step')} a round (PLD, "
         f"which counts; as cross-checks PRV {rounded_up(cost.epsilon.prv)}, RDP {rounded_up(cost.epsilon.rdp)}).",
         "In plain words: somebody who knows everything but one patient, and sees all updates, guesses whether that "
         f"patient took part. A coin is right 50 times of 100, the best guess {_right(cost.right_guesses)} of 100.",
@@ -283,7 +283,7 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
         ),
     ]
     if cost.paid_rounds:
-        lines.append(f"{_count(cost.paid_rounds, 'visit')} of this recipe already stand in the ledger.")
+        lines.append(f"{number_of(cost.paid_rounds, 'visit')} of this recipe already stand in the ledger.")
     return Section(title="Privacy", lines=tuple(lines))
 
 
@@ -358,7 +358,7 @@ def _cost(recipe: Recipe, policy: Policy, patients: int, ledger: Ledger | None) 
     if cost.affordable < left:
         found.append(
             f"the budget: all rounds would bring this site to epsilon {rounded_up(cost.after)}, its cap is "
-            f"{policy.epsilon:g} (epsilon); it would refuse after {_count(cost.affordable, 'round')} of {left}"
+            f"{policy.epsilon:g} (epsilon); it would refuse after {number_of(cost.affordable, 'round')} of {left}"
         )
     return cost, found
 
@@ -473,10 +473,6 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _times(count: float) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from common.chain import Event
 from common.epsilon import rounded_down, rounded_up
-from common.printable import printable
+from common.printable import number_of, printable
 
 _STATES = {
     "starting": "starting",
@@ -66,8 +66,8 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
             f"(delta {epsilon['delta']:g})",
         )
     if status.get("updates") is not None:
-        sent = f"{_count(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
-        row("sent", f"{sent}; {_count(status['evaluations'], 'evaluation')}")
+        sent = f"{number_of(status['updates'], 'update')}, {status['bytes_sent'] / 1e6:.1f} MB"
+        row("sent", f"{sent}; {number_of(status['evaluations'], 'evaluation')}")
     row("last contact", _ago(status.get("last_contact")))
     refusal = status.get("last_refusal")
     if refusal:
@@ -147,7 +147,3 @@ def _ago(moment: str | None) -> str:
         if seconds >= size:
             return f"{moment[:19].replace('T', ' ')} UTC, {seconds / size:.0f} {unit} ago"
     return f"{moment[:19].replace('T', ' ')} UTC, {max(0, seconds):.0f} s ago"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
+from common.printable import number_of
 from common.storage import named_file, named_path, page_with_json
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
         if each.wrong is not None:
             raise each.wrong
     lines = [
-        f"{_whose(log)}: {len(log.events)} events, chain and signatures hold"
-        + (f"; {log.parts} earlier parts" if log.parts else "")
+        f"{_whose(log)}: {number_of(len(log.events), 'event')}, chain and signatures hold"
+        + (f"; {number_of(log.parts, 'earlier part')}" if log.parts else "")
     ]
     checks: list[Check] = []
     for other in others:
@@ -164,7 +165,8 @@ def _told(log: Log, other: Log, check: Check) -> str:
     behind = log.events[-1].number - (check.vouched or 0)
     last = "event" if behind == 1 else f"{behind} events"
     after = f"; it does not vouch for the last {last}" if behind else ""
-    return f"{other.path.name} remembers {check.anchors} heads of {log.path.name}, all of them there and in time{after}"
+    heads = number_of(check.anchors, "head")
+    return f"{other.path.name} remembers {heads} of {log.path.name}, all of them there and in time{after}"
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -182,7 +184,7 @@ def _report(arguments: argparse.Namespace) -> int:
         _print(told.json.decode().rstrip())
     else:
         words = {"verified": "verified", "alone": "each log holds alone, not all against the other side"}
-        _print(f"{len(logs)} logs: {words.get(told.state, 'NOT verified')}")
+        _print(f"{number_of(len(logs), 'log')}: {words.get(told.state, 'NOT verified')}")
         bad = [check.why for check in told.checks if not check.holds]
         notes = [
             f"The log of {name} is not there; what it did is told by the coordinator alone." for name in told.absent
@@ -229,15 +231,16 @@ def _lineage(found: Lineage) -> list[str]:
         if found.epsilon is not None
         else "  epsilon: none",
         "  code of the coordinator: " + (_code(found.code) or "not in the log"),
-        f"{len(found.rounds)} rounds" + (", then early stopping went back to the last of them" * found.early_stopped),
+        number_of(len(found.rounds), "round")
+        + (", then early stopping went back to the last of them" * found.early_stopped),
     ]
     for link in found.rounds:
         lines.append(f"  {link.round:4d}  {few(link.before)} -> {few(link.after)}  {', '.join(sorted(link.admitted))}")
-    lines.append(f"{len(found.sites)} sites")
+    lines.append(number_of(len(found.sites), "site"))
     for site in found.sites.values():
         approved = ", ".join(f"{item.by} at {item.time}" for item in site.approvals) or "no approval in the log"
         lines += [
-            f"  {site.name}: {len(site.rounds)} rounds"
+            f"  {site.name}: {number_of(len(site.rounds), 'round')}"
             + (f", epsilon {rounded_up(site.epsilon)}" if site.epsilon is not None else "")
             + ("" if site.log else "; its own log is not there"),
             f"    patients: {counted(site.patients, site.counts_rounded)}",

@@ -11,6 +11,7 @@ from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
 from common.epsilon import rounded_up
 from common.html import Child, Html, items, join, table, tag
 from common.lineage import Approval, Lineage, counted
+from common.printable import number_of
 from common.style import CSS
 
 _OPEN_ROWS = 24
@@ -182,7 +183,7 @@ def _cards(told: Account) -> Html:
     rounded = any(site.counts_rounded and site.patients["train"] for site in trained)
     return tag(
         "div",
-        card("Logs", str(len(told.logs)), f"{sum(log.events for log in told.logs):,} events"),
+        card("Logs", str(len(told.logs)), number_of(sum(log.events for log in told.logs), "event")),
         card("Sites", str(len(sites))),
         card("Rounds", str(sum(story.rounds for story in told.stories)), "aggregated"),
         card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train, rounded)),
@@ -399,7 +400,7 @@ def _lineage(found: Lineage, name: str) -> Html:
             between = f"{len(found.rounds) - 2} more"
             boxes.append(_box(x, middle, 130, 68, "round", between, "rounds", ""))
         else:
-            count = f"{len(link.admitted)} updates"
+            count = number_of(len(link.admitted), "update")
             boxes.append(_box(x, middle, 130, 68, "round", f"Round {link.round}", count, link.after[:12]))
         x += 150
     recipe = name if name.startswith("recipe") else f"Recipe {name}"
@@ -409,14 +410,15 @@ def _lineage(found: Lineage, name: str) -> Html:
         _box(x + 20, middle, 250, 88, "model", found.file, _moment(found.exported), f"SHA-256 {found.sha256[:16]}",
              f"weights {found.weights[:16]}")
     )  # fmt: skip
+    of_sites, of_rounds = number_of(len(sites), "site"), number_of(len(found.rounds), "round")
     words = (
-        f"{len(sites)} sites, {len(found.rounds)} rounds, one file: {found.file} with SHA-256 {found.sha256}. "
+        f"{of_sites}, {of_rounds}, one file: {found.file} with SHA-256 {found.sha256}. "
         f"Every link was checked: {'; '.join(found.checked)}. Not checked: {'; '.join(found.not_checked)}."
     )
     svg = tag(
         "svg", *lines, *boxes, viewBox=f"-2 -2 {x + 274:.0f} {height + 4:.0f}", class_="lineage", role="img",
         style=f"max-width:{x + 400:.0f}px",
-        aria_label=f"From the data of {len(sites)} sites over {len(found.rounds)} rounds to {found.file}",
+        aria_label=f"From the data of {of_sites} over {of_rounds} to {found.file}",
     )  # fmt: skip
     return tag("figure", svg, tag("figcaption", words), class_="lineage")
 

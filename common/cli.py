@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.printable import number_of
 from common.storage import named_file
 
 SETTINGS_HELP = """settings are name=value, with the names of the YAML files in configs/, for example
@@ -68,11 +69,14 @@ def predict_verb(words: Sequence[str]) -> int:
             progress=lambda ready, total: bar.update(task, completed=ready, total=total),
         )
     positive = "" if done.positive is None else f", {done.positive} at or above the operating point"
-    console.print(f"{done.samples} images of {done.patients} patients{positive}: {done.path}", highlight=False)
+    console.print(
+        f"{number_of(done.samples, 'image')} of {number_of(done.patients, 'patient')}{positive}: {done.path}",
+        highlight=False,
+    )
     if arguments.sr is not None:
-        console.print(f"{done.reports} structured reports, unverified: {arguments.sr}", highlight=False)
+        console.print(f"{number_of(done.reports, 'structured report')}, unverified: {arguments.sr}", highlight=False)
     for code, files in sorted(done.refused.items()):
-        console.print(f"  {files} files not used: {code}", highlight=False)
+        console.print(f"  {number_of(files, 'file')} not used: {code}", highlight=False)
     if done.refused:
         console.print(f"  why, file by file: {done.refused_path}", highlight=False)
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from common.chain import TOLERANCE_S, Event
 from common.errors import FedicomError
 from common.logs import Check, Log, State, as_map, check_logs, first_bad, state_of
+from common.printable import number_of
 
 if TYPE_CHECKING:
     from common.onnx_model import Description
@@ -203,9 +204,10 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
         early_stopped=early,
         state=state,
         checked=(
-            f"{len(logs)} logs hold" + (", each against the other side's" if state == "verified" else ""),
+            f"{number_of(len(logs), 'log')} checked"
+            + (", each against the other side's" if state == "verified" else ""),
             f"the exported weights are those after round {links[-1].round}",
-            f"{len(links)} rounds, each from the weights that the one before it gave",
+            f"{number_of(len(links), 'round')}, each from the weights that the one before it gave",
             f"{seen} of {updates} admitted updates stand in the logs of the sites that sent them",
         ),
         not_checked=(

@@ -218,7 +218,7 @@ def _registry(words: Sequence[str]) -> int:
     from common.enrolment import install_registry
 
     registry = install_registry(_home(arguments), arguments.file, by=arguments.by)
-    _say(f"registry of version {registry.version}, {len(registry.members)} sites take part")
+    _say(f"registry of version {registry.version}, sites that take part: {len(registry.members)}")
     return 0
 
 

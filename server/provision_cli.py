@@ -111,7 +111,7 @@ def _registry(words: Sequence[str]) -> int:
     from common.enrolment import install_registry
 
     registry = install_registry(ServerHome(arguments.home), arguments.file, by=arguments.by)
-    _say((f"registry of version {registry.version}, {len(registry.members)} sites take part",))
+    _say((f"registry of version {registry.version}, sites that take part: {len(registry.members)}",))
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from client.data_cli import _add_places, _cache, _place, _progress
 from common.errors import ConfigError, DataError
+from common.printable import number_of
 from common.storage import page_with_json, storing, write_whole
 
 if TYPE_CHECKING:
@@ -288,8 +289,10 @@ def _say(report: Report, out: Path) -> None:
 
     console = Console(highlight=False)
     colour = {"error": "bold red", "warning": "yellow", "note": ""}
-    units = f"{report.images:,} images, {report.volumes:,} volumes"
-    console.print(f"{report.patients:,} patients, {report.studies:,} studies, {report.series:,} series: {units}")
+    units = f"{number_of(report.images, 'image')}, {number_of(report.volumes, 'volume')}"
+    console.print(
+        f"{number_of(report.patients, 'patient')}, {report.studies:,} studies, {report.series:,} series: {units}"
+    )
     for each in report.findings:
         text = Text.assemble((f"{each.level:<8}", colour[each.level]), each.what)
         if each.do:

@@ -126,7 +126,7 @@ def test_audit_verify_checks_a_log_alone_and_against_the_other_side(tmp_path, ca
     )  # fmt: skip
     assert code == 0
     assert "2 events, chain and signatures hold" in out
-    assert "server.jsonl remembers 1 heads" in out
+    assert "server.jsonl remembers 1 head of" in out
     code, out, _ = run(
         "audit", "verify", str(tmp_path / "server.jsonl"), "--against", str(tmp_path / "north.jsonl"), capsys=capsys
     )

@@ -26,6 +26,7 @@ from common.errors import ConfigError
 from common.identity import Signer
 from common.lineage import LineageError, _rounds, lineage, runs, trace
 from common.logs import check_logs, read_logs, state_of
+from common.printable import number_of
 from common.signed import sign_recipe
 
 RECIPE = "ab" * 32
@@ -663,3 +664,13 @@ def test_the_weights_from_before_the_first_round_are_named_as_trained_on_nothing
     run = SimpleNamespace(rounds=[aggregated], events=[aggregated, again])
     with pytest.raises(LineageError, match="trained on nothing"):
         _rounds(run, "a" * 64)
+
+
+def test_one_log_is_a_log_and_two_are_logs(tmp_path, capsys):
+    federation(tmp_path)
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(next(tmp_path.rglob("north.jsonl")), alone)
+    fedicom.main(["audit", "report", str(alone), "--out", str(alone / "page.html")])
+    assert capsys.readouterr().out.startswith("1 log: ")
+    assert [number_of(count, "log") for count in (0, 1, 1234)] == ["0 logs", "1 log", "1,234 logs"]
+    assert [number_of(count, "study") for count in (1, 2)] == ["1 study", "2 studies"]

@@ -251,7 +251,7 @@ def test_a_newer_registry_is_taken_and_an_older_one_refused(asking, said):
     older.write_bytes(asking.house.home.registry_file.read_bytes())
     revoke(authority, "west", "left")
     code, out, _ = said("registry", "install", authority / "registry.json")
-    assert (code, out) == (0, "registry of version 2, 2 sites take part\n")
+    assert (code, out) == (0, "registry of version 2, sites that take part: 2\n")
     asking.until(lambda: len(asking.registered) == 2)
     assert said("registry", "install", older)[0] == 2
 
