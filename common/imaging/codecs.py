@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.processing import convert_color_space
 from pydicom.pixels.utils import pixel_array
 
-from common.imaging.layout import UNDEFINED, Element, Layout, check_behind
+from common.imaging.layout import JPEG_2000, UNDEFINED, Element, Layout, check_behind
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
 _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
@@ -30,7 +30,7 @@ _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     uid.HTJ2KLosslessRPCL: imagecodecs.htj2k_decode,
     uid.HTJ2K: imagecodecs.htj2k_decode,
 }
-_JPEG_2000 = b"\xff\x4f\xff\x51"
+_CODESTREAM = b"\xff\x4f\xff\x51"
 """SOC and SIZ; a JP2 box header may come first."""
 _BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 
@@ -103,6 +103,8 @@ def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     colour = layout.samples == 3
     if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
         decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
+    if colour and layout.syntax in JPEG_2000:
+        _check_transform(frame, layout)
     stored = decode(frame)
     if colour:
         return convert_color_space(stored, "YBR_FULL", "RGB") if layout.photometric.startswith("YBR_FULL") else stored
@@ -112,6 +114,23 @@ def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
         )
     # an unsigned codestream may hold signed values: the header counts
     return layout.in_range(stored)
+
+
+def _check_transform(frame: bytes, layout: Layout) -> None:
+    """Refuses a codestream whose own colour transform, which the decoder undoes, is not the one of the header.
+
+    Under YBR_FULL what the decoder gives may then be red, green and blue, or not; nothing tells. RGB is what it gives
+    either way, and many writers leave that name.
+
+    Source: DICOM PS3.5 8.2.4; ITU-T T.800 A.6.1.
+    """
+    at = frame.find(_CODESTREAM, 0, 4096) + 2
+    while at + 9 <= len(frame) and frame[at : at + 2] not in (b"\xff\x52", b"\xff\x90"):
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    transformed = frame[at : at + 2] == b"\xff\x52" and frame[at + 8 : at + 9] != b"\0"
+    if layout.photometric != "RGB" and transformed != (layout.photometric in ("YBR_RCT", "YBR_ICT")):
+        why = "The header and the compressed image name different colour transforms; export it again."
+        raise Refusal(RefusalCode.CORRUPT, why)
 
 
 def _by_pydicom(frame: bytes, layout: Layout) -> NDArray[Any]:
@@ -133,7 +152,7 @@ def _tiles_are_there(frame: bytes) -> bool:
 
     Source: ITU-T T.800 A.4.2, A.5.1.
     """
-    start = frame.find(_JPEG_2000, 0, 4096)
+    start = frame.find(_CODESTREAM, 0, 4096)
     if start < 0:
         return True
     if len(frame) < start + 40:  # SIZ itself is cut off
@@ -165,7 +184,7 @@ def codestream_size(frame: bytes) -> tuple[int, int] | None:
 
     Source: ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1.
     """
-    start = frame.find(_JPEG_2000, 0, 4096)
+    start = frame.find(_CODESTREAM, 0, 4096)
     if start >= 0 and (start == 0 or frame[4:8] == b"jP  "):
         right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
         return bottom - top, right - left

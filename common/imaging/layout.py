@@ -26,10 +26,10 @@ UNCOMPRESSED = (
     uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian,
     uid.DeflatedExplicitVRLittleEndian,
 )  # fmt: skip
-_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
 COMPRESSED = (
     uid.RLELossless, uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1,
-    uid.JPEGLSLossless, uid.JPEGLSNearLossless, *_JPEG_2000,
+    uid.JPEGLSLossless, uid.JPEGLSNearLossless, *JPEG_2000,
 )  # fmt: skip
 
 LAYOUT_TAGS = (
@@ -197,7 +197,7 @@ def layout_of(dataset: Dataset, element: Element | None) -> Layout:
 def _check_colour(layout: Layout, dataset: Dataset) -> None:
     """Refuses colours that would be taken for others (PS3.3 C.7.6.3.1.2 and C.7.6.3.1.3)."""
     known = layout.photometric in ("RGB", "YBR_FULL", "YBR_FULL_422")
-    if layout.signed or not (known or (layout.photometric in ("YBR_RCT", "YBR_ICT") and layout.syntax in _JPEG_2000)):
+    if layout.signed or not (known or (layout.photometric in ("YBR_RCT", "YBR_ICT") and layout.syntax in JPEG_2000)):
         raise _of_a_kind(layout)
     if not layout.encapsulated and dataset.get("PlanarConfiguration") not in (0, 1):
         why = "The header does not say whether colours lie pixel by pixel or one behind the other."

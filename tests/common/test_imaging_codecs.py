@@ -133,6 +133,28 @@ def test_a_colour_codestream_becomes_luminance(tmp_path: Path, name: str) -> Non
     np.testing.assert_allclose(image.values_YX, rgb @ [0.299, 0.587, 0.114], atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("transformed", "header"), [(True, "YBR_FULL"), (True, "YBR_FULL_422"), (False, "YBR_RCT"), (False, "YBR_ICT")]
+)
+def test_a_codestream_whose_own_colour_transform_contradicts_the_header_is_refused(
+    tmp_path: Path, transformed: bool, header: str
+) -> None:
+    """The decoder undoes a transform of its own; undone once more, colours were off by half of the range."""
+    rgb = np.stack([picture("u1", 256), picture("u1", 128), np.full((37, 51), 9, np.uint8)], axis=-1)
+    frame = bytes(imagecodecs.jpeg2k_encode(rgb, level=0, reversible=True, codecformat="j2k", mct=transformed))
+    made = radiograph(rgb[..., 0], PhotometricInterpretation=header, SamplesPerPixel=3, PlanarConfiguration=0)
+    assert all_refused(read_folder(write(tmp_path, packed(made, frame, uid.JPEG2000Lossless)))) == {RefusalCode.CORRUPT}
+
+
+@pytest.mark.parametrize("transformed", [True, False])
+def test_rgb_is_what_the_decoder_of_jpeg_2000_gives_either_way(tmp_path: Path, transformed: bool) -> None:
+    rgb = np.stack([picture("u1", 256), picture("u1", 128), np.full((37, 51), 9, np.uint8)], axis=-1)
+    frame = bytes(imagecodecs.jpeg2k_encode(rgb, level=0, reversible=True, codecformat="j2k", mct=transformed))
+    made = radiograph(rgb[..., 0], PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0)
+    (image,) = read_folder(write(tmp_path, packed(made, frame, uid.JPEG2000Lossless))).images
+    np.testing.assert_allclose(image.values_YX, rgb @ [0.299, 0.587, 0.114], atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "RLE"])
 def test_a_codestream_that_lacks_its_end_is_refused_although_its_decoder_would_fill_it_up(
     tmp_path: Path, name: str
