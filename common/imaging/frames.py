@@ -13,7 +13,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from common.imaging import worker
-from common.imaging.header import PHYSICAL, Header, numbers, read_header, tags_of, text
+from common.imaging.header import PHYSICAL, Header, modality_of, numbers, read_header, tags_of, text
 from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, padding_range
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
@@ -106,7 +106,7 @@ def frames_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
     with quiet():
         dataset, element = read_header(Path(path), _TAGS, bounded=False)
         layout = layout_of(dataset, element)
-        modality = text(dataset, "Modality")
+        modality = modality_of(dataset)
         if dataset.get("SOPClassUID") == uid.NuclearMedicineImageStorage:
             frames = _reconstruction(dataset, modality)
         else:

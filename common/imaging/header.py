@@ -61,6 +61,21 @@ _KINDS: dict[str, Kind] = {
     uid.NuclearMedicineImageStorage: "projection",  # or "multiframe", where it is a reconstruction
 }
 
+_MODALITIES: dict[str, str] = {
+    sop_class: modality
+    for modality, classes in {
+        "CT": (uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage),
+        "MR": (uid.MRImageStorage, uid.EnhancedMRImageStorage, uid.LegacyConvertedEnhancedMRImageStorage),
+        "PT": (
+            uid.PositronEmissionTomographyImageStorage,
+            uid.EnhancedPETImageStorage,
+            uid.LegacyConvertedEnhancedPETImageStorage,
+        ),
+    }.items()
+    for sop_class in classes
+}
+"""The one modality that the standard allows a SOP class."""
+
 _REFUSED_CLASSES: tuple[tuple[str, RefusalCode, str], ...] = (
     ("Media Storage Directory", RefusalCode.DICOMDIR, "the table of contents of an exported medium, not an image"),
     ("Secondary Capture", RefusalCode.SECONDARY_CAPTURE, "a screenshot or scan, not an acquired image"),
@@ -173,7 +188,7 @@ def scan_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 def _scan(path: Path, *, bounded: bool = True) -> Header:
     dataset, element = read_header(path, TAGS, bounded=bounded)
-    sop_class = uid.UID(text(dataset, "SOPClassUID") or str(dataset.file_meta.get("MediaStorageSOPClassUID", "")))
+    sop_class = _sop_class(dataset)
     kind = _kind(sop_class, dataset)
     problem = None
     try:
@@ -190,7 +205,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
         patient_id=text(dataset, "PatientID"),
         issuer=text(dataset, "IssuerOfPatientID"),
         accession=text(dataset, "AccessionNumber"),
-        modality=text(dataset, "Modality"),
+        modality=modality_of(dataset),
         manufacturer=text(dataset, "Manufacturer"),
         model_name=text(dataset, "ManufacturerModelName"),
         image_type=_image_type(dataset),
@@ -211,6 +226,19 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
             "The study, series or image has no identifier (UID), so it cannot be told which images belong together.",
         )
     return header
+
+
+def _sop_class(dataset: Dataset) -> uid.UID:
+    return uid.UID(text(dataset, "SOPClassUID") or str(dataset.file_meta.get("MediaStorageSOPClassUID", "")))
+
+
+def modality_of(dataset: Dataset) -> str:
+    """Modality (0008,0060); where it is missing or OT, which says nothing, that of the SOP class.
+
+    Source: DICOM PS3.3 C.7.3.1.1.1, C.8.2.1 and C.8.3.1 (the classes ask for CT and MR), A.21 (for PT).
+    """
+    stated = text(dataset, "Modality")
+    return stated if stated not in ("", "OT") else _MODALITIES.get(_sop_class(dataset), stated)
 
 
 def _kind(sop_class: uid.UID, dataset: Dataset) -> Kind:

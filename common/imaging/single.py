@@ -12,14 +12,15 @@ import numpy as np
 
 from common.imaging import worker
 from common.imaging.frames import rescale
-from common.imaging.header import Overrun, read_header, tags_of, text
+from common.imaging.header import Overrun, modality_of, read_header, tags_of
 from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, need_grey, padding_range
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 from common.imaging.tables import TABLE_BYTES, Lookup, lookup
 
 _PALETTES = tuple(f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue"))
 _TAGS = tags_of(
-    *LAYOUT_TAGS, "Modality", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "VOILUTSequence",
+    *LAYOUT_TAGS, "Modality", "SOPClassUID", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "VOILUTSequence",
     *(f"{name}{part}" for name in _PALETTES for part in ("Descriptor", "Data")),
     *(f"Segmented{name}Data" for name in _PALETTES),
 )  # fmt: skip
@@ -69,7 +70,7 @@ def _single(path: Path, projection: bool, *, bounded: bool) -> Single:
     layout = layout_of(dataset, element)
     if layout.frames != 1:
         raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
-    modality, padding = text(dataset, "Modality"), padding_range(dataset, layout)
+    modality, padding = modality_of(dataset), padding_range(dataset, layout)
     stored_range = layout.value_range(1, 0)
     if layout.photometric == "PALETTE COLOR" or layout.samples == 3:
         if not projection:

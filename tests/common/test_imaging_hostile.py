@@ -284,6 +284,14 @@ def test_rescaling_uint16_does_not_overflow(tmp_path: Path) -> None:
     assert one_volume(read_folder(write(tmp_path, *slices))).values_ZYX.max() == 179993.0
 
 
+@pytest.mark.parametrize("modality", [None, "", "OT"])
+def test_a_ct_that_does_not_say_so_is_one_by_its_class_and_needs_scale(tmp_path: Path, modality: str | None) -> None:
+    volume = one_volume(read_folder(write(tmp_path / "whole", *(ct(z, Modality=modality) for z in range(3)))))
+    assert volume.source.modality == "CT"
+    lacking = (ct(z, Modality=modality, RescaleSlope=None, RescaleIntercept=None) for z in range(3))
+    assert all_refused(read_folder(write(tmp_path / "lacking", *lacking))) == {RefusalCode.MISSING_HEADER}
+
+
 @pytest.mark.parametrize("value", [None, ""], ids=["absent", "empty"])
 @pytest.mark.parametrize("keywords", [("RescaleSlope",), ("RescaleIntercept",), ("RescaleSlope", "RescaleIntercept")])
 def test_ct_and_pet_without_slope_and_intercept_are_refused(
