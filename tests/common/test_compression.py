@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -62,17 +61,17 @@ def test_an_int8_is_off_by_half_its_unit_which_is_below_a_127th_of_the_blocks_la
     for name, array in value.items():
         if array.ndim < 2:
             continue
+        # float64: all of these are exact, or so far from a bound that rounding does not bring them over it
         for start in range(0, array.size, 256):
-            part = [Fraction(float(x)) for x in array.ravel()[start : start + 256]]
-            got = [Fraction(float(x)) for x in small[name].ravel()[start : start + 256]]
-            peak = max(map(abs, part))
-            k = next(k for k in range(-126, 122) if peak <= 127 * Fraction(2) ** k or k == 121)
-            for x, y in zip(part, got, strict=True):
-                assert (y / Fraction(2) ** k).denominator == 1
-                assert abs(y) <= 127 * Fraction(2) ** k
-                top = min(abs(x), 127 * Fraction(2) ** 121)
-                assert abs(abs(y) - top) <= Fraction(2) ** k / 2
-            assert k == -126 or Fraction(2) ** k / 2 < peak / 127
+            part = array.ravel()[start : start + 256].astype(np.float64)
+            got = small[name].ravel()[start : start + 256].astype(np.float64)
+            peak = np.abs(part).max()
+            k = next(k for k in range(-126, 122) if peak <= 127 * 2.0**k or k == 121)
+            assert np.array_equal(got / 2.0**k, np.rint(got / 2.0**k))
+            assert (np.abs(got) <= 127 * 2.0**k).all()
+            top = np.minimum(np.abs(part), 127 * 2.0**121)
+            assert (np.abs(np.abs(got) - top) <= 2.0**k / 2).all()
+            assert k == -126 or 2.0**k / 2 < peak / 127
 
 
 def test_numbers_checked_by_hand():
