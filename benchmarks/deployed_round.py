@@ -60,6 +60,7 @@ def deployed(folder: Path, model: str, rounds: int, more: Sequence[str] = ()) ->
     """One deployed run; what its rounds took."""
     plan = Plan(count=SITES, quorum=SITES, recipe=words(model, rounds, more), phantom=PHANTOM, policy=POLICY)
     with rehearsing(folder, plan) as federation:
+        federation.approve()
         for name in ("server", *plan.sites):
             federation.start(name)
         federation.run()

@@ -41,7 +41,9 @@ def audit_verb(words: Sequence[str]) -> int:
     _shared(verify)
     report = verbs.add_parser("report", help="one HTML page and JSON: who trained what, on whose word, and what left")
     report.add_argument("logs", type=_logs, nargs="+", metavar="RUN_DIR_OR_LOG", help="folder of a run, or logs")
-    report.add_argument("--out", type=Path, help="page to write, default audit_report.html in the folder of the run")
+    report.add_argument(
+        "--out", type=Path, help="page to write, or a folder; default: audit_report.html in the folder of the run"
+    )
     _shared(report)
     trace = verbs.add_parser("trace", help="from a model file to recipe, rounds, sites, data manifests and code")
     trace.add_argument("model", type=Path, help="model.onnx")

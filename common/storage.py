@@ -164,11 +164,16 @@ def storing(what: str) -> Iterator[None]:
 def page_with_json(out: Path, name: str) -> Path:
     """Where a page goes that leaves the same as JSON beside it: `out`, or `name` in the folder that it is.
 
+    A new name without an ending is a folder, and made: as a file no browser would open it.
+
     Raises:
         ConfigError: It would take the place of its own JSON.
+        OSError: The folder cannot be made.
     """
     if out.suffix == ".json":
         raise ConfigError(f"--out {out.name}: it names the page, and the JSON comes beside it; give {out.stem}.html")
+    if not out.suffix and not out.exists():
+        out.mkdir(parents=True)
     return out / name if out.is_dir() else out
 
 

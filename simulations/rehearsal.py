@@ -248,12 +248,11 @@ class Rehearsal:
 
 @contextmanager
 def rehearsing(folder: Path, plan: Plan) -> Iterator[Rehearsal]:
-    """A provisioned and approved federation whose processes end with the block, however it ends."""
+    """A provisioned federation, with nothing approved yet, whose processes end with the block, however it ends."""
     rehearsal = Rehearsal(folder, plan)
     try:
         rehearsal.hospitals()
         rehearsal.provision()
-        rehearsal.approve()
         yield rehearsal
     finally:
         rehearsal.stop()

@@ -38,7 +38,9 @@ def report_verb(words: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of DICOM files, or one that holds `dicom/`")
     parser.add_argument("labels", type=Path, nargs="?", metavar="labels.csv", help="default: DIR/labels.csv")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: quality.html; the JSON goes beside it")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="or a folder; default: quality.html; the JSON goes beside it"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON; no file is written without --out")
     parser.add_argument("--classes", default="", help="class names in their order, with commas; for weighted kappa")
     parser.add_argument("--jobs", type=int, help="processes that read images; default: one for each core")

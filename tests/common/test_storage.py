@@ -15,7 +15,7 @@ from common.accounting import Event
 from common.audit import AuditLog, verify
 from common.errors import ConfigError, StorageError
 from common.identity import Signer
-from common.storage import all_to_disk, named_file, named_place, storing, to_system, write_whole
+from common.storage import all_to_disk, named_file, named_place, page_with_json, storing, to_system, write_whole
 
 
 @pytest.fixture
@@ -30,6 +30,17 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_whole_file_is_flushed_with_its_folder(tmp_path: Path, synced: list[int]) -> None:
     write_whole(tmp_path / "key", b"1")
     assert len(synced) == 2
+
+
+def test_a_page_goes_where_out_says_and_a_new_name_without_an_ending_is_a_folder(tmp_path: Path) -> None:
+    assert page_with_json(tmp_path / "a.html", "page.html") == tmp_path / "a.html"
+    for _ in range(2):  # made, and there
+        assert page_with_json(tmp_path / "new" / "folder", "page.html") == tmp_path / "new/folder/page.html"
+    assert (tmp_path / "new/folder").is_dir()
+    (tmp_path / "page").write_text("of before")
+    assert page_with_json(tmp_path / "page", "page.html") == tmp_path / "page"
+    with pytest.raises(ConfigError, match=r"give a\.html"):
+        page_with_json(tmp_path / "a.json", "page.html")
 
 
 def test_what_is_left_to_the_system_is_written_and_not_waited_for(tmp_path: Path, synced: list[int]) -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from simulations.rehearsal import edit, rehearsing
-from tests.deployment.conftest import PLAN, ROUNDS, digest, wait_event, work
+from tests.deployment.conftest import PLAN, ROUNDS, begin, digest, wait_event, work
 from tests.deployment.relay import BadLine
 
 
@@ -30,7 +30,7 @@ def badly_connected(tmp_path):
 def test_over_slow_and_cut_lines_the_run_ends_with_the_weights_of_a_quiet_one(badly_connected, expected):
     federation, lines = badly_connected
     first, second, _ = PLAN.sites
-    federation.run("bad-lines")
+    begin(federation, "bad-lines")
     wait_event(federation, first, "update sent", 1, 0)  # its upload begins now
     lines[first].cut()
     time.sleep(15)
