@@ -107,7 +107,7 @@ class Work:
 def work(federation: Rehearsal, site: str) -> Work:
     home = federation.site(site)
     lines = home.ledger_file.read_text().splitlines() if home.ledger_file.exists() else []
-    kinds = [event.kind for event in verify(home.audit_file)]
+    kinds = [event.kind for event in verify(home.audit_file)] if home.audit_file.exists() else []
     made, again = kinds.count("update sent"), kinds.count("update sent again")
     return Work(sum(json.loads(line)["kind"] == "reserve" for line in lines), made, made + again)
 
