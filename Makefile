@@ -54,7 +54,7 @@ test-rooms: $(READY)
 
 # A file has one federation for all its tests, so it stays in one process. Most of the time here is waiting.
 test-deployment: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --timeout 900 tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --timeout 900 tests/deployment
 
 # tests/orthanc.sh installs without starting. Each server runs in a network namespace of its own.
 test-pacs: $(READY)
