@@ -13,7 +13,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from common.imaging import worker
-from common.imaging.header import PHYSICAL, Header, modality_of, numbers, read_header, tags_of, text
+from common.imaging.header import PHYSICAL, Header, modality_of, numbers, read_header, tags_of, text, unit_of
 from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, padding_range
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
@@ -53,6 +53,7 @@ class Frame:
     spacing_mm: tuple[float, ...]
     image_type: tuple[str, ...]
     repeats: tuple[str, ...]
+    units: str
     slope: float
     intercept: float
 
@@ -96,6 +97,7 @@ def as_slices(header: Header, frames: Sequence[Frame]) -> list[Header]:
             spacing_mm=frame.spacing_mm,
             image_type=frame.image_type,
             repeats=frame.repeats,
+            units=frame.units,
         )
         for number, frame in enumerate(frames)
     ]
@@ -134,7 +136,8 @@ def _enhanced(dataset: Dataset, modality: str) -> list[Frame]:
         indices = [] if index is None else [index] if isinstance(index, int) else list(index)
         dimensions = [str(indices[place]) if place < len(indices) else "" for place in telling]
         direction = group("MRDiffusionSequence").get("DiffusionGradientDirectionSequence") or [Dataset()]
-        slope, intercept = rescale(group("PixelValueTransformationSequence"), modality)
+        meaning = group("PixelValueTransformationSequence")
+        slope, intercept = rescale(meaning, modality)
         frames.append(
             Frame(
                 position_mm=numbers(group("PlanePositionSequence"), "ImagePositionPatient"),
@@ -146,6 +149,7 @@ def _enhanced(dataset: Dataset, modality: str) -> list[Frame]:
                     text(direction[0], "DiffusionGradientOrientation"),
                     *(text(group(sequence), keyword) for sequence, keyword in _REPEATS),
                 ),
+                units=unit_of(meaning, modality),
                 slope=slope,
                 intercept=intercept,
             )
@@ -197,6 +201,7 @@ def _reconstruction(dataset: Dataset, modality: str) -> list[Frame]:
             spacing_mm=spacing_mm,
             image_type=image_type,
             repeats=("",),
+            units="",
             slope=slope,
             intercept=intercept,
         )

@@ -76,6 +76,9 @@ _MODALITIES: dict[str, str] = {
 }
 """The one modality that the standard allows a SOP class."""
 
+_NO_HOUNSFIELD = ("OD", "HU_MOD", "MGML", "PCT", "Z_EFF", "ED", "EDW")
+"""Terms that the standard defines for Rescale Type; other words may say anything and are not repeated."""
+
 _REFUSED_CLASSES: tuple[tuple[str, RefusalCode, str], ...] = (
     ("Media Storage Directory", RefusalCode.DICOMDIR, "the table of contents of an exported medium, not an image"),
     ("Secondary Capture", RefusalCode.SECONDARY_CAPTURE, "a screenshot or scan, not an acquired image"),
@@ -106,8 +109,8 @@ TAGS: tuple[int, ...] = tuple(
         "AccessionNumber",
         "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "BurnedInAnnotation", "FrameOfReferenceUID",
         "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing",
-        "NominalScannedPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "Units", "ConcatenationUID",
-        "InConcatenationTotalNumber", *LAYOUT_TAGS, *REPEATS,
+        "NominalScannedPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "Units", "RescaleType",
+        "ConcatenationUID", "InConcatenationTotalNumber", *LAYOUT_TAGS, *REPEATS,
     )
 )  # fmt: skip
 """Everything that `scan` looks at."""
@@ -144,7 +147,7 @@ class Header:
     between_mm: float = 0.0
     """Spacing Between Slices; 0: unknown."""
     units: str = ""
-    """Of PET."""
+    """Units of PET; of CT HU, or US (unspecified)."""
     problem: tuple[RefusalCode, str] | None = None
     """Why the pixels cannot be used; the other slices of the series must know that one is lost."""
 
@@ -190,8 +193,10 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
     dataset, element = read_header(path, TAGS, bounded=bounded)
     sop_class = _sop_class(dataset)
     kind = _kind(sop_class, dataset)
-    problem = None
+    modality = modality_of(dataset)
+    units, problem = "", None
     try:
+        units = unit_of(dataset, modality)
         layout_of(dataset, element)
     except Refusal as refusal:
         problem = refusal.code, refusal.why
@@ -205,7 +210,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
         patient_id=text(dataset, "PatientID"),
         issuer=text(dataset, "IssuerOfPatientID"),
         accession=text(dataset, "AccessionNumber"),
-        modality=modality_of(dataset),
+        modality=modality,
         manufacturer=text(dataset, "Manufacturer"),
         model_name=text(dataset, "ManufacturerModelName"),
         image_type=_image_type(dataset),
@@ -217,7 +222,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
         repeats=tuple(text(dataset, name) if isinstance(name, str) else _raw(dataset, name) for name in REPEATS),
         thickness_mm=length_mm(dataset, "SliceThickness"),
         between_mm=length_mm(dataset, "SpacingBetweenSlices"),
-        units=text(dataset, "Units"),
+        units=units,
         problem=problem,
     )
     if not (header.sop_uid and header.series_uid and header.study_uid):
@@ -239,6 +244,26 @@ def modality_of(dataset: Dataset) -> str:
     """
     stated = text(dataset, "Modality")
     return stated if stated not in ("", "OT") else _MODALITIES.get(_sop_class(dataset), stated)
+
+
+def unit_of(dataset: Dataset, modality: str) -> str:
+    """What the values are after the rescale: Units of PET; Rescale Type of CT, which are Hounsfield units unless said.
+
+    Unspecified (US) passes: scanners write it on plain CT, and derived images carry it.
+
+    Raises:
+        Refusal: A CT of something else: a map of iodine in mg/ml, of an atomic number or an electron density.
+
+    Source: DICOM PS3.3 C.8.2.1 (required where it is not HU), C.11.1.1.2.
+    """
+    if modality != "CT":
+        return text(dataset, "Units")
+    stated = text(dataset, "RescaleType").upper() or "HU"
+    if stated not in ("HU", "US"):
+        known = f" but {stated}" if stated in _NO_HOUNSFIELD else ""
+        why = f"The values of this CT are no Hounsfield units{known} (Rescale Type); send the images it was made from."
+        raise Refusal(RefusalCode.OTHER_UNITS, why)
+    return stated
 
 
 def _kind(sop_class: uid.UID, dataset: Dataset) -> Kind:

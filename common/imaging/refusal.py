@@ -29,6 +29,7 @@ class RefusalCode(StrEnum):
     BURNED_IN_TEXT = "burned_in_text"
     UNSUPPORTED_CLASS = "unsupported_class"
     UNSUPPORTED_PIXELS = "unsupported_pixels"
+    OTHER_UNITS = "other_units"
     MISSING_HEADER = "missing_header"
     MISSING_GEOMETRY = "missing_geometry"
     MISSING_PIXELS = "missing_pixels"
@@ -67,6 +68,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "pixel format or compression that is not read (bits, samples, colour slices)",
         "export in another format",
     ),
+    "other_units": ("a CT whose values are no Hounsfield units (Rescale Type), such as a map of iodine", "send the CT"),
     "missing_header": ("no SOP class, identifiers or size, or (CT, PET) no rescale", "export again"),
     "missing_geometry": ("position, orientation or spacing is missing or senseless", "export again, with geometry"),
     "missing_pixels": ("a header without pixels", "transfer again"),
