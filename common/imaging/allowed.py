@@ -24,8 +24,9 @@ SEQUENCES = _tags(
     PlaneOrientationSequence FrameContentSequence FrameVOILUTSequence PixelValueTransformationSequence
     CTImageFrameTypeSequence MRImageFrameTypeSequence PETFrameTypeSequence CTAcquisitionTypeSequence
     CTAcquisitionDetailsSequence CTTableDynamicsSequence CTPositionSequence CTGeometrySequence
-    CTReconstructionSequence CTExposureSequence CTXRayDetailsSequence MRTimingAndRelatedParametersSequence
-    MREchoSequence MRModifierSequence MRReceiveCoilSequence MRFOVGeometrySequence MRAveragesSequence MRDiffusionSequence
+    CTReconstructionSequence CTExposureSequence CTXRayDetailsSequence CardiacSynchronizationSequence
+    MRTimingAndRelatedParametersSequence MREchoSequence MRModifierSequence MRReceiveCoilSequence
+    MRFOVGeometrySequence MRAveragesSequence MRDiffusionSequence
     DiffusionGradientDirectionSequence DiffusionBMatrixSequence TemporalPositionSequence
     DimensionIndexSequence DimensionOrganizationSequence ModalityLUTSequence VOILUTSequence
     RadiopharmaceuticalInformationSequence EnergyWindowInformationSequence EnergyWindowRangeSequence
@@ -66,7 +67,8 @@ _WORDS = """
     STRIP WEDGE BUTTERFLY MULTIPLE FLAT CONSTANT_ANGLE STATIONARY FREE SEQUENCED FILTER_BACK_PROJ ITERATIVE HELICAL
     AXIAL_MODE SAMPLED DISTORTED MAX_IP MIN_IP VOLUME_RENDER SURFACE_RENDER MULTIPLANAR_REFORMATTED DIRECTIONAL
     BMATRIX ISOTROPIC FRACTIONAL RELATIVE VOLUME_RATIO 3D_TEMPORAL TILED_FULL TILED_SPARSE DECY ATTN SCAT DTIM MOTN
-    PMOT CLN RAN RADL DCAL BQML CNTS CPS GML PROPCNTS PROPCPS CM2ML UMOLMIN START ADMIN WHOLE_BODY WHOLE BODY
+    PMOT CLN RAN RADL DCAL BQML CNTS CPS GML PROPCNTS PROPCPS CM2 CM2ML PCNT MGMINML UMOLMINML MLMING MLG 1CM UMOLML
+    MLMINML MLML STDDEV UMOLMIN START ADMIN WHOLE_BODY WHOLE BODY
     GATED_TOMO RECON_TOMO RECON_GATED_TOMO
     RECTANGLE ROUND HEXAGONAL DIRECT SCINTILLATOR STORAGE FILM PRODUCT RESEARCH SERVICE PARA PINH FANB CONE SLNT
     ASTG DIVG
@@ -83,12 +85,15 @@ TEXTS: dict[int, re.Pattern[str]] = {
         re.IGNORECASE,
     ),  # Manufacturer
     0x00181210: re.compile(
-        r"(?:[A-Za-z]{1,2}\d{2,3}[a-z]?|STANDARD|BONE|BONEPLUS|LUNG|DETAIL|EDGE|SOFT|CHEST|FC\d{2}|[A-Z])", re.ASCII
+        r"(?:[A-Za-z]{1,2}\d{2,3}[a-z]?|\d|STANDARD|BONE|BONEPLUS|LUNG|DETAIL|EDGE|SOFT|CHEST|FC\d{2}|[A-Z])", re.ASCII
     ),  # Convolution Kernel
     0x00209056: re.compile(r"\d{1,3}", re.ASCII),  # Stack ID
-    0x00281054: re.compile(r"HU|US|OD|HU_MOD|PCT|MGML|Z_EFF|ED|EDW"),  # Rescale Type
+    0x00281054: re.compile(r"HU|US|OD|HU_MOD|PCT|MGML|Z_EFF|ED|EDW|BQML|NORMALIZED", re.IGNORECASE),  # Rescale Type
 }
 """Text whose every value must match."""
+
+APART = _tags("SequenceName ConvolutionKernel StackID RescaleType")
+"""Text by which the reader tells images apart: a value that `TEXTS` does not know becomes a token, equal for equal."""
 
 
 def is_word(value: str, tag: int) -> bool:
@@ -99,7 +104,7 @@ def is_word(value: str, tag: int) -> bool:
 
 
 IMAGE_TYPES = _tags("ImageType FrameType")
-"""Their values have places; a word that is not known becomes OTHER."""
+"""Their values have places; a word that is not known becomes OTHER and a token."""
 
 DATES = _tags(
     """StudyDate SeriesDate AcquisitionDate ContentDate StudyTime SeriesTime AcquisitionTime ContentTime

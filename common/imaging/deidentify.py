@@ -27,6 +27,7 @@ from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
 
 from common.imaging.allowed import (
+    APART,
     CHARACTERISTICS,
     CODES,
     DATES,
@@ -39,7 +40,7 @@ from common.imaging.allowed import (
     is_word,
 )
 from common.imaging.confidentiality import EDITION, action
-from common.imaging.header import Overrun, read_header, text
+from common.imaging.header import REPEATS, Overrun, raw, read_header, text
 from common.imaging.layout import Layout, layout_of
 from common.imaging.pixels import stored_frames
 from common.imaging.refusal import Refusal, RefusalCode, quiet
@@ -144,6 +145,9 @@ class Deidentifier:
         made = self._cleaned(original, 0)
         made.PatientID = patient
         made.PatientName = ""
+        measured = [raw(original, tag) for tag in REPEATS if isinstance(tag, int)]
+        if any(measured):  # private b-values are removed, and the reader divides a series by them
+            made.SequenceName = self._token(text(original, "SequenceName"), *measured)
         self._stamp(made, original)
         pixels = _with_pixels(made, path, layout)
         made.file_meta = FileMetaDataset()
@@ -192,7 +196,38 @@ class Deidentifier:
                 return None
             items = [self._cleaned(item, depth + 1) for item in element.value]
             return DataElement(tag, "SQ", DicomSequence(items))
-        return _allowed(element)
+        return self._allowed(element)
+
+    def _token(self, *words: str) -> str:
+        """What stands for a text that is not to be shown, but must stay different from others."""
+        return pseudonym(self._key, "deidentified text", *words)[:16]
+
+    def _allowed(self, element: DataElement) -> DataElement | None:
+        tag, vr = int(element.tag), element.VR
+        values = _values(element)
+        if vr in ("DS", "IS"):
+            texts = [str(value).strip() for value in values]
+            fine = element.tag.group in NUMBER_GROUPS and all(_NUMBER.fullmatch(value) for value in texts)
+            return DataElement(tag, vr, texts) if fine else None
+        if vr in NUMBERS:
+            return DataElement(tag, vr, element.value) if element.tag.group in NUMBER_GROUPS else None
+        if tag in TABLES:
+            return DataElement(tag, vr, element.value) if vr == "OW" else None
+        words = [str(value).strip() for value in values]
+        if tag in IMAGE_TYPES:
+            known = (word.upper() for word in words)  # as the reader compares them
+            words = [w if not w or is_word(w, tag) else f"OTHER_{self._token(w)[:10].upper()}" for w in known]
+            return DataElement(tag, "CS", words)
+        if tag in CODES:
+            return DataElement(tag, "CS", words) if all(is_word(word, tag) for word in words) else None
+        pattern = TEXTS.get(tag)
+        if tag in APART:
+            plain = [pattern is not None and pattern.fullmatch(word) for word in words]
+            words = [w if fine or not w else self._token(w) for w, fine in zip(words, plain, strict=True)]
+            return DataElement(tag, vr, words)
+        if pattern is not None:
+            return DataElement(tag, vr, words if all(pattern.fullmatch(word) for word in words) else "")
+        return None
 
     def _uids(self, element: DataElement) -> DataElement:
         values = [str(value) for value in _values(element)]
@@ -254,28 +289,6 @@ def _by_table(element: DataElement, code: str) -> DataElement | None:
         dummy = _DUMMIES.get(element.VR)
         return None if dummy is None else DataElement(element.tag, element.VR, dummy)
     return DataElement(element.tag, element.VR, None if element.VR in NUMBERS else "")
-
-
-def _allowed(element: DataElement) -> DataElement | None:
-    tag, vr = int(element.tag), element.VR
-    values = _values(element)
-    if vr in ("DS", "IS"):
-        texts = [str(value).strip() for value in values]
-        fine = element.tag.group in NUMBER_GROUPS and all(_NUMBER.fullmatch(value) for value in texts)
-        return DataElement(tag, vr, texts) if fine else None
-    if vr in NUMBERS:
-        return DataElement(tag, vr, element.value) if element.tag.group in NUMBER_GROUPS else None
-    if tag in TABLES:
-        return DataElement(tag, vr, element.value) if vr == "OW" else None
-    words = [str(value).strip() for value in values]
-    if tag in CODES:
-        if tag in IMAGE_TYPES:
-            words = [word if is_word(word, tag) else "OTHER" for word in words]
-        return DataElement(tag, "CS", words) if all(is_word(word, tag) for word in words) else None
-    pattern = TEXTS.get(tag)
-    if pattern is not None:
-        return DataElement(tag, vr, words if all(pattern.fullmatch(word) for word in words) else "")
-    return None
 
 
 def _characteristic(element: DataElement) -> DataElement | None:

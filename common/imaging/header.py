@@ -219,7 +219,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
         position_mm=numbers(dataset, "ImagePositionPatient"),
         orientation=numbers(dataset, "ImageOrientationPatient"),
         spacing_mm=_projection_spacing(dataset) if kind == "projection" else numbers(dataset, "PixelSpacing"),
-        repeats=tuple(text(dataset, name) if isinstance(name, str) else _raw(dataset, name) for name in REPEATS),
+        repeats=tuple(text(dataset, name) if isinstance(name, str) else raw(dataset, name) for name in REPEATS),
         thickness_mm=length_mm(dataset, "SliceThickness"),
         between_mm=length_mm(dataset, "SpacingBetweenSlices"),
         units=units,
@@ -479,7 +479,7 @@ def text(dataset: Dataset, keyword: str) -> str:
     return "" if value is None else str(value).strip().strip("\0")
 
 
-def _raw(dataset: Dataset, tag: int) -> str:
+def raw(dataset: Dataset, tag: int) -> str:
     """A private element as it lies in the file: enough to tell two of them apart."""
     if tag not in dataset:
         return ""

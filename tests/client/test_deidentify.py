@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,21 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGBaseline8Bit, UltrasoundImageStorage
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    MRImageStorage,
+    UltrasoundImageStorage,
+)
 
 from client.deidentify import deidentify_verb
 from common.errors import ConfigError, StorageError
+from common.imaging import FolderReading, read_folder
 from common.imaging.confidentiality import ACTIONS, action
 from common.imaging.deidentify import Deidentifier, Options
 from common.imaging.refusal import Refusal, RefusalCode
+from tests.common.test_imaging_multiframe import enhanced
 
 KEY = bytes(range(32))
 MARKER = "ZQXJ"
@@ -189,13 +199,99 @@ def test_the_copy_keeps_what_reading_needs_and_says_what_was_done(tmp_path):
 def test_words_by_which_the_reader_tells_images_apart_stay(tmp_path):
     for kind in ("LOCALIZER", "SCOUT", "MOSAIC", "RECON TOMO"):
         copy = copied(image(ImageType=["ORIGINAL", "PRIMARY", kind, MARKER]), tmp_path / "a")
-        assert list(copy.ImageType) == ["ORIGINAL", "PRIMARY", kind, "OTHER"]
+        assert list(copy.ImageType)[:3] == ["ORIGINAL", "PRIMARY", kind]
+        assert re.fullmatch("OTHER_[0-9A-F]{10}", copy.ImageType[3])
     content, frame = Dataset(), Dataset()
-    for stack, kept in (("2", "2"), (MARKER, "")):
+    for stack, kept in (("2", "2"), (MARKER, "[0-9a-f]{16}")):
         content.StackID = stack
         frame.FrameContentSequence = Sequence([content])
         copy = copied(image(PerFrameFunctionalGroupsSequence=Sequence([frame])), tmp_path / "a")
-        assert copy.PerFrameFunctionalGroupsSequence[0].FrameContentSequence[0].StackID == kept
+        assert re.fullmatch(kept, copy.PerFrameFunctionalGroupsSequence[0].FrameContentSequence[0].StackID)
+
+
+def private(group: int, creator: str, element: int, value: int) -> Callable[[Dataset], None]:
+    return lambda made: made.private_block(group, creator, create=True).add_new(element, "IS", str(value))
+
+
+def repeated(folder: Path, tell: Callable[[int], dict[str, Any]], sop_class: str) -> None:
+    """Two repeats of a stack of four slices, in one series."""
+    folder.mkdir()
+    for k in (1, 2):
+        for z in range(4):
+            made = image(ImagePositionPatient=[0, 0, 2.0 * z], SOPInstanceUID=f"1.2.3.777.{k}.{z}", SliceThickness=2)
+            made.PixelData = (IMAGE_YX + np.uint16(1000 * k + 100 * z)).tobytes()
+            made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = sop_class
+            made.Modality = "CT" if sop_class == CTImageStorage else "MR"
+            for keyword, value in tell(k).items():
+                value(made) if callable(value) else setattr(made, keyword, value)
+            written(made, folder / f"{k}{z}.dcm")
+
+
+def found(reading: FolderReading) -> tuple[list[list[int]], list[str]]:
+    volumes = sorted(volume.values_ZYX[:, 0, 0].astype(int).tolist() for volume in reading.volumes)
+    return volumes, sorted(str(refused.code) for refused in reading.refused)
+
+
+@pytest.mark.parametrize(
+    ("tell", "divides"),
+    [
+        (lambda k: {"SequenceName": f"*ep_b{500 * k}t"}, True),
+        (lambda k: {"SequenceName": f"{MARKER}^{k}"}, True),
+        (lambda k: {"SequenceName": f"ep_b{k}", "x": private(0x0019, "SIEMENS MR HEADER", 0x0C, 500 * k)}, True),
+        (lambda k: {"x": private(0x0019, "SIEMENS MR HEADER", 0x0C, 500 * k)}, True),
+        (lambda k: {"x": private(0x0043, "GEMS_PARM_01", 0x39, 500 * k), "SequenceName": "ep2d"}, True),
+        (lambda k: {"x": private(0x2001, "Philips Imaging DD 001", 0x03, 500 * k)}, True),
+        (lambda k: {"ImageType": ["DERIVED", "PRIMARY", "DIXON", ("W", "F")[k - 1]]}, True),
+        (lambda k: {"ImageType": ["ORIGINAL", "PRIMARY", "M", ("out phase", "in phase")[k - 1]]}, True),
+        (lambda k: {"EchoTime": 2.5 * k}, True),
+        (lambda k: {"SequenceName": "*ep_b500t"}, False),
+    ],
+)  # fmt: skip
+def test_a_copy_of_an_mr_is_divided_into_stacks_as_its_original_is(tmp_path, tell, divides):
+    repeated(tmp_path / "original", tell, MRImageStorage)
+    _same(tmp_path, divides)
+
+
+@pytest.mark.parametrize(
+    ("tell", "divides"),
+    [
+        (lambda k: {"ConvolutionKernel": ("B30f", "B70f")[k - 1]}, True),
+        (lambda k: {"ConvolutionKernel": ["I31f", str(k)]}, True),
+        (lambda k: {"ConvolutionKernel": ("Body Soft", "Lung Enhanced")[k - 1]}, True),
+        (lambda k: {"ConvolutionKernel": ["I31f", f"{MARKER} {k}"]}, True),
+        (lambda k: {"ConvolutionKernel": MARKER, "RescaleType": MARKER}, False),
+        (lambda k: {"SequenceName": f"{k}", "RescaleType": "hu"}, True),
+    ],
+)
+def test_a_copy_of_a_ct_is_divided_into_stacks_as_its_original_is(tmp_path, tell, divides):
+    repeated(tmp_path / "original", tell, CTImageStorage)
+    _same(tmp_path, divides)
+
+
+def test_a_copy_of_heart_phases_in_one_file_is_divided_as_its_original_is(tmp_path):
+    made = enhanced([0, 2, 0, 2])
+    del made.DimensionIndexSequence
+    for k, frame in enumerate(made.PerFrameFunctionalGroupsSequence):
+        del frame.FrameContentSequence
+        frame.CardiacSynchronizationSequence = Sequence([Dataset()])
+        frame.CardiacSynchronizationSequence[0].NominalCardiacTriggerDelayTime = 100.0 * (k // 2)
+    (tmp_path / "original").mkdir()
+    written(made, tmp_path / "original" / "a.dcm")
+    _same(tmp_path, True)
+
+
+def _same(folder: Path, divides: bool) -> None:
+    deidentifier = Deidentifier(KEY)
+    for path in (folder / "original").iterdir():
+        copy = deidentifier.copy(path)
+        assert MARKER.encode() not in copy.data
+        assert dcmread(BytesIO(copy.data))  # and nothing private, which `copy` itself looks at
+        target = folder / "copy" / copy.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(copy.data)
+    original, copied_ = found(read_folder(folder / "original")), found(read_folder(folder / "copy"))
+    assert original == copied_
+    assert len(original[0]) == 2 * divides
 
 
 def test_dates_and_characteristics_stay_only_when_asked_for_and_the_file_says_so(tmp_path):
