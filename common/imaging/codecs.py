@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -99,7 +100,10 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
 def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     decode = _CODECS.get(layout.syntax)
     if decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
-        return _by_pydicom(frame, layout)
+        if layout.beyond is None or layout.syntax != uid.RLELossless:
+            return _by_pydicom(frame, layout)
+        # pydicom clears what lies above Bits Stored
+        return layout.in_range(_by_pydicom(frame, replace(layout, stored=layout.allocated)))
     colour = layout.samples == 3
     if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
         decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")

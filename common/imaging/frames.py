@@ -114,6 +114,7 @@ def frames_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
         else:
             frames = _enhanced(dataset, modality)
     padding = padding_range(dataset, layout)
+    layout = layout.padded(padding)
     yield {"layout": asdict(layout), "padding": padding, "frames": [asdict(frame) for frame in frames]}, b""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,8 @@ class Layout:
     signed: bool
     photometric: str
     planar: int
+    beyond: int | None = None
+    """Pixel Padding Value where Bits Stored cannot hold it, against the standard: what has all its bits is padding."""
 
     @property
     def encapsulated(self) -> bool:
@@ -113,14 +115,24 @@ class Layout:
         return min(ends), max(ends)
 
     def in_range(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """The lowest Bits Stored bits, with the sign that the header says."""
+        """The lowest Bits Stored bits, with the sign that the header says; a padding value beyond them as it is."""
         width = 8 if self.stored <= 8 else 16 if self.stored <= 16 else 32
         values: NDArray[Any] = stored.astype(f"u{width // 8}", copy=False)
         if self.signed:
             values = values.view(f"i{width // 8}")
         if unused := width - self.stored:  # up and down again: the highest bit kept becomes the sign
             values = values << unused >> unused
+        if self.beyond is not None:  # cut down, it would be a value like any other
+            whole = stored.astype(self.dtype.newbyteorder("="), copy=False)
+            values = np.where(whole == self.beyond, whole, values)
         return values
+
+    def padded(self, padding: tuple[int, int] | None) -> Layout:
+        """With what `padding_range` found."""
+        low, high = self.stored_range
+        if padding is None or padding[0] != padding[1] or low <= padding[0] <= high:
+            return self
+        return replace(self, beyond=padding[0])
 
     def as_dataset(self) -> Dataset:
         """The elements that pydicom needs to decode one frame."""

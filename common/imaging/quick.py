@@ -392,6 +392,9 @@ def _plan(regular: _Regular, header: Header) -> Plan | None:
         # a signed value may be written as an unsigned one
         ends = [end - 2**16 if signed and end >= 2**15 else end for end in (low, high)]
         padding = min(ends), max(ends)
+        lowest = -(1 << (bits - 1)) if signed else 0
+        if bits < allocated and low == high and not lowest <= padding[0] < lowest + (1 << bits):
+            return None  # `Layout.beyond`
     plan = Plan(0, (rows, columns), f"<{'i' if signed else 'u'}{allocated // 8}", bits, 1.0, 0.0, padding, codec)
     return _moved(plan, regular, header)
 

@@ -83,6 +83,7 @@ def _single(path: Path, projection: bool, *, bounded: bool) -> Single:
             palette = tuple(lookup(dataset, name, stored_range, signed=layout.signed) for name in _PALETTES)
         return Single(layout=layout, modality=modality, padding=None, palette=palette)
     need_grey(layout)
+    layout = layout.padded(padding)
     modality_lut = tone_curve = None
     scale = 1.0, 0.0
     if dataset.get("ModalityLUTSequence"):

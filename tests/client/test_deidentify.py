@@ -335,6 +335,19 @@ def test_bits_above_those_stored_are_cleared(tmp_path):
     assert (np.frombuffer(copy.PixelData, "<u2") == IMAGE_YX.ravel()).all()
 
 
+def test_a_padding_value_beyond_the_bits_stored_stays_padding_in_a_copy(tmp_path):
+    def padded(made: Dataset) -> None:
+        stored = np.frombuffer(made.PixelData, "<i2").copy()
+        stored[1] = -3024
+        made.PixelData, made.PixelRepresentation = stored.tobytes(), 1
+        made.add_new("PixelPaddingValue", "SS", -3024)
+
+    repeated(tmp_path / "original", lambda k: {"AcquisitionNumber": k, "x": padded}, MRImageStorage)
+    _same(tmp_path, True)
+    first, *_ = read_folder(tmp_path / "copy").volumes
+    assert first.values_ZYX[0, 0, 1] == first.values_ZYX.min()
+
+
 def test_a_comment_inside_a_compressed_image_does_not_survive(tmp_path):
     packed = imagecodecs.jpeg8_encode(np.arange(64, dtype=np.uint8).reshape(8, 8), level=95)
     comment = b"\xff\xfe" + (2 + len(MARKER)).to_bytes(2, "big") + MARKER.encode()
