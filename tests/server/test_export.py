@@ -22,6 +22,7 @@ from common.onnx_model import OnnxModel
 from common.predict import predict
 from common.weights import Weights
 from server import export
+from tests.server.graphs import convolved_dimensions
 
 DX = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
@@ -126,6 +127,8 @@ def test_the_file_computes_what_torch_computes_at_any_batch_size(recipe, tmp_pat
         np.testing.assert_allclose(served.run(x[:n])[1], expected[:n], atol=1e-4)
     assert made.max_abs_difference <= 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"], "weights belong into the one file"
+    if recipe.task.dimensions == 3:
+        assert convolved_dimensions(made.path) == {2}, "see server.planes"
 
 
 def altered(made, change):
