@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.deployment import SiteConfig, SiteHome
+from common.printable import number_of
 from common.storage import private_folder, storing
 
 Level = Literal["ok", "warn", "FAIL"]
@@ -189,7 +190,7 @@ def gpu(config: SiteConfig) -> Iterator[Line]:
         yield Line(level="FAIL", what="GPU", says="none that torch can use", fix="mend the driver, or say device: cpu")
     elif not seen:
         count = len(os.sched_getaffinity(0))
-        yield Line(level="ok", what="GPU", says=f"none; trains on {count} CPU core{'s' * (count != 1)}")
+        yield Line(level="ok", what="GPU", says=f"none; trains on {number_of(count, 'CPU core')}")
 
 
 def disk(home: SiteHome) -> Iterator[Line]:

@@ -119,7 +119,7 @@ def _span(told: Account) -> str:
 
 
 def _verdict(told: Account) -> Html:
-    logs = f"{len(told.logs)} log{'s' if len(told.logs) != 1 else ''}"
+    logs = number_of(len(told.logs), "log")
     notes: list[Child] = []
     if told.state == "broken":
         kind, title = "bad", "NOT verified"
@@ -148,7 +148,7 @@ def _verdict(told: Account) -> Html:
     if not all(log.key_known for log in told.logs):
         notes.append("The keys were taken from the logs themselves: give --registry to check who signed.")
     if moved := sum(line.kind == "clock moved back" for line in told.running):
-        notes.append(f"A clock moved back {moved} time{'s' if moved > 1 else ''}; see starts and stops.")
+        notes.append(f"A clock moved back {number_of(moved, 'time')}; see starts and stops.")
     broken = [why for story in told.stories for why in story.broken]
     if broken and told.state != "broken":
         notes += [f"Lineage does not hold: {why}" for why in broken]

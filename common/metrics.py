@@ -120,7 +120,9 @@ def score(
     resampled = _resample(samples, member_N, patients, evaluation.bootstraps, np.random.default_rng(seed))
     tail = (1 - evaluation.confidence) / 2
     # Resampled, one patient is always the same: the interval would have no width, or leave that class's part out.
-    vary = frozenset() if patients == 1 else _OF_ALL if samples.lone_class(member_N) else frozenset(SCALARS)
+    # Of ece resampling makes more: its interval would often lie above the estimate.
+    every = frozenset(SCALARS) - {"ece"}
+    vary = frozenset() if patients == 1 else _OF_ALL if samples.lone_class(member_N) else every
     values: dict[str, float] = {}
     for name in SCALARS:
         value = float(estimate[name][0])
@@ -128,8 +130,8 @@ def score(
             continue
         # Sums of fractions may pass the end of the scale by a rounding.
         values[name] = min(max(value, 0.0), MAX_LOSS if name == "loss" else 1.0)
-        if name == "ece" or name not in vary:
-            continue  # ece: resampling inflates it: the interval would often lie above the estimate
+        if name not in vary:
+            continue
         defined = resampled[name][~np.isnan(resampled[name])]
         if 2 * len(defined) >= evaluation.bootstraps:
             low, high = np.quantile(defined, (tail, 1 - tail))

@@ -168,12 +168,13 @@ def page_with_json(out: Path, name: str) -> Path:
 
     Raises:
         ConfigError: It would take the place of its own JSON.
-        OSError: The folder cannot be made.
+        StorageError: The folder cannot be made.
     """
     if out.suffix == ".json":
         raise ConfigError(f"--out {out.name}: it names the page, and the JSON comes beside it; give {out.stem}.html")
     if not out.suffix and not out.exists():
-        out.mkdir(parents=True)
+        with storing("the folder of --out"):
+            out.mkdir(parents=True)
     return out / name if out.is_dir() else out
 
 

@@ -16,6 +16,7 @@ from common.config import Phantom, Recipe, load_settings
 from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
+from common.printable import number_of
 from common.storage import named_path
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
@@ -75,7 +76,7 @@ class Terminal:
         training = report.work == "train"
         name = f"round {report.round} of {self._rounds}" if training else "closing evaluation"
         score = f"mean validation AUROC {report.validation:.3f}" if report.validation is not None else "no validation"
-        line = f"{name}: {_count(len(report.accepted), 'site')}, {score}, {_duration(report.seconds)}"
+        line = f"{name}: {number_of(len(report.accepted), 'site')}, {score}, {_duration(report.seconds)}"
         if training and not self._console.is_terminal and (left := self._rounds - report.round):
             line += f", about {_duration(left * report.seconds)} left"
         self.say(line)
@@ -94,9 +95,9 @@ def simulate_verb(words: Sequence[str]) -> int:
     )
     console, recipe = Console(), settings.recipe
     terminal = Terminal(console, recipe.rounds)
-    sites = _count(recipe.federation.sites, "site")
+    sites = number_of(recipe.federation.sites, "site")
     terminal.say(
-        f"Recipe {recipe.name} {recipe.id[:12]}: {_count(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
+        f"Recipe {recipe.name} {recipe.id[:12]}: {number_of(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
     )
     with importing():
         from simulations.folder import earlier_record, run_folder
@@ -330,10 +331,6 @@ def _auroc(values: Any) -> str:
         return f"{values['auroc']:.3f}"
     low, high = values["auroc_ci"]
     return f"{values['auroc']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _duration(seconds: float) -> str:

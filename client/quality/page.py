@@ -10,6 +10,7 @@ from client.quality.hashes import BITS, THRESHOLD
 from client.quality.report import Points, Report
 from client.quality.writing import MIN_EDGE, MIN_LETTERS
 from common.html import Child, Html, items, join, table, tag
+from common.printable import number_of
 from common.style import CSS
 
 _MOST_ROWS = 60
@@ -76,9 +77,9 @@ def _verdict(report: Report) -> str:
     if report.objections:
         return "The limits of this site are not kept: nothing is trained on these images until they are mended."
     if errors:
-        return f"{errors} error{'s' if errors > 1 else ''} to mend before anything is trained."
+        return f"{number_of(errors, 'error')} to mend before anything is trained."
     if warnings:
-        return f"No error; {warnings} warning{'s' if warnings > 1 else ''} to look at."
+        return f"No error; {number_of(warnings, 'warning')} to look at."
     return "No error and no warning."
 
 

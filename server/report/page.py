@@ -13,6 +13,7 @@ from common.config import as_plain
 from common.epsilon import rounded_up
 from common.html import Child, Html, items, join, table, tag
 from common.metrics import SCALARS
+from common.printable import number_of
 from common.style import CSS
 from server.accounts import cross_checks
 from server.report import RunReport, SiteSummary, words
@@ -88,10 +89,7 @@ def _warnings(notes: Sequence[str]) -> Html | None:
 
 
 def _verdict(report: RunReport) -> str:
-    count = len(report.sites)
-    trained = report.trained
-    who = f"{count} hospital{'s' if count != 1 else ''}"
-    rounds = f"{trained} round{'s' if trained != 1 else ''}"
+    who, rounds = number_of(len(report.sites), "hospital"), number_of(report.trained, "round")
     start = (
         f"A model was trained at {who} over {rounds}{words.stopped_early(report)}; the images stayed where they were. "
     )
@@ -183,7 +181,7 @@ def _counted(train: Sequence[int], rounded: bool) -> str | None:
     untold = train.count(0)
     said = [
         *(["rounded down"] if rounded else []),
-        *([f"and those of {untold} site{'s' if untold > 1 else ''}, {words.NOT_TOLD}"] if untold else []),
+        *([f"and those of {number_of(untold, 'site')}, {words.NOT_TOLD}"] if untold else []),
     ]
     return "; ".join(said) or None
 

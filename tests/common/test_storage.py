@@ -38,6 +38,8 @@ def test_a_page_goes_where_out_says_and_a_new_name_without_an_ending_is_a_folder
         assert page_with_json(tmp_path / "new" / "folder", "page.html") == tmp_path / "new/folder/page.html"
     assert (tmp_path / "new/folder").is_dir()
     (tmp_path / "page").write_text("of before")
+    with pytest.raises(StorageError, match="the folder of --out"):
+        page_with_json(tmp_path / "page" / "below", "page.html")
     assert page_with_json(tmp_path / "page", "page.html") == tmp_path / "page"
     with pytest.raises(ConfigError, match=r"give a\.html"):
         page_with_json(tmp_path / "a.json", "page.html")
