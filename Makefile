@@ -46,15 +46,17 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint test-rooms test-deployment
+# The tests of the deployment wait for much of their time, and those of the rooms compute meanwhile.
+test: lint
+	$(MAKE) --jobs 2 test-rooms test-deployment
 
 # One thread a process: two processes with two threads each would fight over two cores.
 test-rooms: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment
 
-# A file has one federation for all its tests, so it stays in one process. Most of the time here is waiting.
+# A file has one federation for all its tests, so it stays in one process; there are four files.
 test-deployment: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --timeout 900 tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --timeout 900 tests/deployment
 
 # tests/orthanc.sh installs without starting. Each server runs in a network namespace of its own.
 test-pacs: $(READY)
