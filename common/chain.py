@@ -313,16 +313,17 @@ class Chain:
             raise wrong("unchained", "does not follow the event before it; something was changed or removed")
         if event.hash != digest_of({key: row[key] for key in ("number", "time", "kind", "facts", "before")}):
             raise wrong("changed", "content does not match its hash; it was changed")
-        self.key = self.key or str(event.facts.get("public_key", ""))
-        allowed = self._keys is None or self.key in self._keys
-        if not allowed or not signed_by(self.key, bytes.fromhex(event.hash), event.signature):
-            raise wrong("foreign key", "not signed by the expected key")
         try:
             moment = event.moment
         except ValueError:
             moment = datetime.min  # without a zone
-        if moment.utcoffset() != timedelta(0):
-            raise wrong("unreadable", "its time is not ISO 8601 in UTC")
+        # The years at both ends of the calendar have no room for a tolerance.
+        if moment.utcoffset() != timedelta(0) or not 1970 <= moment.year < 9000:
+            raise wrong("unreadable", "its time is not ISO 8601 in UTC, of a year from 1970 to 8999")
+        self.key = self.key or str(event.facts.get("public_key", ""))
+        allowed = self._keys is None or self.key in self._keys
+        if not allowed or not signed_by(self.key, bytes.fromhex(event.hash), event.signature):
+            raise wrong("foreign key", "not signed by the expected key")
         if why := self._false_time(event, moment):
             raise wrong("back-dated", why)
         if event.kind == KEY and "proof" in event.facts:

@@ -200,6 +200,22 @@ def test_the_first_event_that_remembers_a_head_bounds_all_that_stood_before_it(t
     assert (caught.value.fault, caught.value.number) == ("time contradicted", 0)
 
 
+@pytest.mark.parametrize("side", ["server", "north"])
+@pytest.mark.parametrize("year", ["0001", "9999"])
+def test_a_time_at_an_end_of_the_calendar_is_a_bad_event_and_no_traceback(tmp_path, side, year, capsys):
+    # an hour before the year 1, or after 9999, is no time that Python can hold
+    pair(tmp_path)
+    path = tmp_path / f"{side}.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+
+    def change(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row | {"time": f"{year}-01-01T00:00:00.000+00:00"} for row in events]
+
+    path.write_bytes(b"".join(resigned(rows, side, change)))
+    code, said = check(tmp_path, side, capsys)
+    assert (code, said["first_bad"]["fault"], said["first_bad"]["number"]) == (1, "unreadable", 0)
+
+
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "1e300"])
 def test_a_tolerance_that_is_no_number_of_seconds_is_refused(tmp_path, seconds, capsys):
     pair(tmp_path)
