@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
-from common.printable import number_of
+from common.printable import number_of, printable
 from common.storage import named_file, named_path, page_with_json
 
 if TYPE_CHECKING:
@@ -103,7 +103,10 @@ def _verify(arguments: argparse.Namespace) -> int:
             raise
         _print(json.dumps({"verified": False, "log": arguments.log.name, "first_bad": _bad(error)}, indent=1))
         return 1
-    _print(json.dumps({"verified": True, **plain}, indent=1) if arguments.json else "\n".join(lines))
+    if arguments.json:
+        _print(json.dumps({"verified": True, **plain}, indent=1))
+    else:
+        _say(lines)
     return 0
 
 
@@ -186,15 +189,15 @@ def _report(arguments: argparse.Namespace) -> int:
         _print(told.json.decode().rstrip())
     else:
         words = {"verified": "verified", "alone": "each log holds alone, not all against the other side"}
-        _print(f"{number_of(len(logs), 'log')}: {words.get(told.state, 'NOT verified')}")
+        verdict = f"{number_of(len(logs), 'log')}: {words.get(told.state, 'NOT verified')}"
         bad = [check.why for check in told.checks if not check.holds]
         notes = [
             f"The log of {name} is not there; what it did is told by the coordinator alone." for name in told.absent
         ]
         if told.state == "verified":
             notes += [f"Not vouched for: {what}." for what in unvouched(logs, told.checks)]
-        _print("\n".join([*bad, *(why for story in told.stories for why in story.broken if not bad), *notes,
-                          *warnings, f"{out}", f"{beside}"]))  # fmt: skip
+        broken = [why for story in told.stories for why in story.broken if not bad]
+        _say([verdict, *bad, *broken, *notes, *warnings, f"{out}", f"{beside}"])
     return 1 if told.state == "broken" or any(story.broken for story in told.stories) else 0
 
 
@@ -215,7 +218,7 @@ def _trace(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _print(json.dumps({"traced": True, **asdict(found), "warnings": warnings}, indent=1))
     else:
-        _print("\n".join([*_lineage(found), *warnings]))
+        _say([*_lineage(found), *warnings])
     return 0
 
 
@@ -311,6 +314,11 @@ def _bad(error: AuditError) -> Mapping[str, Any]:
 
 def _plain(check: Check) -> Mapping[str, Any]:
     return {"log": check.log, "against": check.against, "heads": check.anchors, "vouched": check.vouched}
+
+
+def _say(lines: Sequence[str]) -> None:
+    # Logs quote what their owners wrote, who shall neither move the cursor nor write a line of their own.
+    _print("\n".join(map(printable, lines)))
 
 
 def _print(text: str) -> None:

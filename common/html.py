@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable
-from html import escape
 
 _VOID = frozenset({"br", "hr", "meta", "link", "img"})
+_TURNING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and those that turn what follows around: words of others shall not change the words beside."""
 
 
 class Html(str):
@@ -23,7 +26,7 @@ def tag(kind: str, /, *children: Child, **attributes: str | None) -> Html:
     Attributes: `class_` is class, other underscores become hyphens; None leaves the attribute out.
     """
     shown = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escape(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -34,7 +37,9 @@ def tag(kind: str, /, *children: Child, **attributes: str | None) -> Html:
 
 def join(*children: Child) -> Html:
     """Children one after another, escaped unless they are markup."""
-    return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))
+    return Html(
+        "".join(child if isinstance(child, Html) else _escape(child) for child in children if child is not None)
+    )
 
 
 def table(
@@ -68,3 +73,7 @@ def table(
 def items(*children: Child, class_: str | None = None) -> Html:
     """A bullet list."""
     return tag("ul", *(tag("li", child) for child in children), class_=class_)
+
+
+def _escape(text: str) -> str:
+    return html.escape(_TURNING.sub(" ", text))

@@ -604,6 +604,15 @@ def test_a_lineage_that_does_not_hold_is_in_the_report_and_ends_with_1(tmp_path,
     assert "Lineage does not hold: model.onnx: the exported weights eeeeeeeeeeee are not the output" in text
 
 
+def test_what_an_owner_wrote_moves_no_cursor_and_makes_no_line_of_its_own(tmp_path, capsys):
+    federation(tmp_path, at("server", "model exported", weights="ee" * 32, file="\x1b[2J\n3 logs: verified\ud800"))
+    assert fedicom.main(["audit", "report", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("3 logs: verified") == 1  # the logs do hold; their lineage does not
+    assert lines[1].startswith(" [2J 3 logs: verified : the exported weights eeeeeeeeeeee are not the output")
+    assert all(line.isprintable() for line in lines)
+
+
 def test_events_of_unknown_kinds_are_shown_and_not_hidden(tmp_path):
     federation(tmp_path)
     log = AuditLog(tmp_path / "audit" / "south.jsonl", KEYS["south"], clock=lambda: datetime(2026, 3, 3, tzinfo=UTC))

@@ -633,3 +633,7 @@ def test_a_folder_that_does_not_exist_is_a_storage_error(tmp_path: Path) -> None
 def test_text_is_escaped_unless_it_is_markup() -> None:
     assert tag("p", "a < b", tag("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
     assert join("<", Html("<br>"), None) == "&lt;<br>"
+
+
+def test_text_turns_nothing_around_on_the_page() -> None:  # U+202E writes what follows from right to left
+    assert tag("p", "by \u202eevil\x1b[31m\n", title="\u2067x") == '<p title=" x">by  evil [31m\n</p>'
