@@ -138,7 +138,7 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
         checks.append(check_pair(other, log, arguments.tolerance))
         lines += [_told(log, other, checks[-2]), _told(other, log, checks[-1])]
     if moved := sum(event.kind == CLOCK for event in log.events):
-        warnings.append(f"The clock moved back {moved} times, as the log says itself.")
+        warnings.append(f"The clock moved back {number_of(moved, 'time')}, as the log says itself.")
     if arguments.key is None and not log.key_known:
         warnings.append("The key was taken from the log itself: give --key or --registry to check who signed it.")
     if log.role == "authority":

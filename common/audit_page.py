@@ -27,12 +27,13 @@ background:color-mix(in srgb,var(--tone) 11%,var(--card))}
 .state{font-weight:600;color:color-mix(in srgb,var(--tone) 78%,var(--ink))}
 table.compact td{min-width:0}
 table.compact th,table.compact td{padding-left:10px;padding-right:10px}
-table.compact tbody th::before{width:5em}
+table.compact tbody th::before{width:6em}
 table.compact td:last-child:not(.n){min-width:11em}
 table.events td:last-child{min-width:24em;overflow-wrap:anywhere}
-.moment,.compact .hash{white-space:nowrap}
+.moment,.noise,.compact .hash{white-space:nowrap}
 figure svg.lineage{display:block;width:100%;min-width:760px;height:auto;margin:6px 0}
 figure.lineage{overflow-x:auto}
+.lineage figcaption{overflow-wrap:anywhere}
 .lineage text{fill:var(--ink);font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 .lineage .t{font-weight:600;font-size:14px}
 .lineage .m{fill:var(--muted);font-size:12px}
@@ -188,7 +189,7 @@ def _cards(told: Account) -> Html:
         card("Rounds", str(sum(story.rounds for story in told.stories)), "aggregated"),
         card("Training patients", f"{sum(train):,}" if any(train) else "–", _summed(train, rounded)),
         card("Epsilon of updates", _epsilon(max(spent, default=None)), f"highest of any site, one recipe{scores}"),
-        card("Updates sent", f"{len(sent):,}", _size(sum(item.bytes or 0 for item in sent))),
+        card("Updates sent", f"{len(sent):,}", _sizes([item.bytes for item in sent])),
         class_="cards",
     )
 
@@ -196,6 +197,11 @@ def _cards(told: Account) -> Html:
 def _summed(counts: Sequence[int], rounded: bool) -> str:
     untold = f"; {counts.count(0)} not told" if 0 in counts else ""
     return f"sum over sites and recipes{'; rounded down' * rounded}{untold}"
+
+
+def _sizes(found: Sequence[int | None]) -> str:
+    known, untold = [size for size in found if size is not None], found.count(None)
+    return "; ".join([*[_size(sum(known))] * bool(known), *[f"size of {untold} not told"] * bool(untold)])
 
 
 def _logs(told: Account) -> Html:
@@ -216,7 +222,7 @@ def _logs(told: Account) -> Html:
                 text = "remembers no head of it"
             else:
                 behind = log.events - 1 - (check.vouched or 0)
-                text = f"remembers {check.anchors} heads, up to event {check.vouched}" + (
+                text = f"remembers {number_of(check.anchors, 'head')}, up to event {check.vouched}" + (
                     f"; {behind} later one{'s' if behind > 1 else ''} not yet" if behind else ""
                 )
             said.append(tag("div", f"{check.against}: ", text))
@@ -316,9 +322,9 @@ def _approval(approval: Approval) -> Html:
     return join(approval.by or "unnamed", tag("span", _moment(approval.time), class_="sub"))
 
 
-def _noise(item: Sent) -> str:
+def _noise(item: Sent) -> Child:
     if item.noise_multiplier:
-        return f"{_figure(item.clip_norm)} / {_figure(item.noise_multiplier)}"
+        return tag("span", f"{_figure(item.clip_norm)} / {_figure(item.noise_multiplier)}", class_="noise")
     # The coordinator's log does not tell how an update was noised, and an evaluation is none.
     return "none" if item.told_by == item.site and item.what.startswith("update") else "–"
 
@@ -382,7 +388,8 @@ def _lineage(found: Lineage, name: str) -> Html:
     for place, site in enumerate(sites[:_MOST_BOXES]):
         y = step * place + step / 2
         train = site.patients.get("train")
-        count = f"{'at least ' * site.counts_rounded}{train} training patients" if train else "patients not told"
+        # What does not fit into the box is cut, and epsilon stands last.
+        count = f"{'at least ' * site.counts_rounded}{train} patients" if train else "patients not told"
         spent = f", epsilon {_epsilon(site.epsilon)}" if site.epsilon is not None else ""
         manifest = site.manifests[0][:12] + (" …" if len(site.manifests) > 1 else "")
         boxes.append(_box(0, y, 250, 68, "site", site.name, f"{count}{spent}", f"manifest {manifest}"))

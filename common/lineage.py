@@ -205,7 +205,7 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
         state=state,
         checked=(
             f"{number_of(len(logs), 'log')} checked"
-            + (", each against the other side's" if state == "verified" else ""),
+            + (", those of both sides against each other" if state == "verified" else ""),
             f"the exported weights are those after round {links[-1].round}",
             f"{number_of(len(links), 'round')}, each from the weights that the one before it gave",
             f"{seen} of {updates} admitted updates stand in the logs of the sites that sent them",
@@ -227,9 +227,8 @@ def unvouched(logs: Sequence[Log], checks: Sequence[Check]) -> list[str]:
             (check.vouched for check in checks if check.log == log.name and check.vouched is not None), default=-1
         )
         if last < log.events[-1].number:
-            found.append(
-                f"events of {log.path.name} after event {last}: no other log remembers a head that follows them"
-            )
+            which = f"events of {log.path.name} after event {last}" if last >= 0 else f"all events of {log.path.name}"
+            found.append(f"{which}: no other log remembers a head that follows them")
     return found
 
 

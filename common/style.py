@@ -94,7 +94,8 @@ dl{display:grid;grid-template-columns:minmax(8em,max-content) 1fr;gap:6px 20px;m
 dt{font-weight:550}
 dd{margin:0}
 section ul:not(.legend){padding-left:1.25em;max-width:78ch}
-footer{max-width:1120px;margin:56px auto 0;padding:16px 20px 40px;color:var(--muted);font-size:13px}
+footer{max-width:1120px;margin:56px auto 0;padding:16px 20px 40px;color:var(--muted);font-size:13px;
+overflow-wrap:anywhere}
 @media (max-width:560px){
 main,header.top,footer{padding-left:14px;padding-right:14px}
 header.top{padding-top:24px}

@@ -446,7 +446,7 @@ def test_the_report_of_a_deployed_run_tells_an_officer_everything(tmp_path, caps
     for expected in (
         "train 210, validation 40, test 45",  # on how many patients
         "train 96, validation 18, test not told (rounded down)",
-        "306 sum over sites and recipes; rounded down", "at least 96 training patients",
+        "306 sum over sites and recipes; rounded down", "at least 96 patients, epsilon 3.00",
         "dpo@north", "dpo@south",  # under whose approval
         "3.00 delta 1e-05",  # at what epsilon
         "o.novak", "node revoked", "west", "left the federation", "node added", "configuration", "node started",
@@ -544,6 +544,9 @@ def test_the_report_of_one_side_alone_does_not_say_verified(tmp_path, capsys):
     (story,) = plain["stories"]  # the coordinator's word of what the sites sent
     assert {(sent["site"], sent["told_by"]) for sent in story["sent"]} == {("north", "server"), ("south", "server")}
     assert story["sites"][0]["patients"]["train"] == 210
+    text = seen(tmp_path / "page.html")[0]
+    assert "Updates sent 4 size of 4 not told" in text
+    assert "Not checked: all events of server.jsonl: no other log remembers a head that follows them" in text
 
 
 def test_the_report_of_the_folder_that_one_is_in_needs_no_name(tmp_path, monkeypatch, capsys):
