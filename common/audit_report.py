@@ -11,7 +11,7 @@ from typing import Any
 from common.chain import CLOCK, CONTINUED, KEY, STARTED, TOLERANCE_S, Event
 from common.errors import PrivacyError
 from common.lineage import Approval, Lineage, LineageError, Run, approvals, lineage, runs
-from common.logs import Check, Log, Role, State, as_map, check_logs, state_of
+from common.logs import Check, Log, Role, State, as_map, as_number, check_logs, state_of
 from common.storage import write_whole
 
 FORMAT = "fedicom audit report 1"
@@ -38,6 +38,10 @@ TOLD = (
     "privacy audited",
 )  # fmt: skip
 """Kinds that the tables of the runs are made of."""
+
+
+_MOST_RELEASES = 16
+"""Of noised scores of one recipe at one site, which has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,10 +326,10 @@ def _sent(log: Log, recipe_id: str, found: Sequence[Run]) -> list[Sent]:
                 ),
                 digest=str(facts.get("digest") or ""),
                 bytes=_whole(facts.get("bytes")),
-                norm=_number(facts.get("norm")),
-                clip_norm=_number(facts.get("clip_norm")),
-                noise_multiplier=_number(facts.get("noise_multiplier")),
-                epsilon=_number(facts.get("epsilon")),
+                norm=as_number(facts.get("norm")),
+                clip_norm=as_number(facts.get("clip_norm")),
+                noise_multiplier=as_number(facts.get("noise_multiplier")),
+                epsilon=as_number(facts.get("epsilon")),
                 scores=_scores(facts.get("scores")),
                 fate=_fate(log.name, facts, found),
             )
@@ -344,10 +348,10 @@ def _told_by_coordinator(run: Run, there: set[str]) -> list[Sent]:
             what="update" if event.kind == "round aggregated" else "evaluation",
             digest=str(said.get("digest") or "") if event.kind == "round aggregated" else "",
             bytes=None,
-            norm=_number(said.get("norm")) if event.kind == "round aggregated" else None,
+            norm=as_number(said.get("norm")) if event.kind == "round aggregated" else None,
             clip_norm=None,
             noise_multiplier=None,
-            epsilon=_number(said.get("epsilon")),
+            epsilon=as_number(said.get("epsilon")),
             scores=_scores(said.get("scores")),
             fate="admitted",
         )
@@ -402,7 +406,7 @@ def _site_line(
         versions={package: str(version) for package, version in as_map(last.get("versions")).items()},
         approvals=approvals(name, log.events, recipe_id) if log is not None else (),
         epsilon=max(spent, default=None),
-        delta=_number(deltas[-1]) if deltas else None,
+        delta=as_number(deltas[-1]) if deltas else None,
         scores_epsilon=_scores_epsilon(log.events, recipe_id) if log is not None else None,
         updates=len(updates),
         bytes=sum(item.bytes or 0 for item in updates),
@@ -414,8 +418,8 @@ def _scores_epsilon(events: Sequence[Event], recipe_id: str) -> float | None:
 
     The event's own epsilon is that of all that the site has ever released.
     """
+    from common.accounting import LOWEST_NOISE, epsilon_pld
     from common.accounting import Event as Noised
-    from common.accounting import epsilon_pld
 
     # Asked again after a crash, a release is not paid for again.
     paid: dict[tuple[object, object, Noised], float] = {}
@@ -430,9 +434,11 @@ def _scores_epsilon(events: Sequence[Event], recipe_id: str) -> float | None:
                 continue
             noise, rate, steps = (facts[name] for name in ("noise_multiplier", "sampling_rate", "steps"))
             noised = Noised(noise_multiplier=noise, sampling_rate=rate, steps=steps)
+            if rate != 1 or noise < LOWEST_NOISE or len(paid) == _MOST_RELEASES:
+                return None  # no site tells such scores, and to count what it says may take the machine for hours
             paid[str(base), str(facts.get("round")), noised] = float(facts["delta"])
         return epsilon_pld([noised for *_, noised in paid], max(paid.values())) if paid else None
-    except (PrivacyError, KeyError, TypeError, ValueError):  # facts are signed, but not by us
+    except (PrivacyError, KeyError, TypeError, ValueError, OverflowError):  # facts are signed, but not by us
         return None
 
 
@@ -442,9 +448,5 @@ def _scores(said: object) -> str:
     return "yes" if said else "no"
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and as_number(value) is not None else None

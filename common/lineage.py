@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.chain import TOLERANCE_S, Event
 from common.errors import FedicomError
-from common.logs import Check, Log, State, as_map, check_logs, first_bad, state_of
+from common.logs import Check, Log, State, as_map, as_number, check_logs, first_bad, state_of
 from common.printable import number_of
 
 if TYPE_CHECKING:
@@ -423,8 +423,8 @@ def _epsilons(run: Run) -> dict[str, float]:
     for event in run.events:
         if event.number in standing or event.kind == "evaluation received":
             for site, said in _map(event, "admitted").items():
-                if isinstance(epsilon := as_map(said).get("epsilon"), int | float):
-                    found[site] = float(epsilon)
+                if (epsilon := as_number(as_map(said).get("epsilon"))) is not None:
+                    found[site] = epsilon
     return found
 
 

@@ -22,6 +22,7 @@ COORDINATOR, AUTHORITY = "server", "authority"
 
 Role = Literal["coordinator", "site", "authority"]
 
+_LARGEST = 1e300
 _COORDINATORS_KINDS = {"run started", "run resumed", "sites present", "round aggregated", "server started"}
 
 
@@ -257,3 +258,10 @@ def _failed(log: Log, against: str | None, error: AuditError) -> Check:
 def as_map(value: object) -> Mapping[str, Any]:
     """The mapping that a fact should be; empty where it is something else."""
     return value if isinstance(value, Mapping) else {}
+
+
+def as_number(value: object) -> float | None:
+    """The number that a fact should be; None where it is something else, or beyond what can be computed with."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
+        return None
+    return float(value)

@@ -521,6 +521,24 @@ def test_what_noised_scores_cost_stands_beside_the_epsilon_of_updates(tmp_path):
     assert account(read_logs([tmp_path]), {}).stories[0].sites[0].scores_epsilon is None
 
 
+def test_numbers_that_nobody_can_compute_with_keep_no_auditor_from_the_report(tmp_path):
+    huge = 10**400  # no float holds it, and JSON has no bound
+    folder = federation(tmp_path, at("north", "update sent", 2, noise_multiplier=huge, bytes=huge, norm=-huge))
+    log = AuditLog(folder / "south.jsonl", KEYS["south"], clock=lambda: datetime(2026, 3, 3, tzinfo=UTC))
+    # Honestly counted, these steps take 100 TB.
+    log.append("budget reserved", round=3, recipe_id=RECIPE, noise_multiplier=0.01, sampling_rate=0.5, steps=10**9,
+               epsilon=3.61, delta=1e-5, releases="scores")  # fmt: skip
+    told = account(read_logs([tmp_path]), {})
+    write_account(told, tmp_path / "page.html")
+    sent = {(item.site, item.round): item for item in told.stories[0].sent if item.what == "update"}
+    assert (sent["north", 2].noise_multiplier, sent["north", 2].bytes, sent["north", 2].norm) == (None, None, None)
+    assert [site.scores_epsilon for site in told.stories[0].sites] == [None, None]
+    says = {"north": {"digest": digest("update", "north", 2), "epsilon": huge}}
+    federation(tmp_path / "server", at("server", "round aggregated", 2, admitted=says))
+    (story,) = account(read_logs([tmp_path / "server"]), {}).stories
+    assert "the coordinator's log says 1000000" in story.broken[0]
+
+
 def test_the_report_of_changed_logs_says_not_verified_first_and_ends_with_1(tmp_path, capsys):
     folder = federation(tmp_path)
     path = folder / "north.jsonl"
