@@ -10,7 +10,7 @@ from pathlib import Path
 from common import wire
 from common.errors import ExchangeError
 from common.exchange import RoundPlan, Update
-from common.storage import Flush, private_folder, to_disk, write_whole
+from common.storage import Flush, private_folder, storing, to_disk, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,20 @@ class Outbox:
             if old != path:
                 old.unlink()
         return path
+
+    def counted(self, recipe_id: str, most: int) -> bool:
+        """Counts an evaluation of the recipe, before it is made; False, and not counted, where there were `most`.
+
+        Raises:
+            StorageError: The disk is full or the folder cannot be written.
+        """
+        path = private_folder(self._folder) / f"{recipe_id[:16]}.evaluations"
+        with storing(path.name):
+            count = path.stat().st_size if path.exists() else 0
+        if count < most:
+            # A tally cannot be misread, and under this name it outlives a withdrawn approval.
+            write_whole(path, b"|" * (count + 1), self._flush)
+        return count < most
 
     def newest(self, recipe_id: str) -> Iterator[Update]:
         """The recipe's readable replies, the newest first."""

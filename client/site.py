@@ -331,8 +331,7 @@ class Site:
                 return replace(shares, audit_head=head)
 
     def _evaluate(self, plan: RoundPlan) -> Update:
-        noised_scores = self.policy.metrics == "noised"
-        measure = self._noised_scores if noised_scores else self._exact_scores
+        measure = self._noised_scores if self.policy.metrics == "noised" else self._exact_scores
         validation, test, reserved = measure(plan)
         update = Update(
             site=self.name,
@@ -354,16 +353,17 @@ class Site:
         """Writes down that an evaluation leaves: nothing is trained any more."""
         self._remainders.forget(update.recipe_id)
         head = self.audit.append(
-            "evaluation sent",
-            round=update.round,
-            weights=update.base,
-            scores=_told(update.validation, update.test),
+            "evaluation sent", round=update.round, weights=update.base, scores=_told(update.validation, update.test),
             **self._ledger_fact(),
-        )
+        )  # fmt: skip
         return replace(update, audit_head=head, ledger_head=self._ledger_head)
 
     def _exact_scores(self, plan: RoundPlan) -> tuple[Scores | None, Scores | None, None]:
         bootstraps = self.recipe.evaluation.bootstraps
+        # One for each model that its rounds can end with, and one for a crash.
+        if self.recipe.privacy.active and not self._outbox.counted(plan.recipe_id, self.recipe.rounds + 1):
+            log.warning("no scores leave: they were told more often than recipe %s has rounds", plan.recipe_id[:12])
+            return None, None, None
         with self._turn:
             validation = self._scores(plan.weights, "validation", bootstraps)
             test = self._scores(plan.weights, "test", bootstraps)

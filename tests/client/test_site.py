@@ -448,6 +448,31 @@ def test_the_larger_of_the_sites_and_the_recipes_smallest_cell_counts(
     assert bool(update.validation.values) == (told > 0 and metrics == "bounded")  # four of each class are too few
 
 
+def test_exact_scores_of_a_private_recipe_leave_once_more_than_it_has_rounds_whatever_the_weights(
+    tmp_path: Path, trained: list[Any]
+) -> None:
+    weights, told = start(recipe_of()), []
+    for _ in range(3):  # started again, a site counts on
+        house = House(tmp_path)
+        for _ in range(2):
+            weights = weights + start(house.recipe)
+            update = house.open().visit(house.plan(4, "evaluate", weights=weights))
+            assert isinstance(update, Update)  # and no refusal: a run that ends early needs none
+            told.append((update.validation is not None, update.test is not None))
+    assert told == [(True, True)] * 4 + [(False, False)] * 2  # three rounds
+    sent = [event.facts["scores"] for event in verify(house.log) if event.kind == "evaluation sent"]
+    assert sent == [True] * 4 + [False] * 2
+    update = house.open().visit(house.plan())
+    assert isinstance(update, Update)
+    assert update.validation is not None  # a visit that is paid for
+
+
+def test_without_privacy_nothing_limits_how_often_scores_leave(tmp_path: Path, trained: list[Any]) -> None:
+    house = House(tmp_path, recipe_of(Privacy()))
+    updates = [house.open().visit(house.plan(4, "evaluate")) for _ in range(6)]
+    assert all(isinstance(update, Update) and update.validation is not None for update in updates)
+
+
 def test_a_site_may_send_no_scores_at_all(house: House, trained: list[Any]) -> None:
     site = house.open(metrics="none")
     for plan in (house.plan(), house.plan(4, "evaluate")):
