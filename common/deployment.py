@@ -234,6 +234,10 @@ def _named(folders: Mapping[str, T], recipe: str, field: str) -> T:
     return folders[recipe]
 
 
+_DEEPEST = 20
+"""Of lists and fields within each other; a configuration has four."""
+
+
 def read_yaml(path: Path, kind: type[T]) -> T:
     """One of the files above, checked.
 
@@ -268,21 +272,31 @@ def yaml_of(path: Path) -> Any:
             met = set[str]()
             for key, _ in node.value:
                 if (name := str(key.value)) in met:
-                    line = key.start_mark.line + 1
-                    raise ConfigError(f"{path.name}, line {line}: {name[:64]!r} is given twice; keep one")
+                    raise ConfigError(f"{path.name}{_line(key.start_mark)}: {name[:64]!r} is given twice; keep one")
                 met.add(name)
             return dict(super().construct_mapping(node, deep))
 
     with storing(path.name):
         data = path.read_bytes()
     try:
+        deep = 0
+        for event in yaml.parse(data, Loader=Once):
+            deep += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # A kit has such a file from another house: below deep ones libyaml's stack ends, and aliases of aliases
+            # fill any memory.
+            if deep > _DEEPEST or isinstance(event, yaml.AliasEvent):
+                odd = f"is nested more than {_DEEPEST} deep" if deep > _DEEPEST else "holds an alias (*name)"
+                raise ConfigError(f"{path.name}{_line(event.start_mark)}: {odd}; write plain `name: value` lines")
         return Once(data).get_single_data()
     except yaml.reader.ReaderError:
         raise ConfigError(f"{path.name} is not UTF-8 text; save it as UTF-8") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
+        where = _line(getattr(error, "problem_mark", None))
         raise ConfigError(f"{path.name}{where}: cannot be read as YAML; expected `name: value` lines") from None
+
+
+def _line(mark: Any) -> str:
+    return f", line {mark.line + 1}" if mark is not None else ""
 
 
 def policy_names() -> tuple[str, ...]:

@@ -92,6 +92,21 @@ def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, change: dict[str, 
     assert all(line.startswith("site.yaml") for line in str(refused.value).splitlines())
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("site: " + "[" * 300_000, "is nested more than 20 deep"),  # libyaml's stack ended, and the process with it
+        ("- " * 300_000 + "x", "is nested more than 20 deep"),
+        ("{" * 300 + "a: 1" + "}" * 300, "is nested more than 20 deep"),
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)), "an alias"),  # 2^39
+    ],
+    ids=["brackets", "dashes", "braces", "aliases"],
+)
+def test_a_file_that_would_end_the_process_is_refused_by_its_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^site\.yaml, line [12]: .*{why}"):
+        read_yaml(written(tmp_path, "site.yaml", text), SiteConfig)
+
+
 @pytest.mark.parametrize("text", ["site: [", "a: b: c", "!!python/object/apply:os.system [id]", "just words", ""])
 def test_what_is_no_yaml_mapping_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"site\.yaml"):
