@@ -31,9 +31,10 @@ import torch.distributed as dist
 from torch import nn
 
 from client.dp import PrivateGradient, Sampling, os_noise
-from client.train import Loss, Private, TrainingError, mean_gradient, private_gradient, record_loss
+from client.train import Loss, Private, mean_gradient, private_gradient, record_loss
 from common.compute import compute_with
 from common.config import Recipe, recipe_from_json
+from common.errors import TrainingError
 from common.models import build
 
 _TIMEOUT = datetime.timedelta(minutes=10)

@@ -23,11 +23,11 @@ from client.noised_scores import histogram, noised, scores
 from client.outbox import Outbox
 from client.policy import check_budget, objections, score_event, told, visit_event
 from client.secure import Sums, noise_norm
-from client.train import DivergedError, Private, Trained, Trainer, site_noise, train
+from client.train import Private, Trained, Trainer, site_noise, train
 from common.accounting import Event, epsilon_pld
 from common.config import Recipe
 from common.deployment import Policy
-from common.errors import ConfigError, DataError, FedicomError, PrivacyError, SecureAggregationError
+from common.errors import ConfigError, DataError, DivergedError, FedicomError, PrivacyError, SecureAggregationError
 from common.exchange import (
     Agreement,
     Answer,
@@ -247,8 +247,8 @@ class Site:
                 self.recipe.fixed_point.check(trained.delta, self._weight)
         except Exception as error:
             if reserved is not None:
-                # An answer that tells of the noise that was drawn is paid for, or it could be had again and again. Any
-                # other (a card that is full, mostly) tells nothing of it, and costs nothing.
+                # An answer that tells of the noise that was drawn, or of a prediction, is paid for, or it could be had
+                # again and again. Any other (a card that is full, mostly) tells nothing of them, and costs nothing.
                 tells = isinstance(error, DivergedError | SecureAggregationError)
                 self._budget.settle(reserved, reserved.event.steps if tells else 0)
             raise

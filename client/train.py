@@ -18,7 +18,7 @@ from client.cohort import Cohort
 from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
 from common.compute import fused
 from common.config import Recipe, Training
-from common.errors import ConfigError, FedicomError
+from common.errors import ConfigError, DivergedError
 from common.imaging import augmentation
 from common.models import change_of, parameter_groups, set_weights
 from common.scattering import ScatteringClassifier
@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from client.parallel import Team
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class TrainingError(FedicomError):
-    """Local training gave no usable weights."""
-
-
-class DivergedError(TrainingError):
-    """The trained weights are not finite; under privacy this tells of the noise that was drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +91,7 @@ def train(
         team: Other processes that share each batch; None: this one alone.
 
     Raises:
-        TrainingError: The weights became NaN or infinite.
+        DivergedError: The weights became NaN or infinite.
     """
     weighted = _weighted(recipe, cohort)
     loss_B = record_loss(weighted)

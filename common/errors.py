@@ -39,6 +39,14 @@ class SecureAggregationError(FedicomError):
     """A secure sum that somebody's lie, an unequal list, a number out of range or too few sites have stopped."""
 
 
+class TrainingError(FedicomError):
+    """Local training gave no usable weights."""
+
+
+class DivergedError(TrainingError):
+    """Weights or predictions that are not finite; at a site this tells of the noise that was drawn, or of a patient."""
+
+
 class StorageError(FedicomError):
     """Something that had to be kept could not be written or read back."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.config import Evaluation, Task
-from common.errors import DataError, FedicomError
+from common.errors import DataError, DivergedError
 
 Floats = npt.NDArray[np.float64]
 Truths = npt.NDArray[np.bool_]
@@ -104,7 +104,7 @@ def score(
 
     Raises:
         DataError: Targets, probabilities and patients do not fit together or the task.
-        FedicomError: A probability is not finite: the model diverged.
+        DivergedError: A probability is not finite.
 
     Source: AUROC and average precision as in scikit-learn; ECE of Guo et al. 2017; patient (cluster)
     bootstrap of Field and Welsh 2007.
@@ -198,7 +198,7 @@ def _check(targets: npt.NDArray[np.generic], p_NC: Floats, patient_N: npt.NDArra
             f"expected {(count, task.outputs)} and {wanted} for {count} samples of {task.kind}"
         )
     if not np.isfinite(p_NC).all():
-        raise FedicomError("a predicted probability is not finite: the model diverged; lower training.lr")
+        raise DivergedError("a predicted probability is not finite: the model diverged; lower training.lr")
     if p_NC.size and (p_NC.min() < -1e-6 or p_NC.max() > 1 + 1e-6):
         raise DataError(f"probabilities lie in [{p_NC.min():.3g}, {p_NC.max():.3g}]; expected [0, 1], got logits?")
     top = 2 if task.kind == "multilabel" else task.outputs

@@ -31,7 +31,6 @@ from client.train import (
     Course,
     Private,
     Trained,
-    TrainingError,
     class_weights,
     losses_of,
     lowered,
@@ -43,6 +42,7 @@ from client.train import (
     train,
 )
 from common.config import Recipe
+from common.errors import TrainingError
 from common.models import change_of, crossing, parameter_groups, set_weights
 from common.storage import storing, write_whole
 from common.weights import Weights

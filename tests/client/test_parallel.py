@@ -14,9 +14,9 @@ import torch
 from client import parallel
 from client.dp import Sampling, seeded_noise
 from client.parallel import Team, dismiss, team_of
-from client.train import Private, Trained, TrainingError, train
+from client.train import Private, Trained, train
 from common.config import Augmentation, Preprocessing, Privacy, Recipe, Training
-from common.errors import ConfigError
+from common.errors import ConfigError, TrainingError
 from common.models import build, get_weights
 from tests.client.test_train import CPU, cohort_of, flat, recipe_of
 

@@ -26,13 +26,13 @@ from client.dp import sampling
 from client.ledger import Ledger, Reservation
 from client.policy import ledger_policy
 from client.site import Site
-from client.train import DivergedError, Trained, TrainingError
+from client.train import Trained
 from common import wire
 from common.accounting import Event, epsilon_pld
 from common.audit import AuditLog, verify, verify_against
 from common.config import Evaluation, Federation, ModelConfig, Preprocessing, Privacy, Recipe, Training
 from common.deployment import Policy
-from common.errors import DataError, StorageError
+from common.errors import DataError, DivergedError, StorageError, TrainingError
 from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Update
 from common.identity import Signer
 from common.models import build, get_weights
@@ -361,6 +361,24 @@ def test_an_answer_that_tells_of_the_noise_is_paid_for_and_asked_again_is_paid_a
         refused(house.open().visit(house.plan()), "training", house)
         assert (house.entries("reserve"), house.entries("settle")) == (times, times)
         assert house.steps() == [8] * times  # 2 epochs of 20 patients, 5 at a time
+
+
+def test_whether_a_prediction_is_finite_is_told_by_visits_that_are_paid_for_alone(
+    tmp_path: Path, trained: list[Any]
+) -> None:
+    # Weights under which the images of all but one validation patient give a finite prediction.
+    house = House(tmp_path)
+    of_one = house.cohort.indices("validation")[0]
+    house.cohort.samples.x_N[of_one] *= 1e6
+    weights = start(house.recipe)
+    weights = Weights({name: a * np.float32(1e15) if name == "conv1.weight" else a for name, a in weights.items()})
+    site = house.open()
+    for times in (1, 2, 3):
+        assert "not finite" in refused(site.visit(house.plan(weights=weights)), "training", house)
+        assert house.steps() == [8] * times
+    assert "has paid for all 3 rounds" in refused(site.visit(house.plan(weights=weights)), "budget", house)
+    house.cohort.samples.x_N[of_one] /= 1e6
+    assert isinstance(House(tmp_path / "without").open().visit(house.plan(weights=weights)), Update)
 
 
 def test_an_update_that_is_too_large_for_a_secure_sum_is_paid_for(tmp_path: Path, trained: list[Any]) -> None:

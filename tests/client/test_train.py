@@ -15,9 +15,10 @@ from torch import nn
 from client import train as module
 from client.cohort import Cohort
 from client.dp import Noise, Sampling, keystream_noise, os_noise, seeded_noise
-from client.train import Private, TrainingError, record_loss, train
+from client.train import Private, record_loss, train
 from common import wire
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Task, Training
+from common.errors import TrainingError
 from common.exchange import RoundPlan, Update
 from common.models import build, get_weights, parameter_groups, set_weights
 from common.samples import Samples

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 
 from client.cohort import Cohort
 from client.dp import Sampling, seeded_noise
-from client.train import DivergedError, Private, Trained, mixes, train
+from client.train import Private, Trained, mixes, train
 from common.config import Augmentation, ModelConfig, Preprocessing, Privacy, Recipe, Simulation, Task, Training
-from common.errors import ConfigError
+from common.errors import ConfigError, DivergedError
 from common.models import build, get_weights
 from common.samples import Samples
 from common.weights import Weights
