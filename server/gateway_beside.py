@@ -237,7 +237,7 @@ class Beside:
                     block.append(data)
                     full = entry.received - kept >= _BLOCK_BYTES or len(block) == _BLOCK_PARTS
                     if full or entry.received == size:
-                        await asyncio.to_thread(_keep, file.fileno(), block)
+                        await asyncio.to_thread(_keep, os.dup(file.fileno()), block)
                         block, kept = [], entry.received
             room.done()
         except OSError as error:  # a full disk, mostly, or the round has ended
@@ -283,7 +283,11 @@ class Beside:
 
 
 def _keep(file: int, block: list[bytes]) -> None:
-    done = os.writev(file, block)
-    rest = memoryview(b"".join(block)[done:]) if done < sum(map(len, block)) else memoryview(b"")
-    while rest:  # a disk that is nearly full takes a part, and says so at the next attempt
-        rest = rest[os.write(file, rest) :]
+    # A number of its own, closed here: a gateway that stops closes the other one meanwhile, and the next file gets it.
+    try:
+        done = os.writev(file, block)
+        rest = memoryview(b"".join(block)[done:]) if done < sum(map(len, block)) else memoryview(b"")
+        while rest:  # a disk that is nearly full takes a part, and says so at the next attempt
+            rest = rest[os.write(file, rest) :]
+    finally:
+        os.close(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime as dt
 import hashlib
@@ -24,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -58,7 +60,7 @@ from common.errors import ConfigError, FedicomError
 from common.identity import Signer
 from common.registry import Member, Registry
 from server import gateway_beside, gateway_rules
-from server.blobs import Round, Store
+from server.blobs import Round, Store, Writing
 from server.gateway import Gateway, GatewayConfig, GatewayLimits, RegistryKeys, flower_header
 from server.gateway_nginx import nginx_config, write_nginx
 
@@ -1400,12 +1402,51 @@ def test_a_piece_that_comes_byte_by_byte_is_whole(weights):
     assert bytes(got) == piece
 
 
+def test_what_a_hung_disk_takes_after_a_stop_goes_into_no_other_file(tmp_path, monkeypatch):
+    hung, freed, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Peer(gateway_beside.Beside):
+        _http = SimpleNamespace(they_are_waiting_for_100_continue=False)  # type: ignore[assignment]
+
+        async def _plain_body(self, size, entry):
+            entry.received = size
+            yield b"0123456789"
+
+    def writev(file, block):
+        hung.set()
+        freed.wait(10)
+        return os.write(file, block[0][:2])
+
+    def write(file, rest, write=os.write):
+        written = write(file, rest)
+        if hung.is_set() and freed.is_set() and len(rest) > 2:
+            done.set()
+        return written
+
+    monkeypatch.setattr(gateway_beside.os, "writev", writev)
+    monkeypatch.setattr(gateway_beside.os, "write", write)
+
+    async def stop_meanwhile():
+        room = Writing(tmp_path / "part", tmp_path / "piece")
+        task = asyncio.create_task(Peer()._receive(room, 10, gateway_beside.Entry("north")))
+        await asyncio.to_thread(hung.wait, 10)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        with (tmp_path / "log").open("wb", buffering=0):  # the next file that the gateway opens
+            freed.set()
+            await asyncio.to_thread(done.wait, 10)
+
+    asyncio.run(stop_meanwhile())
+    assert (tmp_path / "log").read_bytes() == b""
+    assert (tmp_path / "part").read_bytes() == b"0123456789"
+
+
 def test_a_disk_that_takes_a_part_at_a_time_gets_all_of_a_piece(tmp_path, monkeypatch):
     write, writev = os.write, os.writev
     monkeypatch.setattr(os, "writev", lambda file, block: writev(file, [b"".join(block)[:5]]))
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
     with (tmp_path / "piece").open("wb", buffering=0) as file:
-        gateway_beside._keep(file.fileno(), [b"0123", b"456", b"789"])
+        gateway_beside._keep(os.dup(file.fileno()), [b"0123", b"456", b"789"])
     assert (tmp_path / "piece").read_bytes() == b"0123456789"
 
 
