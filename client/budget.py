@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from client.approvals import Approvals
-from client.ledger import Entry, Ledger
+from client.ledger import Entry, Ledger, remembered
 from client.policy import ledger_policy
 from common.accounting import accounts, epsilon_pld
+from common.chain import GENESIS, parts, verify
 from common.deployment import SiteHome
 from common.errors import ConfigError
+from common.identity import Signer
 from common.storage import storing
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -53,6 +55,8 @@ class Budget:
     """How much of it would not be there without the open ones."""
     recipes: tuple[RecipeCost, ...]
     visits: tuple[Entry, ...]
+    trouble: str
+    """As of `trouble`: more was spent than is told here. Else empty."""
 
     @property
     def left(self) -> float:
@@ -69,6 +73,7 @@ class Budget:
             "spent_rdp": self.rdp,
             "reserved": self.reserved,
             "left": self.left,
+            "trouble": self.trouble or None,
             "recipes": [asdict(row) for row in self.recipes],
         }
 
@@ -77,6 +82,7 @@ def budget(home: SiteHome) -> Budget:
     """Reads the ledger of a site.
 
     Raises:
+        AuditError: The log, which remembers the newest ledger, does not hold.
         ConfigError: The configuration does not hold.
         StorageError: The ledger cannot be read or trusted.
     """
@@ -107,8 +113,26 @@ def budget(home: SiteHome) -> Budget:
     return Budget(
         cap=policy.epsilon, delta=policy.delta, spent=spent, prv=together.prv, rdp=together.rdp,
         reserved=spent - ended, recipes=tuple(recipes),
-        visits=visits,
+        visits=visits, trouble=trouble(home),
     )  # fmt: skip
+
+
+def trouble(home: SiteHome) -> str:
+    """How the ledger is less than the site's log remembers of it; empty when it is all there.
+
+    Raises:
+        AuditError: The log does not hold.
+        StorageError: Log or ledger cannot be read or trusted.
+    """
+    path, config = home.audit_file, home.config
+    began = path.exists() or parts(path)
+    head = remembered(verify(path, Signer.load(home.signing_key).public)) if began else GENESIS
+    if head == GENESIS:
+        return ""
+    if not home.ledger_file.exists():
+        return "the privacy ledger is missing, which this site's log remembers"
+    holds = Ledger(home.ledger_file, config.site, ledger_policy(config.policy)).holds(head)
+    return "" if holds else "the privacy ledger is older than this site's log remembers"
 
 
 def draw(home: SiteHome, found: Budget, path: Path) -> None:

@@ -346,7 +346,8 @@ def budget_verb(words: Sequence[str]) -> int:
         "budget",
         "Show what was spent of the privacy of this site's patients, over all recipes, restarts and years: epsilon "
         "spent, reserved by visits that did not end, and left under the cap of the policy. Epsilons of recipes do not "
-        "add up exactly: together they cost a little less than their sum.",
+        "add up exactly: together they cost a little less than their sum. Exit code 1 when the ledger is not the "
+        "newest that the site's log remembers.",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg or .pdf)")
     parser.add_argument("--json", action="store_true", help="the same for programs")
@@ -359,7 +360,7 @@ def budget_verb(words: Sequence[str]) -> int:
         draw(home, found, arguments.plot)
     if arguments.json:
         print(json.dumps(found.plain, indent=1))  # noqa: T201
-        return 0
+        return 1 if found.trouble else 0
     table = Table(title=f"Privacy budget at delta {found.delta:g}", title_justify="left")
     for column in ("recipe", "visits", "steps", "open", "epsilon alone", "of scores"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
@@ -383,6 +384,10 @@ def budget_verb(words: Sequence[str]) -> int:
     _say(console, f"PLD counts. As cross-checks: PRV {prv}, RDP {rdp} (an older, looser bound).")
     if arguments.plot is not None:
         _say(console, f"Drawn to {arguments.plot}")
+    if found.trouble:
+        says = f"This is not all: {found.trouble}. Put the newest back; until then nothing private is trained."
+        _say(console, says, "bold red")
+        return 1
     return 0
 
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from common import chain
 from common.accounting import Event, epsilon_pld
 from common.epsilon import rounded_up
 from common.errors import PrivacyError, StorageError
@@ -130,6 +131,12 @@ class Entry:
             number=self.number, recipe_id=self.recipe_id, round=self.round, base=self.base, event=self.event,
             epsilon=epsilon,
         )  # fmt: skip
+
+
+def remembered(events: Iterable[chain.Event]) -> str:
+    """The newest head of the ledger that a site's log holds; zeros where it holds none."""
+    heads = [str(event.facts["ledger_head"]) for event in events if event.facts.get("ledger_head")]
+    return heads[-1] if heads else _GENESIS
 
 
 class Ledger:

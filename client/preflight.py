@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from client.approvals import Approval, Approvals
+from client.budget import trouble
 from client.ledger import Ledger
 from client.machine import Level, Line, disk, gpu, packages, user
 from client.policy import ledger_policy, objections
@@ -195,27 +196,25 @@ def _objections(config: SiteConfig, approval: Approval, patients: int | None = N
 def _budget(home: SiteHome) -> Iterator[Line]:
     config = home.config
     policy = config.policy
+    wrong = trouble(home)
+    if wrong:
+        yield Line(
+            level="FAIL",
+            what="budget",
+            says=wrong,
+            fix="put the newest copy of state/ledger.jsonl back; until then nothing private is trained",
+        )
     if not home.ledger_file.exists():
-        yield Line(level="ok", what="budget", says=f"epsilon {policy.epsilon:g}, nothing spent")
+        if not wrong:
+            yield Line(level="ok", what="budget", says=f"epsilon {policy.epsilon:g}, nothing spent")
         return
-    ledger = Ledger(home.ledger_file, config.site, ledger_policy(policy))
-    spent = ledger.spent()
+    spent = Ledger(home.ledger_file, config.site, ledger_policy(policy)).spent()
     says = f"epsilon {rounded_up(spent)} of {policy.epsilon:g} spent at delta {policy.delta:g}"
     level: Level = "FAIL" if spent >= policy.epsilon else "warn" if spent > 0.9 * policy.epsilon else "ok"
     fix = (
         "" if level == "ok" else "no private recipe can run much longer on these patients; that is what the cap is for"
     )
     yield Line(level=level, what="budget", says=says, fix=fix)
-    path = home.audit_file
-    events = verify(path, Signer.load(home.signing_key).public) if path.exists() or parts(path) else ()
-    heads = [str(event.facts.get("ledger_head")) for event in events if event.kind == "budget reserved"]
-    if heads and not ledger.holds(heads[-1]):
-        yield Line(
-            level="FAIL",
-            what="budget",
-            says="the ledger is older than this site's log remembers",
-            fix="put the newest copy of state/ledger.jsonl back; until then nothing private is trained",
-        )
 
 
 def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[Line]:

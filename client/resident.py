@@ -21,7 +21,7 @@ import torch
 
 from client.approvals import Approval, Approvals
 from client.cohort import Cohort, site_cohort
-from client.ledger import Ledger
+from client.ledger import Ledger, remembered
 from client.parallel import dismiss
 from client.policy import ledger_policy
 from client.quality.gate import QualityError, require_quality
@@ -164,8 +164,7 @@ class Resident:
             for folder in ("outbox", "remainders", "sums"):
                 drop_unfinished(self._home.state / folder, below=True)
         events = self._events()
-        heads = [str(event.facts["ledger_head"]) for event in events if event.facts.get("ledger_head")]
-        self._ledger_head = heads[-1] if heads else GENESIS
+        self._ledger_head = remembered(events)
         config = self._configured()
         self._log.append("node started", configuration=self._configuration, versions=dict(package_versions()))
         self._log.append("code", packages=dict(code_hashes()))

@@ -248,6 +248,23 @@ def test_a_spent_budget_and_an_old_ledger_fail(house: House) -> None:
     assert [line.level for line in lines] == ["FAIL", "FAIL"]
 
 
+def test_a_ledger_without_its_last_settlement_and_one_that_is_gone_fail_as_they_do_in_the_node(house: House) -> None:
+    home = house.home
+    ledger = Ledger(home.ledger_file, "north", ledger_policy(home.config.policy))
+    event = Event(noise_multiplier=1.0, sampling_rate=0.3, steps=4)
+    reserved = ledger.reserve("a" * 64, round=1, base="b" * 64, event=event)
+    house.log.append("budget reserved", ledger_head=ledger.head)
+    old = home.ledger_file.read_bytes()
+    ledger.settle(reserved, 4)
+    house.log.append("update sent", ledger_head=ledger.head)
+    assert one(run(house, images=False), "budget", "ok")
+    home.ledger_file.write_bytes(old)
+    assert "older than" in one(run(house, images=False), "budget", "FAIL").says
+    home.ledger_file.unlink()
+    (line,) = of(run(house, images=False), "budget")
+    assert (line.level, "is missing" in line.says) == ("FAIL", True)
+
+
 # Images
 
 
