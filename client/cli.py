@@ -319,12 +319,12 @@ def status_verb(words: Sequence[str]) -> int:
         print(json.dumps(status, indent=1))  # noqa: T201
     else:
         console.print(status_shown(status))
-    return 0 if status["state"] not in ("stopped", "failed") else 1
+    return 0 if status["state"] not in ("stopped", "failed", "silent") else 1
 
 
 def _status(home: SiteHome) -> dict[str, Any]:
     """The node's own word, when it is fresh."""
-    from client.node import FRESH_S
+    from client.node import FRESH_S, running
 
     config = home.config
     status = read_status(home.status_file) or {}
@@ -332,8 +332,9 @@ def _status(home: SiteHome) -> dict[str, Any]:
     if not status:
         return {**fixed, "state": "stopped"}
     updated = datetime.fromisoformat(str(status.get("updated", "1970-01-01T00:00:00+00:00")))
-    if abs((datetime.now(UTC) - updated).total_seconds()) > FRESH_S:  # of the future: the clock went back since
-        status["state"] = "stopped"
+    old = abs((datetime.now(UTC) - updated).total_seconds()) > FRESH_S  # of the future: the clock went back since
+    if old and status.get("state") != "stopped":
+        status["state"] = "stopped" if running(home) is None else "silent"
     return {**status, **fixed}
 
 

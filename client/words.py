@@ -22,6 +22,7 @@ _STATES = {
     "working": "working",
     "restarting": "its runner is being started again",
     "failed": "cannot work",
+    "silent": "runs, but has written no status for long: is the disk full? Else it hangs; start it anew",
     "stopped": "not running; start it with `fedicom site start`",
 }
 
@@ -36,10 +37,10 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
         table.add_row(name, Text(printable(str(value)), style))
 
     state = str(status.get("state"))
-    bad = state in ("failed", "stopped", "restarting")
+    bad = state in ("failed", "stopped", "silent", "restarting")
     row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
     row("state", _STATES.get(state, state), "yellow" if bad else "green")
-    if status.get("connected") is not None and state != "stopped":
+    if status.get("connected") is not None and state not in ("stopped", "silent"):
         row(
             "connection",
             "to the gateway" if status["connected"] else "none; trying until there is one",

@@ -17,6 +17,7 @@ import fedicom
 from client.approvals import Approvals
 from client.cli import _VERBS
 from client.ledger import Ledger
+from client.node import only_one
 from client.policy import ledger_policy
 from client.words import in_words
 from common.accounting import Event, epsilon_pld
@@ -339,6 +340,16 @@ def test_an_old_status_is_no_sign_of_life_and_a_failed_runner_is_exit_1(site: Si
     assert "not running" in site("status", code=1)
     write_status(site, state="failed", error="the log is broken")
     assert "the log is broken" in site("status", code=1)
+
+
+def test_a_node_that_cannot_write_its_status_is_not_said_to_be_stopped(site: Site) -> None:
+    write_status(site, age_s=3600, state="ready")
+    with only_one(site.house.home):
+        said = site("status", code=1)
+        assert "is the disk full?" in said
+        assert "runner 8" in said
+        assert json.loads(site("status", "--json", code=1))["state"] == "silent"
+    assert "not running" in site("status", code=1)
 
 
 def test_preflight_prints_every_line_and_ends_with_1_when_one_fails(
