@@ -58,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = map(printable, str(error).split("\n"))
         print("fedicom:", "\n".join(lines), file=sys.stderr)  # noqa: T201
         return error.exit_code
+    except PermissionError as error:
+        # Without the path, which may name a patient: where one may be shown, the room that knows has told it.
+        why = f"{error.strerror}; check the owner and mode of the folders, or run this as the user that they belong to"
+        print("fedicom:", why, file=sys.stderr)  # noqa: T201
+        return 1
     except BrokenPipeError:
         # The reader of our output, `head` for example, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

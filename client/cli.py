@@ -271,14 +271,18 @@ def start_verb(words: Sequence[str]) -> int:
         help="run although the user is root (also FEDICOM_ALLOW_ROOT=1): for containers where that means nothing",
     )
     arguments = parser.parse_args(words)
+    from client.node import check_user, start
+
+    if arguments.allow_root:
+        os.environ["FEDICOM_ALLOW_ROOT"] = "1"  # for the processes that the node starts as well
+    check_user()
     home, console = _site(arguments), Console()
-    from client.node import start
 
     def say(line: str, style: str) -> None:
         text = Text.assemble((f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", "dim"), (line, style))
         console.print(text, soft_wrap=True)
 
-    return start(home, say, allow_root=arguments.allow_root)
+    return start(home, say)
 
 
 def stop_verb(words: Sequence[str]) -> int:

@@ -68,6 +68,9 @@ def preflight(
             yield from check()
         except FedicomError as error:
             yield Line(level="FAIL", what=what, says=str(error), fix="mend this first, and run preflight again")
+        except PermissionError as error:
+            fix = "check its owner and mode: everything in the site's folder belongs to the user that runs the node"
+            yield Line(level="FAIL", what=what, says=f"{error.filename}: {error.strerror}", fix=fix)
         except Exception as error:
             yield Line(level="FAIL", what=what, says=f"the check itself failed ({type(error).__name__}: {error})")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import field
 from datetime import time
@@ -308,7 +309,20 @@ class _Home:
     """A folder that one party of the federation owns."""
 
     def __init__(self, path: Path) -> None:
+        """Names the folder; it need not be there yet.
+
+        Raises:
+            ConfigError: The user is root and the folder somebody else's.
+        """
         self.path = path.resolve()
+        # What root makes there, the log with its first event, is root's alone, and stops whoever owns the folder.
+        root = os.geteuid() == 0 and os.environ.get("FEDICOM_ALLOW_ROOT") != "1"
+        if root and self.path.is_dir() and (owner := self.path.stat().st_uid):
+            raise ConfigError(
+                f"{self.path.name} belongs to user {_login(owner)}, who could not read what root writes there; run "
+                f"this as that user (sudo -u {_login(owner)}), or say FEDICOM_ALLOW_ROOT=1 where root is nobody "
+                "outside, as in a rootless container"
+            )
 
     def _need(self, path: Path, what: str) -> Path:
         if not path.is_file():
@@ -515,14 +529,21 @@ class ServerHome(_Home):
         return self.path / "audit" / "server.jsonl"
 
 
+def _login(user: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"#{user}"
+
+
 def home_folder(given: Path | None, *files: str) -> Path:
     """The folder that a command works in: `--home`, or FEDICOM_HOME, or the current one when it holds one of `files`.
 
     Raises:
         ConfigError: None of the three, or the folder holds none of the files.
     """
-    import os
-
     named = given or (Path(os.environ["FEDICOM_HOME"]) if os.environ.get("FEDICOM_HOME") else None)
     folder = named or Path()
     if any((folder / file).is_file() for file in files):

@@ -219,3 +219,14 @@ def test_help_shows_the_defaults_that_decide_the_result(verb, defaults, capsys):
     told = " ".join(capsys.readouterr().out.split())
     for default in defaults:
         assert f"(default: {default})" in told
+
+
+def test_a_folder_that_may_not_be_read_is_a_sentence_without_its_path(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse(*given: object) -> None:
+        raise PermissionError(13, "Permission denied", "/data/Roe_Jane")
+
+    monkeypatch.setattr(imports, "call", refuse)
+    code, out, err = run("version", capsys=capsys)
+    assert (code, out) == (1, "")
+    assert err.startswith("fedicom: Permission denied; check the owner and mode")
+    assert "Roe" not in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,22 @@ def written(folder: Path, name: str, plain: Any) -> Path:
     path = folder / name
     path.write_text(plain if isinstance(plain, str) else yaml.safe_dump(plain))
     return path
+
+
+@pytest.mark.parametrize("kind", [SiteHome, ServerHome])
+def test_root_opens_nobody_elses_folder_unless_root_is_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[SiteHome] | type[ServerHome]
+) -> None:
+    monkeypatch.delenv("FEDICOM_ALLOW_ROOT", raising=False)
+    kind(tmp_path)  # its owner
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 65534, 65534)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(ConfigError, match=r"belongs to user .*, who could not read what root writes there"):
+        kind(tmp_path)
+    kind(tmp_path / "new")
+    monkeypatch.setenv("FEDICOM_ALLOW_ROOT", "1")
+    kind(tmp_path)
 
 
 def test_a_site_needs_three_lines_and_the_rest_is_careful(tmp_path: Path) -> None:
