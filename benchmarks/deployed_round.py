@@ -37,7 +37,7 @@ from measure import machine, spread
 from common.audit import verify
 from common.chain import Event
 from common.config import Phantom
-from simulations.rehearsal import RUN, Plan, Rehearsal, rehearsing
+from simulations.rehearsal import RUN, Plan, Rehearsal, end_as_with_ctrl_c, rehearsing
 
 SITES = 3
 SKIPPED = 2
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--with", dest="more", nargs="*", default=[], help="more words of the recipe")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     given = parser.parse_args()
+    end_as_with_ctrl_c()
     found: dict[str, Any] = {"machine": machine(), "sites": SITES}
     folder = given.keep or Path(tempfile.mkdtemp(prefix="fedicom-round-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from simulations.phantoms import make_phantoms
 
 RUN = "rehearsal"
 _POLL_S = 0.25
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class RehearsalError(FedicomError):
@@ -244,6 +245,22 @@ class Rehearsal:
     def _environment(self) -> dict[str, str]:
         own = {"OMP_NUM_THREADS": "1", "FEDICOM_ALLOW_ROOT": "1", **(self.plan.environment or {})}
         return {**os.environ, **own}
+
+
+def end_as_with_ctrl_c() -> None:
+    """From now on SIGTERM, and the end of the terminal, stop this process as Ctrl-C does: what it started ends first.
+
+    Each is heard once: a second one would leave the processes that the first one was about to end.
+    """
+
+    def asked(number: int, frame: object) -> None:
+        for each in _ENDS:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in _ENDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, asked)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 from common.config import Phantom
 from common.epsilon import rounded_up
 from common.errors import ConfigError
-from simulations.rehearsal import Plan, Rehearsal
+from simulations.rehearsal import Plan, Rehearsal, end_as_with_ctrl_c
 
 _MARK = ".rehearsal"
 
@@ -63,7 +62,7 @@ def rehearse_verb(words: Sequence[str]) -> int:
         console.print(f"[dim]{time.monotonic() - began:5.0f} s[/dim]  {line}", highlight=False, soft_wrap=True)
 
     rehearsal = Rehearsal(out, plan)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes end as with Ctrl-C
+    end_as_with_ctrl_c()
     try:
         say(f"Drawing the patients of {plan.count} hospitals as DICOM")
         rehearsal.hospitals()

@@ -34,9 +34,10 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(rehearsal_cli, "Rehearsal", Told)
     monkeypatch.setattr(rehearsal_cli.time, "sleep", lambda seconds: None)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield said
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("sites", [1, 3])
@@ -47,11 +48,21 @@ def test_a_site_is_killed_and_comes_back_also_when_there_is_one_alone(done, tmp_
     assert done[-1] == "stop"
 
 
-def test_a_rehearsal_that_is_told_to_end_stops_its_processes(done, tmp_path, monkeypatch):
-    monkeypatch.setattr(rehearsal_cli, "_train", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_rehearsal_that_is_told_to_end_stops_its_processes_also_when_it_is_told_twice(
+    done, tmp_path, monkeypatch, number
+):
+    monkeypatch.setattr(rehearsal_cli, "_train", lambda *_, **__: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         rehearsal_cli.rehearse_verb(["--out", str(tmp_path / "out")])
     assert done[-1] == "stop"
+    os.kill(os.getpid(), number)
+
+
+def test_a_rehearsal_under_nohup_outlives_its_terminal(done, tmp_path, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(rehearsal_cli, "_train", lambda *_, **__: os.kill(os.getpid(), signal.SIGHUP))
+    assert rehearsal_cli.rehearse_verb(["--out", str(tmp_path / "out")]) == 0
 
 
 def test_a_file_is_no_folder_for_a_rehearsal_and_stays(tmp_path: Path):
