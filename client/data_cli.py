@@ -74,7 +74,7 @@ def index_verb(words: Sequence[str]) -> int:
             bar.update(task, total=hashed)
     assert index.path is not None
     print(  # noqa: T201
-        f"{found.files:,} files: {found.examined:,} new or changed, {found.removed:,} gone"
+        f"{number_of(found.files, 'file')}: {found.examined:,} new or changed, {found.removed:,} gone"
         + (f", {hashed:,} hashed" if arguments.hash else "")
         + f". Index: {shown(index.path.stat().st_size)}."
     )

@@ -14,6 +14,7 @@ from common.errors import ConfigError, DataError
 from common.identity import read_private
 from common.imaging.deidentify import Deidentifier, Options
 from common.imaging.refusal import Refusal
+from common.printable import number_of
 from common.storage import named_file, named_place, private_folder, storing, write_whole
 
 _KEY_BYTES = 32
@@ -51,7 +52,7 @@ def deidentify_verb(words: Sequence[str]) -> int:
             Deidentifier(key, options),
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    print(f"{copied.files:,} images copied, {sum(copied.refused.values()):,} files refused")  # noqa: T201
+    print(f"{number_of(copied.files, 'image')} copied, {number_of(sum(copied.refused.values()), 'file')} refused")  # noqa: T201
     for code, count in sorted(copied.refused.items()):
         print(f"  {count:,} {code}")  # noqa: T201
     print("Pixels were not changed: look at every image, and mind faces in head scans, before you share them.")  # noqa: T201

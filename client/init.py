@@ -25,6 +25,7 @@ from common.enrolment import (
     site_yaml,
 )
 from common.identity import NodeKey, Signer, new_signing_key
+from common.printable import number_of
 from common.storage import named_file, named_path
 from common.vault import Secret
 
@@ -159,7 +160,7 @@ def join_verb(words: Sequence[str]) -> int:
     named_path(arguments.kit)
     if arguments.kit.suffix == ".json":
         registry = install_registry(home, arguments.kit, by=by)
-        done: Sequence[str] = (f"registry of version {registry.version}, {len(registry.members)} sites",)
+        done: Sequence[str] = (f"registry of version {registry.version}, {number_of(len(registry.members), 'site')}",)
     else:
         is_folder = arguments.kit.is_dir()
         files = kits.read_folder(arguments.kit) if is_folder else kits.read_sealed(arguments.kit, _secret(arguments))

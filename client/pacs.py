@@ -33,6 +33,7 @@ from common.deployment import SiteHome, home_folder
 from common.errors import ConfigError, DataError
 from common.identity import read_private
 from common.labels import between_columns, records
+from common.printable import number_of
 from common.storage import named_file, storing, write_whole
 
 _KEYS = ("patient", "study", "accession", "series")
@@ -203,9 +204,11 @@ def _write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
 
 def _summary(pulled: Pulled, store: Store) -> None:
     print(  # noqa: T201
-        f"{pulled.studies:,} studies: {store.fetched:,} images fetched ({store.fetched_bytes / 1e6:,.1f} MB), "
-        f"{pulled.already:,} were here; {pulled.vanished:,} studies vanished, {pulled.refused:,} images not delivered "
-        f"whole, {store.bad:,} damaged or unasked answers thrown away"
+        f"{number_of(pulled.studies, 'study')}: {number_of(store.fetched, 'image')} fetched "
+        f"({store.fetched_bytes / 1e6:,.1f} MB), "
+        f"{pulled.already:,} were here; {number_of(pulled.vanished, 'study')} vanished, "
+        f"{number_of(pulled.refused, 'image')} not delivered whole, "
+        f"{number_of(store.bad, 'damaged or unasked answer')} thrown away"
     )
     if pulled.body_part_unknown:
         print(  # noqa: T201

@@ -184,11 +184,12 @@ def _patients(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> Section:
             lines=("Not counted. Give the data folder in site.yaml (data), and run the review again.",),
         )
     lines = []
-    of = "volumes" if recipe.task.dimensions == 3 else "images"
+    of = "volume" if recipe.task.dimensions == 3 else "image"
     for split, counts in (_counts(recipe, cohort) or {}).items():
         classes = ", ".join(f"{_printable(name)} {count}" for name, count in counts["classes"].items())
         lines.append(
-            f"{counts['patients']} patients with {counts['samples']} {of} {_SPLITS[split]} (patients: {classes})"
+            f"{number_of(counts['patients'], 'patient')} with {number_of(counts['samples'], of)} {_SPLITS[split]} "
+            f"(patients: {classes})"
         )
     if cohort.refused:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))

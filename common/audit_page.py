@@ -466,7 +466,7 @@ def _lines(lines: Sequence[Line], none: str, *, folded: bool = False, whole: boo
         numbers_from=99, class_="compact events",
     )  # fmt: skip
     if folded and len(rows) > _OPEN_ROWS:
-        return tag("details", tag("summary", f"{len(rows):,} events"), shown)
+        return tag("details", tag("summary", number_of(len(rows), "event")), shown)
     return shown
 
 

@@ -23,6 +23,7 @@ from common.deployment import ServerHome, SiteConfig, SiteHome, policy_names
 from common.errors import ConfigError, FedicomError
 from common.identity import NodeKey, Signer, expiring, node_signed_by, signed_by
 from common.journal import SharedLog
+from common.printable import number_of
 from common.registry import COORDINATOR, Name, PublicKey, Registry, Time, parse_registry
 from common.registry import NodeKey as NodePublic
 from common.storage import locked, private_folder, storing, write_whole
@@ -203,7 +204,7 @@ def install_kit(
         elif _read(home.ca) != files.get("trust/ca.crt"):
             kits.put({path: files[path] for path in ("trust/ca.crt",) if path in files}, home.path)
         _take_registry(home, files[kits.REGISTRY], registry)
-        done.append(f"registry of version {registry.version}, {len(registry.members)} sites")
+        done.append(f"registry of version {registry.version}, {number_of(len(registry.members), 'site')}")
         done += _take_keys(home, files, signer, node)
         first = not (home.path / kits.MANIFEST).exists()
         if first:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError, StorageError
-from common.printable import printable
+from common.printable import number_of, printable
 from common.storage import named_file, storing
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def _run(words: Sequence[str]) -> int:
     asking = _Asking(arguments)
     run = asking.post(f"/v1/runs{f'?{urlencode(query)}' if query else ''}", data)
     name = str(run["run"])
-    _say(f"Run {name}: recipe {run.get('recipe')}, id {str(run.get('recipe_id'))[:12]}, {run.get('rounds')} rounds")
+    rounds = number_of(int(run.get("rounds") or 0), "round")
+    _say(f"Run {name}: recipe {run.get('recipe')}, id {str(run.get('recipe_id'))[:12]}, {rounds}")
     if arguments.detach:
         _say(f"It goes on by itself; `fedicom server status` shows it, `fedicom server stop {name}` ends it.")
         return 0
@@ -195,7 +196,8 @@ def _audit(words: Sequence[str]) -> int:
         if int(asking.get("/v1/audit")[1].get("fedicom-audit-parts", "0")) == count:
             write_whole(path, data)
             events = len(data.splitlines())
-            _say(f"{path}: {events} events, and {count} earlier parts; check it with `fedicom audit verify`")
+            earlier = number_of(count, "earlier part")
+            _say(f"{path}: {number_of(events, 'event')}, and {earlier}; check it with `fedicom audit verify`")
             return 0
     raise StorageError("the log grows too fast to be fetched; try again")
 

@@ -311,7 +311,7 @@ def _show_drift(found: Drift) -> None:
 
     console = Console(highlight=False)
     console.print(
-        f"A: {found.patients_a:,} patients, B: {found.patients_b:,}; bins version {found.bins_version}, "
+        f"A: {number_of(found.patients_a, 'patient')}, B: {found.patients_b:,}; bins version {found.bins_version}, "
         f"{found.bins_sha256[:12]}"
     )
     for each in found.features:
@@ -374,10 +374,10 @@ def _show_difference(found: Difference) -> None:
     for what, count in found.labels_changed.items():
         say(f"label {what}: {count:,}")
     if found.subgroups_changed:
-        say(f"subgroup columns of {found.subgroups_changed:,} images")
+        say(f"subgroup columns of {number_of(found.subgroups_changed, 'image')}")
     for name, (old, new) in found.settings_changed.items():
         say(f"{name}: {old} -> {new}")
     if not found.images_comparable:
         say("images were prepared in another way, so single images are not compared")
     for what, count in found.splits_changed.items():
-        say(f"SPLIT CHANGED {what}: {count:,} patients; results on validation and test patients are void")
+        say(f"SPLIT CHANGED {what}: {number_of(count, 'patient')}; results on validation and test patients are void")

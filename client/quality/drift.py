@@ -13,6 +13,7 @@ from client.quality.bins import VERSION, bin_names, bins_hash, bins_of
 from client.quality.report import LOCAL_ONLY
 from client.quality.survey import LEVELS, Survey
 from common.errors import DataError
+from common.printable import number_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -87,7 +88,8 @@ def compare(a: Survey, b: Survey, *, classes: Sequence[str] = (), min_cell: int 
     sizes = [len({picture.patient for picture in side.pictures}) for side in (a, b)]
     if min(sizes) < min_cell:
         raise DataError(
-            f"the two sides have {sizes[0]} and {sizes[1]} patients; at least {min_cell} each are needed to compare"
+            f"the two sides have {sizes[0]} and {number_of(sizes[1], 'patient')}; at least {min_cell} each are "
+            "needed to compare"
         )
     found = []
     for feature in FEATURES:

@@ -48,13 +48,14 @@ def page(report: Report, points: Points | None) -> str:
         tag("style", Html(CSS + plots.CSS)),
     )
     nav = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in shown), aria_label="Sections")
+    made = report.made.replace("T", " ")
     body = tag(
         "body",
         tag(
             "header",
             tag("p", "Data quality report", class_="eyebrow"),
             tag("h1", "What these images and labels are like"),
-            tag("p", f"Made {report.made.replace('T', ' ')} UTC, from {report.files:,} files", class_="meta"),
+            tag("p", f"Made {made} UTC, from {number_of(report.files, 'file')}", class_="meta"),
             tag("p", report.notice, class_="local", role="note"),
             tag("p", _verdict(report), class_="lead"),
             _cards(report),
@@ -93,7 +94,8 @@ def _cards(report: Report) -> Html:
             class_="card",
         )
 
-    units = [f"{report.images:,} images"] * bool(report.images) + [f"{report.volumes:,} volumes"] * bool(report.volumes)
+    found = ((report.images, "image"), (report.volumes, "volume"))
+    units = [number_of(count, noun) for count, noun in found if count]
     labelled = report.images + report.volumes - report.unlabelled
     return tag(
         "div",

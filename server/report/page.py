@@ -235,7 +235,8 @@ def _performance(report: RunReport) -> Html:
     if central.suppressed:
         return tag("p", f"The central test set is too small to show: {words.suppressed(report)}.")
     intro = (
-        f"The final model on the coordinator's test set: {central.patients} patients whom no hospital holds. "
+        f"The final model on the coordinator's test set: {number_of(central.patients, 'patient')} whom no hospital "
+        "holds. "
         f"Intervals come from {report.recipe.evaluation.bootstraps:,} resamplings of patients."
     )
     rows = [

@@ -146,7 +146,7 @@ def test_the_command_copies_a_tree_under_new_names_and_says_nothing_of_a_patient
     words = [str(tmp_path / "in"), str(tmp_path / "out"), "--key-file", str(tmp_path / "key")]
     assert deidentify_verb([*words, "--make-key"]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith("1 images copied, 2 files refused\n  1 burned_in_text\n  1 not_dicom\n")
+    assert said.out.startswith("1 image copied, 2 files refused\n  1 burned_in_text\n  1 not_dicom\n")
     assert MARKER not in said.out + said.err
     (copy,) = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert MARKER not in str(copy.relative_to(tmp_path))

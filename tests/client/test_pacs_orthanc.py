@@ -338,7 +338,7 @@ def test_labels_accession_numbers_and_a_limit(loaded, home, tmp_path, way):
     assert "label without images,3,A3," in listed
     assert len([line for line in listed if line.startswith("images without label")]) == 1
     assert (tmp_path / "out" / "pull" / "labels.csv").stat().st_mode & 0o777 == 0o600
-    assert pull(server.net, home, tmp_path / "one", way, "--limit", "1").stdout.startswith("1 studies")
+    assert pull(server.net, home, tmp_path / "one", way, "--limit", "1").stdout.startswith("1 study")
 
 
 @pytest.mark.parametrize("way", ["web", "dimse"])
@@ -355,7 +355,7 @@ def test_a_study_deleted_between_search_and_fetch_is_reported_and_the_other_arri
     said, errors = running.communicate(timeout=400)
     assert running.returncode == 1, errors
     assert said.startswith("2 studies: 20 images fetched")
-    assert "1 studies vanished" in said
+    assert "1 study vanished" in said
     assert pulled(out) == pixels(studies[first])
     report = out / "pull" / "report.csv"
     assert report.read_text().splitlines()[1] == f"{other},,vanished"
@@ -394,7 +394,7 @@ def test_a_server_that_dies_and_comes_back_loses_nothing_and_sends_nothing_twice
     own.start()
     said, errors = running.communicate(timeout=400)
     assert running.returncode == 0, errors
-    assert said.startswith("1 studies: 24 images fetched")
+    assert said.startswith("1 study: 24 images fetched")
     check_whole(out, wanted, before)
 
 
@@ -413,7 +413,7 @@ def test_a_server_that_stays_dead_ends_the_pull_and_the_next_one_goes_on(own, tm
     assert files(out) == []  # the series is not whole
     own.start()
     done = pull(own.net, home_, out, way)
-    assert done.stdout.startswith(f"1 studies: {24 - len(before)} images fetched"), done.stdout + done.stderr
+    assert done.stdout.startswith(f"1 study: {24 - len(before)} images fetched"), done.stdout + done.stderr
     check_whole(out, wanted, before)
 
 
@@ -431,7 +431,7 @@ def test_a_client_killed_at_any_moment_goes_on_where_it_was(own, tmp_path, way):
     assert files(out) == []  # the series is not whole
     assert 9 <= len(before) < 24
     done = pull(own.net, home_, out, way)
-    assert done.stdout.startswith(f"1 studies: {24 - len(before)} images fetched"), done.stdout + done.stderr
+    assert done.stdout.startswith(f"1 study: {24 - len(before)} images fetched"), done.stdout + done.stderr
     check_whole(out, wanted, before)
 
 
