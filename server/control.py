@@ -409,20 +409,23 @@ class Control:
         return wanted
 
     def stop_run(self, name: str) -> None:
-        """Ends the work on a run; what it has done stays.
+        """Ends the work on a run, or gives up one that failed, which else asks for somebody; what it has done stays.
 
         Raises:
             ConfigError: There is no such run.
-            ConflictError: Nobody works on it.
+            ConflictError: Nobody works on it, and it did not fail.
             StorageError: The disk is full or not writable.
         """
         run = Run(self.home, name)
         with self._lock:
-            order = run.order
-            if name not in self._working:
-                raise ConflictError(f"run {name} is not at work: it is {self.run_status(name).get('state', 'new')}")
+            order, state = run.order, self.run_status(name).get("state", "new")
+            if name not in self._working and state != "failed":
+                raise ConflictError(f"run {name} is not at work: it is {state}")
             run.write_order(replace(order, wanted="stopped"))
-            del self._working[name]
+            if self._working.pop(name, None) is None:
+                run.settle(state="stopped")
+                self._untold.pop(name, None)
+                return
         self._supervisor.stop(_child(name), _GRACE_S["run"])
         self._unless_over(run, state="stopped", eta_s=None)
 

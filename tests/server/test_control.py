@@ -267,6 +267,16 @@ def test_a_run_that_failed_is_left_until_somebody_resumes_it(with_run):
     with_run.until(lambda: len(with_run.starts("trial-1")) == 2)
 
 
+def test_a_run_that_failed_can_be_given_up_and_resumed_all_the_same(with_run):
+    with_run.until(lambda: with_run.starts("trial-1"))
+    with_run.end("trial-1", 4, state="failed", error="too few sites")
+    with_run.until(lambda: not with_run.control.run_status("trial-1")["at_work"])
+    code, answer = with_run.ask("POST", "/v1/runs/trial-1/stop")
+    assert (code, answer["state"], answer["wanted"], answer["error"]) == (200, "stopped", "stopped", "too few sites")
+    assert with_run.ask("POST", "/v1/runs/trial-1/stop")[0] == 409
+    assert with_run.ask("POST", "/v1/runs/trial-1/resume")[0] == 200
+
+
 def test_a_run_that_could_not_even_say_that_it_failed_is_told_as_failed(with_run, monkeypatch):
     with_run.until(lambda: with_run.starts("trial-1"))
     found, write = Run(with_run.house.home, "trial-1"), os.fsync
