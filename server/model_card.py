@@ -228,6 +228,9 @@ def _results(report: RunReport) -> Iterator[str]:
         ("Site", "Patients", *map(_label, SCALARS)),
         [(_text(site.name), *_site_scores(site.test)) for site in report.sites],
     )
+    if noised := words.of_scores(report.sites):
+        yield ""
+        yield _text(noised)
     for column, cells in report.subgroups.items():
         yield ""
         yield f"### Central test set by {_code(column)}"

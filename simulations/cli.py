@@ -21,6 +21,7 @@ from common.storage import named_path
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
 if TYPE_CHECKING:
+    from common.metrics import Metrics
     from server.conclude import Conclusion
     from server.rounds import RoundReport, ServerState
     from simulations.partition import Partition
@@ -149,7 +150,7 @@ def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None
     spent = [site["epsilon"] for site in summary["sites"].values() if site["epsilon"] is not None]
     table.add_row(
         "global, central test set",
-        str(central.patients) if central is not None else "-",
+        _patients(central, conclusion.report.recipe.evaluation.min_cell),
         _auroc(summary["global"]),
         f"<= {_epsilon(max(spent))}" if spent else "none",
     )
@@ -316,6 +317,12 @@ def _partition(arguments: argparse.Namespace) -> Partition:
             return Dirichlet(alpha=arguments.alpha, seed=arguments.seed, min_patients=arguments.min_patients)
 
 
+def _patients(central: Metrics | None, least: int) -> str:
+    if central is None:
+        return "-"
+    return f"< {least}" if central.suppressed else str(central.patients)
+
+
 def _baselines(summary: Any) -> list[tuple[str, Any]]:
     found = summary.get("baselines")
     if not found:
@@ -327,10 +334,11 @@ def _baselines(summary: Any) -> list[tuple[str, Any]]:
 def _auroc(values: Any) -> str:
     if values["auroc"] is None:
         return "not shown"
+    noised = ", noised" if values.get("noised_scores") else ""
     if values["auroc_ci"] is None:
-        return f"{values['auroc']:.3f}"
+        return f"{values['auroc']:.3f}{noised}"
     low, high = values["auroc_ci"]
-    return f"{values['auroc']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{values['auroc']:.3f} [{low:.3f}, {high:.3f}]{noised}"
 
 
 def _duration(seconds: float) -> str:

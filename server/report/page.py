@@ -205,15 +205,12 @@ def _sites(report: RunReport) -> Html:
     if private:
         head.append("Epsilon spent")
     specificity = words.level(report.recipe.evaluation.specificity)
-    noised = (
-        "" if report.noised_scores is None else " Where a hospital's policy is to noise its scores, they are noised."
-    )
+    noised = words.of_scores(report.sites)
     return join(
-        tag(
-            "p", f"Patients of each hospital by split, and the final model on the hospital's own test patients.{noised}"
-        ),
+        tag("p", "Patients of each hospital by split, and the final model on the hospital's own test patients."),
         table(head, rows, caption="Patients and results by hospital"),
         tag("p", f"* at {specificity} specificity. Small type: {words.confidence(report)} interval.", class_="meta"),
+        tag("p", noised, class_="meta") if noised else None,
         *(tag("p", said, class_="meta") for said in words.of_counts(report.sites)),
     )
 

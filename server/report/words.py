@@ -61,6 +61,14 @@ def of_counts(sites: Sequence[SiteSummary]) -> tuple[str, ...]:
     return tuple(said)
 
 
+def of_scores(sites: Sequence[SiteSummary]) -> str | None:
+    """Which hospitals' results are not quite what the model does there; None where there are none."""
+    noised = [site.name for site in sites if site.test is not None and site.test.noised and site.test.values]
+    if not noised:
+        return None
+    return f"Noised by their policy, with the numbers of patients behind them: results of {', '.join(noised)}."
+
+
 def value(values: Mapping[str, float], name: str) -> float | None:
     """The number of this name, None where it is missing or not defined."""
     found = values.get(name)

@@ -60,6 +60,18 @@ def test_the_price_of_noised_scores_is_on_the_card(tmp_path):
     assert "Not covered: the metrics of the other sites, which carry no noise" in text
 
 
+def test_the_card_says_which_scores_are_noised_whether_the_training_was_private_or_not(tmp_path):
+    noised = Scores(patients=25, values={"auroc": 0.0}, noised=True)
+    north = SiteSummary(name="north", patients={"test": 8}, test=noised)
+    south = SiteSummary(name="south", patients={"test": 8}, test=replace(noised, noised=False))
+    silent = SiteSummary(name="west", patients={"test": 8}, test=Scores(patients=0, values={}, noised=True))
+    text = card(tmp_path, report(recipe(), sites=(north, south, silent)))
+    table = text.partition("### Sites, each on its own test patients")[2].partition("## Privacy")[0]
+    assert "| north | 25 | 0.000 |" in table
+    assert "Noised by their policy, with the numbers of patients behind them: results of north." in table
+    assert "Noised" not in card(tmp_path, report(recipe(), sites=(south,)))
+
+
 def test_a_count_of_nought_is_not_told_and_not_called_small(tmp_path):
     site = SiteSummary(name="north", patients={"train": 0}, test=Scores(patients=0, values={"auroc": 0.9}))
     text = card(tmp_path, report(recipe(), sites=(site,)))

@@ -544,6 +544,22 @@ def test_the_table_on_the_terminal_tells_a_number_that_was_rounded_down_from_an_
         assert any(line.startswith(row) for line in shown), row
 
 
+def test_the_table_on_the_terminal_says_which_scores_carry_noise_and_counts_no_small_test_set_as_nobody() -> None:
+    site: dict[str, Any] = dict.fromkeys(("epsilon", "epsilon_prv", "epsilon_rdp", "delta"))
+    site |= {"patients": 80, "patients_rounded_down": False, "auroc": 0.25, "auroc_ci": [0.0, 0.75]}
+    sites = {"east": {**site, "noised_scores": False}, "north": {**site, "noised_scores": True}}
+    nothing = {"auroc": None, "auroc_ci": None}
+    summary = {"sites": sites, "global": nothing, "notes": [], "onnx": {"max_abs_difference": 0.0}, "wall_s": 1.0}
+    report, text = replace(lean(make()), central=Metrics(suppressed=True)), StringIO()
+    show_conclusion(
+        cast("Any", SimpleNamespace(report=report, summary=summary)), Path("x"), Console(file=text, width=120)
+    )
+    shown = [" ".join(line.replace("│", " ").split()) for line in text.getvalue().splitlines()]
+    assert "east 80 0.250 [0.000, 0.750] none none none none" in shown
+    assert "north 80 0.250 [0.000, 0.750], noised none none none none" in shown
+    assert "global, central test set < 5 not shown none" in shown
+
+
 def test_refused_replies_are_named_with_round_and_reason(tmp_path: Path) -> None:
     report = lean(make())
     line = replace(report.rounds[0], refused={"south": "delta norm 14.2 exceeds clip norm 10"})
@@ -562,6 +578,7 @@ def test_noised_scores_are_called_so_and_their_price_is_told(tmp_path: Path) -> 
     shown = words(write(replace(report, sites=(paid,), rounds=quiet), tmp_path))
     assert "They carry no noise" not in shown
     assert "their ledgers paid epsilon 0.75 for them at most" in shown
+    assert "Noised by their policy, with the numbers of patients behind them: results of north." in shown
 
 
 @pytest.mark.parametrize("of", ["the final model", "a model on the way"])
