@@ -85,18 +85,23 @@ def predict(
         progress: Told (files done, files in all).
 
     Raises:
-        ConfigError: `out_csv` or `reports` lies inside `dicom_dir`, or `reports` is no empty folder.
+        ConfigError: `out_csv` or `reports` lies inside `dicom_dir`, a table's name is a folder's, or `reports` is no
+            empty folder.
         ModelFileError: The model is unreadable or was not exported by Fedicom.
         DataError: No image of the folder can be used; the refusals are written all the same.
         StorageError: A table cannot be written.
     """
     model = OnnxModel(model_path)
     if not dicom_dir.is_dir():
-        raise DataError("the folder of DICOM images does not exist; give the folder that holds them")
+        what = "is a file" if dicom_dir.exists() else "does not exist"
+        raise DataError(f"the folder of DICOM images {what}; give the folder that holds them")
     for path in (out_csv, reports):
         if path is not None and path.resolve().is_relative_to(dicom_dir.resolve()):
             raise ConfigError("the output lies inside the folder of images; choose a place beside it")
     refused_csv = out_csv.with_name(f"{out_csv.stem}.refused.csv")
+    for path in (out_csv, refused_csv):
+        if path.is_dir():  # now: it would be found when all is predicted
+            raise ConfigError(f"{path} is a folder, and a table is to be written there; give the name of a file")
     with ExitStack() as open_tables:
         # Entered first, so it takes its name last: predictions never stand there without their refusals
         table = open_tables.enter_context(_table(out_csv))

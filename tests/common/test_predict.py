@@ -204,6 +204,8 @@ def test_an_empty_folder_is_an_error_and_no_empty_table_of_predictions(model, tm
     assert not (tmp_path / "out.csv").exists()
     with pytest.raises(DataError, match="does not exist"):
         predict(model, tmp_path / "nowhere", tmp_path / "out.csv")
+    with pytest.raises(DataError, match="is a file"):
+        predict(model, model, tmp_path / "out.csv")
 
 
 def test_a_run_that_breaks_leaves_the_earlier_tables_alone(model, tmp_path, monkeypatch):
@@ -231,6 +233,16 @@ def test_the_output_may_not_lie_among_the_images(model, tmp_path):
     write_dx(tmp_path / "dicom" / "0.dcm", 0)
     with pytest.raises(ConfigError, match="inside"):
         predict(model, tmp_path / "dicom", tmp_path / "dicom" / "out.csv")
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.refused.csv"])
+def test_a_folder_in_the_place_of_a_table_is_told_before_anything_is_predicted(name, model, tmp_path, monkeypatch):
+    write_dx(tmp_path / "dicom" / "0.dcm", 0)
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(OnnxModel, "run", lambda *_: pytest.fail("predicted all the same"))
+    with pytest.raises(ConfigError, match=rf"{name} is a folder"):
+        predict(model, tmp_path / "dicom", tmp_path / "out.csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["dicom", "model.onnx", name])
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\rx", "\nx", "＝1"])
