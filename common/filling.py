@@ -19,6 +19,7 @@ from common.imaging.index import Index
 from common.imaging.parallel import expect
 from common.labels import Label
 from common.preparing import Made, Workshop, identifier, jobs_for, prepared_units, unit_of
+from common.printable import number_of
 from common.pseudonyms import pseudonym
 from common.samples import index_file, maker, read_index, targets_of
 from common.shard import Form, seal_text, widened, write_rows
@@ -198,7 +199,7 @@ class Preparation:
 
 def _rows(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:_SHOWN_ROWS])) + (", ..." if len(numbers) > _SHOWN_ROWS else "")
-    return f"{len(numbers)} such rows ({shown})"
+    return f"{number_of(len(numbers), 'such row')} ({shown})"
 
 
 def _write_index(place: Path, index: Mapping[str, Any], form: Form) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from common.cli import settings_of
-from common.config import Phantom, Recipe, load_settings
+from common.config import Phantom, Recipe, load_settings, validate_json
 from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
@@ -189,7 +191,7 @@ def _hospitals_parser() -> argparse.ArgumentParser:
         "--central-patients", type=int, default=160, help="of the coordinator's test set (default: %(default)s)"
     )
     phantom.add_argument("--size", type=int, default=64, help="pixels along each axis (default: %(default)s)")
-    phantom.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    phantom.add_argument("--seed", type=_seed, default=0, help="of what is drawn (default: %(default)s)")
     load = verbs.add_parser("import", help="MedMNIST .npz, a folder of labelled pictures, or NIfTI with a label table")
     load.add_argument("source", type=Path, help=".npz file, folder of PNG or JPEG, or folder of .nii.gz")
     load.add_argument("out", type=Path)
@@ -206,7 +208,7 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--column", help="of the label table, for --partition column")
     load.add_argument(
-        "--seed", type=int, default=0, help="of the deal and of the central test set (default: %(default)s)"
+        "--seed", type=_seed, default=0, help="of the deal and of the central test set (default: %(default)s)"
     )
     load.add_argument("--table", type=Path, help="label table (.csv) of NIfTI volumes")
     load.add_argument("--id-column", default="id", help="of the label table (default: %(default)s)")
@@ -253,18 +255,19 @@ def hospitals_verb(words: Sequence[str]) -> int:
         if arguments.verb == "phantom":
             from simulations.phantoms import make_phantoms
 
-            phantom = Phantom(
-                dimensions=arguments.dimensions,
-                patients=arguments.patients,
-                central_patients=arguments.central_patients,
-                size=arguments.size,
-                seed=arguments.seed,
-            )
-            make_phantoms(arguments.out, phantom, arguments.sites, progress)
+            given = {field.name: getattr(arguments, field.name) for field in fields(Phantom)}
+            make_phantoms(arguments.out, validate_json(Phantom, json.dumps(given)), arguments.sites, progress)
         else:
             _import(arguments, _partition(arguments), progress)
     console.print(f"Hospitals in {arguments.out}; use them with simulation.hospitals={arguments.out}", highlight=False)
     return 0
+
+
+def _seed(word: str) -> int:
+    seed = int(word)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"got {seed}, expected a whole number of at least 0")
+    return seed
 
 
 def _import(arguments: argparse.Namespace, partition: Partition, progress: Callable[[int, int], None]) -> None:

@@ -100,7 +100,7 @@ class Dirichlet:
             raise DataError(
                 f"no draw out of {_DRAWS} gave each of {sites} sites {self.min_patients} patients and "
                 f"{self.min_per_class} of each class; got {len(labels)} patients in {len(classes)} classes; "
-                "raise alpha, lower the number of sites, or lower min_patients and min_per_class"
+                "raise alpha, or lower the number of sites or min_patients"
             )
         sites_P = np.empty(len(labels), dtype=np.int64)
         for one, count in enumerate(counts):

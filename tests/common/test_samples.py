@@ -510,7 +510,7 @@ def test_a_row_whose_images_are_of_several_patients_is_named_by_number(site: Pat
         site, [f"{key},label", *(f"1.2.{number},{('negative', 'positive')[number % 2]}" for number in (3, 2, 1, 0, 4))]
     )
     with pytest.raises(
-        DataError, match=rf"row 5: images of more than one patient have this {key}.*1 such rows \(5\)"
+        DataError, match=rf"row 5: images of more than one patient have this {key}.*1 such row \(5\)"
     ) as caught:
         read(site, replace(TASK, key=key))
     assert "MRN" not in str(caught.value)

@@ -231,6 +231,22 @@ def test_a_modality_that_is_not_written_is_refused_with_those_that_are(
     assert "CR" in told
 
 
+@pytest.mark.parametrize(
+    ("words", "why"), [("--size 8", 'size: got 8; .* 16'), ("--patients 0", "patients: got 0"),
+                       ("--central-patients 0", "central_patients: got 0")],
+)  # fmt: skip
+def test_a_phantom_that_cannot_be_is_refused_in_words(words, why, tmp_path):
+    with pytest.raises(ConfigError, match=why):
+        hospitals_verb(["phantom", str(tmp_path / "out"), *words.split()])
+
+
+@pytest.mark.parametrize("verb", ["phantom OUT", "import SOURCE OUT"])
+def test_a_seed_below_nought_is_refused_in_words(verb, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        hospitals_verb([*verb.split(), "--seed=-1"])
+    assert "--seed: got -1, expected a whole number of at least 0" in capsys.readouterr().err
+
+
 def test_sixteen_bit_pictures_keep_their_depth(tmp_path: Path) -> None:
     deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     for label, name in (("a", "1"), ("b", "2")):
