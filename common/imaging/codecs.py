@@ -16,7 +16,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.pixels.processing import convert_color_space
 from pydicom.pixels.utils import pixel_array
 
-from common.imaging.layout import JPEG_2000, UNDEFINED, Element, Layout, check_behind
+from common.imaging.layout import JPEG_2000, UNDEFINED, Layout, check_behind
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
 _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
@@ -51,7 +51,7 @@ def unpack(path: str, layout: dict[str, Any], frames: list[int]) -> Iterator[tup
         Refusal: The compressed image has another size than declared.
         Exception: Whatever a damaged image makes its decoder raise.
     """
-    wanted = Layout(**{**layout, "element": Element(**layout["element"])})
+    wanted = Layout.of_plain(layout)
     with open(path, "rb") as file:  # noqa: PTH123  str, as it came through the pipe
         file.seek(wanted.element.start)
         length = wanted.element.length

@@ -41,7 +41,7 @@ from common.imaging.allowed import (
 )
 from common.imaging.confidentiality import EDITION, action
 from common.imaging.header import REPEATS, Overrun, raw, read_header, text
-from common.imaging.layout import Layout, layout_of, padding_range
+from common.imaging.layout import Layout, layout_of
 from common.imaging.pixels import stored_frames
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 from common.pseudonyms import pseudonym
@@ -138,8 +138,6 @@ class Deidentifier:
             original, element = read_header(path, None, bounded=False)
         _need_clean(original)
         layout = layout_of(original, element)
-        if layout.samples == 1:
-            layout = layout.padded(padding_range(original, layout))
         # those without an identifier must not become one patient
         who = text(original, "PatientID") or text(original, "StudyInstanceUID")
         patient = pseudonym(self._key, "deidentified patient", who)[:16]

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 
 from common.imaging import worker
 from common.imaging.header import PHYSICAL, Header, modality_of, numbers, read_header, tags_of, text, unit_of
-from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, padding_range
+from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
 _TAGS = tags_of(
@@ -63,7 +63,6 @@ class MultiFrame:
     """The header of a multi-frame file."""
 
     layout: Layout
-    padding: tuple[int, int] | None
     frames: tuple[Frame, ...]
     """In the order of the file."""
 
@@ -80,8 +79,7 @@ def read_frames(path: Path) -> MultiFrame:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
 
     return MultiFrame(
-        layout=Layout(**{**head["layout"], "element": Element(**head["layout"]["element"])}),
-        padding=None if head["padding"] is None else (int(head["padding"][0]), int(head["padding"][1])),
+        layout=Layout.of_plain(head["layout"]),
         frames=tuple(Frame(**tuples(frame)) for frame in head["frames"]),
     )
 
@@ -113,9 +111,7 @@ def frames_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
             frames = _reconstruction(dataset, modality)
         else:
             frames = _enhanced(dataset, modality)
-    padding = padding_range(dataset, layout)
-    layout = layout.padded(padding)
-    yield {"layout": asdict(layout), "padding": padding, "frames": [asdict(frame) for frame in frames]}, b""
+    yield {"layout": asdict(layout), "frames": [asdict(frame) for frame in frames]}, b""
 
 
 def _enhanced(dataset: Dataset, modality: str) -> list[Frame]:

@@ -24,7 +24,7 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 
 from common.imaging import worker
-from common.imaging.layout import LAYOUT_TAGS, PIXEL_DATA, UNDEFINED, Element, layout_of
+from common.imaging.layout import LAYOUT_TAGS, PIXEL_DATA, UNDEFINED, Element, Layout, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
 
 _VALUE_BYTES, _HEADER_BYTES, _READS = 2**18, 2**20, 2**14
@@ -154,18 +154,24 @@ class Header:
 
 def scan(path: Path) -> Header | Refused:
     """Reads one file's header; never raises for what is in the file."""
+    return scan_layout(path)[0]
+
+
+def scan_layout(path: Path) -> tuple[Header | Refused, Layout | None]:
+    """As `scan`, and how the pixels are stored; None where they cannot be used, or the worker read the header."""
     try:
         with quiet():
             return _scan(path)
     except Overrun:
-        return _scan_in_worker(path)
+        return _scan_in_worker(path), None
     except Refusal as refusal:
-        return Refused(path, refusal.code, refusal.why)
+        return Refused(path, refusal.code, refusal.why), None
     except Exception as error:  # whatever a hostile header makes the parser raise
         # without a number it is pydicom's own; EINVAL: the header made it seek before the start
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            return Refused(path, RefusalCode.UNREADABLE, "The file cannot be read; check its permissions and the disk.")
-        return Refused(path, RefusalCode.CORRUPT, "The DICOM header is damaged and cannot be read.")
+            why = "The file cannot be read; check its permissions and the disk."
+            return Refused(path, RefusalCode.UNREADABLE, why), None
+        return Refused(path, RefusalCode.CORRUPT, "The DICOM header is damaged and cannot be read."), None
 
 
 def _scan_in_worker(path: Path) -> Header | Refused:
@@ -185,19 +191,19 @@ def _scan_in_worker(path: Path) -> Header | Refused:
 def scan_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
     """In the worker: `scan` without a bound of its own."""
     with quiet():
-        header = _scan(Path(path), bounded=False)
+        header, _ = _scan(Path(path), bounded=False)
     yield {each.name: getattr(header, each.name) for each in fields(header) if each.name != "path"}, b""
 
 
-def _scan(path: Path, *, bounded: bool = True) -> Header:
+def _scan(path: Path, *, bounded: bool = True) -> tuple[Header, Layout | None]:
     dataset, element = read_header(path, TAGS, bounded=bounded)
     sop_class = _sop_class(dataset)
     kind = _kind(sop_class, dataset)
     modality = modality_of(dataset)
-    units, problem = "", None
+    units, layout, problem = "", None, None
     try:
         units = unit_of(dataset, modality)
-        layout_of(dataset, element)
+        layout = layout_of(dataset, element)
     except Refusal as refusal:
         problem = refusal.code, refusal.why
     header = Header(
@@ -230,7 +236,7 @@ def _scan(path: Path, *, bounded: bool = True) -> Header:
             RefusalCode.MISSING_HEADER,
             "The study, series or image has no identifier (UID), so it cannot be told which images belong together.",
         )
-    return header
+    return header, layout
 
 
 def _sop_class(dataset: Dataset) -> uid.UID:

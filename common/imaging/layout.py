@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +71,14 @@ class Layout:
     signed: bool
     photometric: str
     planar: int
-    beyond: int | None = None
-    """Pixel Padding Value where Bits Stored cannot hold it, against the standard: what has all its bits is padding."""
+    padding: tuple[int, int] | None = None
+    """Stored values of grey from the first to the second stand for nothing measured."""
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Layout:
+        """What `asdict` made of one, back from JSON."""
+        padding = plain["padding"] and (int(plain["padding"][0]), int(plain["padding"][1]))
+        return cls(**{**plain, "element": Element(**plain["element"]), "padding": padding})
 
     @property
     def encapsulated(self) -> bool:
@@ -109,6 +116,14 @@ class Layout:
         low = -(1 << (self.stored - 1)) if self.signed else 0
         return low, low + (1 << self.stored) - 1
 
+    @property
+    def beyond(self) -> int | None:
+        """Padding where Bits Stored cannot hold it, against the standard: what has all its bits is padding."""
+        if self.padding is None or self.padding[0] != self.padding[1] or self.stored == self.allocated:
+            return None
+        low, high = self.stored_range
+        return None if low <= self.padding[0] <= high else self.padding[0]
+
     def value_range(self, slope: float, intercept: float) -> tuple[float, float]:
         """What the smallest and the largest stored value become."""
         ends = [end * slope + intercept for end in self.stored_range]
@@ -126,13 +141,6 @@ class Layout:
             whole = stored.astype(self.dtype.newbyteorder("="), copy=False)
             values = np.where(whole == self.beyond, whole, values)
         return values
-
-    def padded(self, padding: tuple[int, int] | None) -> Layout:
-        """With what `padding_range` found."""
-        low, high = self.stored_range
-        if padding is None or padding[0] != padding[1] or low <= padding[0] <= high:
-            return self
-        return replace(self, beyond=padding[0])
 
     def as_dataset(self) -> Dataset:
         """The elements that pydicom needs to decode one frame."""
@@ -203,7 +211,8 @@ def layout_of(dataset: Dataset, element: Element | None) -> Layout:
     if samples == 3:
         _check_colour(layout, dataset)
     _check_length(layout, frame_bytes * frames)
-    return layout
+    grey = samples == 1 and layout.photometric != "PALETTE COLOR"
+    return replace(layout, padding=_padding_range(dataset, layout)) if grey else layout
 
 
 def _check_colour(layout: Layout, dataset: Dataset) -> None:
@@ -268,8 +277,8 @@ def _of_a_kind(layout: Layout) -> Refusal:
     return Refusal(RefusalCode.UNSUPPORTED_PIXELS, f"Pixels of the kind {layout.photometric[:32]!r} are not supported.")
 
 
-def padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:
-    """Smallest and largest stored value that stand for nothing measured (Pixel Padding Value and Range Limit)."""
+def _padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:
+    """Pixel Padding Value and Range Limit, the smaller one first."""
     low, high = (
         _padding_value(dataset, keyword, layout) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     )
@@ -285,7 +294,10 @@ def _padding_value(dataset: Dataset, keyword: str, layout: Layout) -> int | None
         return None
     if isinstance(value, bytes):  # explicit VR UN, or ambiguous VR that was not resolved
         value = int.from_bytes(value[:2], "little")
-    value, half = int(value), 1 << (layout.allocated - 1)
+    try:
+        value, half = int(value), 1 << (layout.allocated - 1)
+    except (TypeError, ValueError):
+        raise Refusal(RefusalCode.CORRUPT, "The value of padding pixels is no single number; export again.") from None
     # GE writes -2000 as US 63536
     return value - 2 * half if layout.signed and value >= half else value
 

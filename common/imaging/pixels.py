@@ -64,7 +64,7 @@ def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArra
         values, limits = found.tone_curve(values).astype(np.float32), found.tone_curve.limits
     if inverted:
         values = sum(limits) - values
-    return _checked(values, _padding_mask(stored, found.padding))
+    return _checked(values, _padding_mask(stored, layout.padding))
 
 
 def _checked(
@@ -116,7 +116,7 @@ def decode_frames(path: Path, order: Sequence[int], found: MultiFrame, modality:
         z = slice_of[frame]
         values_ZYX[z] = _line(stored, layout, slope, intercept)
         limits.extend(layout.value_range(slope, intercept))
-        padding_YX = _padding_mask(stored, found.padding)
+        padding_YX = _padding_mask(stored, layout.padding)
         if padding_YX is not None:
             if padding_ZYX is None:
                 padding_ZYX = np.zeros(values_ZYX.shape, dtype=np.bool_)

@@ -12,17 +12,15 @@ import re
 import stat
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError  # noqa: N812
 from typing import NamedTuple
 
 import numpy as np
-from pydicom.datadict import tag_for_keyword
 
-from common.imaging.header import PHYSICAL, REPEATS, TAGS, Header, scan
-from common.imaging.layout import COMPRESSED
+from common.imaging.header import PHYSICAL, REPEATS, TAGS, Header, scan, scan_layout
+from common.imaging.layout import Layout
 from common.imaging.refusal import RefusalCode, Refused
 
 _HEAD_BYTES = (2**14, 2**20)
@@ -43,6 +41,11 @@ _EXPLICIT = Struct("<HH2sH").unpack_from
 _IMPLICIT = Struct("<HHL").unpack_from
 _LENGTH = Struct("<L").unpack_from
 
+_MODALITY_LUT = b"\x28\x00\x00\x30"
+"""Where its element begins."""
+_WANTED = frozenset((*TAGS, 0x00080005, 0x00283000))
+"""Elements that decide what a file is: also Specific Character Set and Modality LUT Sequence."""
+
 _NATIVE = {b"1.2.840.10008.1.2": True, b"1.2.840.10008.1.2.1": False}
 """Transfer syntaxes of plain little endian pixels -> implicit VR."""
 _BIG_ENDIAN, _DEFLATED = b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"
@@ -54,12 +57,6 @@ _OWN = {_SOP_UID: b"UI", _TIME: b"TM", _POSITION: b"DS", _INTERCEPT: b"DS", _SLO
 _UID = re.compile(rb"[0-9.]{1,64}\0?")
 _CLOCK = re.compile(rb"(?:[0-9]{2,6}(?:\.[0-9]{1,6})?)? ?")
 _DECIMAL = re.compile(rb" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *")
-
-_FOR_PIXELS = (
-    "SpecificCharacterSet", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
-    "PlanarConfiguration", "RescaleIntercept", "RescaleSlope", "ModalityLUTSequence",
-)  # fmt: skip
 
 
 class Mark(NamedTuple):
@@ -145,8 +142,8 @@ class Examiner:
         key = (regular.syntax, regular.vr, regular.length, tuple(regular.own), *regular.shared)
         known = self._known.get(key)
         if known is None or not known.tells(regular):
-            result = scan(path)
-            plan = _plan(regular, result) if isinstance(result, Header) else None
+            result, layout = scan_layout(path)
+            plan = _plan(regular, result, layout) if isinstance(result, Header) and layout is not None else None
             # these two may come from bytes that the key does not hold
             if isinstance(result, Header) or result.code not in (RefusalCode.CORRUPT, RefusalCode.UNREADABLE):
                 self._known[key] = _Known(result, plan, regular.left)
@@ -200,11 +197,6 @@ class _Regular(NamedTuple):
         return not self.vr
 
 
-@cache
-def _wanted() -> frozenset[int]:
-    return frozenset(TAGS) | frozenset(map(_tag, _FOR_PIXELS))
-
-
 def _regular(path: Path, status: os.stat_result) -> _Regular | None:
     """The file's elements up to the pixels; None where it is not plainly regular DICOM with pixels."""
     if not stat.S_ISREG(status.st_mode):
@@ -249,7 +241,7 @@ def _elements(head: bytes, size: int) -> _Regular | None:
     implicit = _NATIVE.get(syntax, False)
     if implicit == (vr in _SHORT or vr in _LONG):  # the data set is not in the syntax that the file meta says
         return None
-    wanted, shared, own, last = _wanted(), [meta.get(2, b"")], dict[int, bytes](), 0x0007FFFF
+    shared, own, last = [meta.get(2, b"")], dict[int, bytes](), 0x0007FFFF
     while True:
         if implicit:
             group, element, length = _IMPLICIT(head, at)
@@ -276,7 +268,7 @@ def _elements(head: bytes, size: int) -> _Regular | None:
             end = start + length
         if tag in _OWN:
             own[tag] = head[at:end]
-        elif tag in wanted:
+        elif tag in _WANTED:
             shared.append(head[at:end])
         at, last = end, tag
     if tag != _PIXEL_DATA or not (implicit or vr in (b"OB", b"OW")):
@@ -354,48 +346,17 @@ def _own(regular: _Regular, like: Header) -> dict[str, object] | None:
     return fields
 
 
-def _plan(regular: _Regular, header: Header) -> Plan | None:
+def _plan(regular: _Regular, header: Header, layout: Layout) -> Plan | None:
     """How to read the pixels without a parser; None where `pixels.decode` has more to do than one straight line."""
-    codec = regular.syntax.decode()
-    if regular.syntax in _NATIVE:
-        codec = ""
-    elif codec not in COMPRESSED or regular.length != _UNDEFINED or regular.vr != b"OB":
+    codec = "" if regular.syntax in _NATIVE else layout.syntax
+    if codec and not (regular.length == _UNDEFINED and regular.vr == b"OB"):
         return None
-    texts: dict[int, tuple[bytes, bytes]] = {}
-    for element in regular.shared[1:]:
-        group, number, vr, _ = _EXPLICIT(element, 0)
-        long = not regular.implicit and vr in _LONG
-        texts[group << 16 | number] = (b"" if regular.implicit else vr), element[12 if long else 8 :]
-
-    def whole(keyword: str) -> int | None:
-        vr, value = texts.get(_tag(keyword), (b"", b""))
-        if len(value) != 2 or vr not in (b"", b"US", b"SS"):
-            return None
-        return int.from_bytes(value, "little", signed=vr == b"SS")
-
-    rows, columns, allocated, bits = (whole(word) for word in ("Rows", "Columns", "BitsAllocated", "BitsStored"))
-    signed = whole("PixelRepresentation")
-    if not rows or not columns or not bits or allocated not in (8, 16) or bits > allocated or signed not in (0, 1):
+    grey = layout.samples == layout.frames == 1 and layout.photometric == "MONOCHROME2"
+    table = any(element.startswith(_MODALITY_LUT) for element in regular.shared[1:])
+    if not grey or table or layout.allocated > 16 or layout.beyond is not None:
         return None
-    if whole("SamplesPerPixel") != 1 or whole("HighBit") != bits - 1 or _tag("ModalityLUTSequence") in texts:
-        return None
-    if texts.get(_tag("PhotometricInterpretation"), (b"", b""))[1].strip(b" \0") != b"MONOCHROME2":
-        return None
-    if texts.get(_tag("NumberOfFrames"), (b"", b"1"))[1].strip(b" \0") != b"1":
-        return None
-    padding = None
-    if _tag("PixelPaddingValue") in texts:
-        low = whole("PixelPaddingValue")
-        high = whole("PixelPaddingRangeLimit") if _tag("PixelPaddingRangeLimit") in texts else low
-        if low is None or high is None or allocated != 16:
-            return None
-        # a signed value may be written as an unsigned one
-        ends = [end - 2**16 if signed and end >= 2**15 else end for end in (low, high)]
-        padding = min(ends), max(ends)
-        lowest = -(1 << (bits - 1)) if signed else 0
-        if bits < allocated and low == high and not lowest <= padding[0] < lowest + (1 << bits):
-            return None  # `Layout.beyond`
-    plan = Plan(0, (rows, columns), f"<{'i' if signed else 'u'}{allocated // 8}", bits, 1.0, 0.0, padding, codec)
+    shape = layout.rows, layout.columns
+    plan = Plan(0, shape, layout.dtype.str, layout.stored, 1.0, 0.0, layout.padding, codec)
     return _moved(plan, regular, header)
 
 
@@ -420,13 +381,6 @@ def _moved(plan: Plan, regular: _Regular, like: Header) -> Plan | None:
     if not plan.codec and not (even and regular.left == regular.length):
         return None
     return replace(plan, offset=regular.start, slope=slope, intercept=intercept)
-
-
-@cache
-def _tag(keyword: str) -> int:
-    tag = tag_for_keyword(keyword)
-    assert tag is not None, keyword
-    return tag
 
 
 def _decimals(value: bytes) -> tuple[float, ...] | None:

@@ -13,7 +13,7 @@ import numpy as np
 from common.imaging import worker
 from common.imaging.frames import rescale
 from common.imaging.header import Overrun, modality_of, read_header, tags_of
-from common.imaging.layout import LAYOUT_TAGS, Element, Layout, layout_of, need_grey, padding_range
+from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of, need_grey
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 from common.imaging.tables import TABLE_BYTES, Lookup, lookup
 
@@ -33,7 +33,6 @@ class Single:
 
     layout: Layout
     modality: str
-    padding: tuple[int, int] | None
     scale: tuple[float, float] = (1.0, 0.0)
     """Slope and intercept."""
     modality_lut: Lookup | None = None
@@ -70,7 +69,7 @@ def _single(path: Path, projection: bool, *, bounded: bool) -> Single:
     layout = layout_of(dataset, element)
     if layout.frames != 1:
         raise Refusal(RefusalCode.CINE, "A film of many frames; only single images and stacks are used.")
-    modality, padding = modality_of(dataset), padding_range(dataset, layout)
+    modality = modality_of(dataset)
     stored_range = layout.value_range(1, 0)
     if layout.photometric == "PALETTE COLOR" or layout.samples == 3:
         if not projection:
@@ -81,9 +80,8 @@ def _single(path: Path, projection: bool, *, bounded: bool) -> Single:
                 why = "Colours from a segmented palette are not supported."
                 raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, why)
             palette = tuple(lookup(dataset, name, stored_range, signed=layout.signed) for name in _PALETTES)
-        return Single(layout=layout, modality=modality, padding=None, palette=palette)
+        return Single(layout=layout, modality=modality, palette=palette)
     need_grey(layout)
-    layout = layout.padded(padding)
     modality_lut = tone_curve = None
     scale = 1.0, 0.0
     if dataset.get("ModalityLUTSequence"):
@@ -95,17 +93,14 @@ def _single(path: Path, projection: bool, *, bounded: bool) -> Single:
         signed = limits[0] < 0
     if projection and dataset.get("VOILUTSequence"):
         tone_curve = lookup(dataset.VOILUTSequence[0], "LUT", limits, signed=signed)
-    return Single(
-        layout=layout, modality=modality, padding=padding, scale=scale, modality_lut=modality_lut, tone_curve=tone_curve
-    )
+    return Single(layout=layout, modality=modality, scale=scale, modality_lut=modality_lut, tone_curve=tone_curve)
 
 
 def single_job(path: str, projection: bool) -> Iterator[tuple[dict[str, Any], bytes]]:
     """In the worker: `read_single` without a bound of its own; the tables follow one by one."""
     with quiet():
         found = _single(Path(path), projection, bounded=False)
-    layout, padding = asdict(found.layout), found.padding
-    yield {"layout": layout, "modality": found.modality, "padding": padding, "scale": found.scale}, b""
+    yield {"layout": asdict(found.layout), "modality": found.modality, "scale": found.scale}, b""
     tables = (("modality_lut", found.modality_lut), ("tone_curve", found.tone_curve))
     for name, table in (*tables, *(("palette", table) for table in found.palette)):
         if table is not None:
@@ -124,9 +119,8 @@ def _from_worker(path: Path, projection: bool) -> Single:
         table = Lookup(np.frombuffer(raw, kind), int(head["first"]), int(head["bits"]))
         tables.setdefault(head["name"], []).append(table)
     return Single(
-        layout=Layout(**{**about["layout"], "element": Element(**about["layout"]["element"])}),
+        layout=Layout.of_plain(about["layout"]),
         modality=str(about["modality"]),
-        padding=None if about["padding"] is None else (int(about["padding"][0]), int(about["padding"][1])),
         scale=(float(about["scale"][0]), float(about["scale"][1])),
         modality_lut=next(iter(tables.get("modality_lut", ())), None),
         tone_curve=next(iter(tables.get("tone_curve", ())), None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,3 +70,15 @@ def test_a_range_of_padding_that_begins_beyond_bits_stored_ends_where_it_says(tm
         made.add_new("PixelPaddingRangeLimit", "SS", 101)
     read = one_volume(fastread.read_folder(write(tmp_path, *slices)))
     assert read.values_ZYX[1, 0].tolist() == [102, 102, 102, 103]
+
+
+@pytest.mark.parametrize("reader", [volume, fastread])
+@pytest.mark.parametrize("padding", [("US", [1, 2]), ("LO", "none")])
+def test_a_padding_value_that_is_no_single_number_refuses_its_slice_and_so_its_series(
+    tmp_path: Path, reader: ModuleType, padding: tuple[str, Any]
+) -> None:
+    slices = [slice_of(z, "native", np.arange(24).reshape(6, 4).astype("<i2"), 0) for z in range(3)]
+    del slices[0].PixelPaddingValue
+    slices[0].add_new("PixelPaddingValue", *padding)
+    refused = reader.read_folder(write(tmp_path, *slices)).refused
+    assert Counter(str(each.code) for each in refused) == {"corrupt": 1, "incomplete": 2}
