@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,8 @@ _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     uid.HTJ2KLosslessRPCL: imagecodecs.htj2k_decode,
     uid.HTJ2K: imagecodecs.htj2k_decode,
 }
-_CODESTREAM = b"\xff\x4f\xff\x51"
+_CUT = "The compressed image is cut off; transfer it again."
+_SIGNATURE = b"\xff\x4f\xff\x51"
 """SOC and SIZ; a JP2 box header may come first."""
 _BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 
@@ -89,8 +89,11 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
     size = codestream_size(frame)
     if size is not None and size != expected:
         raise Refusal(RefusalCode.CORRUPT, "The compressed image has another size than its header says.")
-    if size is not None and not (_ended(frame) and _tiles_are_there(frame)):  # some decoders fill up what is missing
-        raise Refusal(RefusalCode.TRUNCATED, "The compressed image is cut off; transfer it again.")
+    if size is not None and not _ended(frame):  # some decoders fill up what is missing
+        raise Refusal(RefusalCode.TRUNCATED, _CUT)
+    transforms = _transforms(frame)
+    if layout.samples == 3 and layout.syntax in JPEG_2000:
+        _check_transforms(transforms, layout)
     stored = _stored(frame, layout)
     if stored.shape[:2] != expected or stored.shape[2:] != ((3,) if layout.samples == 3 else ()):
         raise Refusal(RefusalCode.CORRUPT, "The decoded image has another size than its header says.")
@@ -98,20 +101,18 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
 
 
 def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
+    colour = layout.samples == 3
     decode = _CODECS.get(layout.syntax)
     if decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
-        if layout.beyond is None or layout.syntax != uid.RLELossless:
-            return _by_pydicom(frame, layout)
-        # pydicom clears what lies above Bits Stored
-        return layout.in_range(_by_pydicom(frame, replace(layout, stored=layout.allocated)))
-    colour = layout.samples == 3
-    if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
-        decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
-    if colour and layout.syntax in JPEG_2000:
-        _check_transform(frame, layout)
-    stored = decode(frame)
+        stored = _by_pydicom(frame, layout)
+    else:
+        if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
+            decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
+        stored = decode(frame)
+        if colour and layout.photometric.startswith("YBR_FULL"):
+            stored = convert_color_space(stored, "YBR_FULL", "RGB")
     if colour:
-        return convert_color_space(stored, "YBR_FULL", "RGB") if layout.photometric.startswith("YBR_FULL") else stored
+        return stored
     if stored.dtype.kind == "i" and not layout.signed:
         raise Refusal(
             RefusalCode.CORRUPT, "The header says that there are no negative values, the pixels that there are."
@@ -120,19 +121,15 @@ def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     return layout.in_range(stored)
 
 
-def _check_transform(frame: bytes, layout: Layout) -> None:
+def _check_transforms(transforms: set[bool], layout: Layout) -> None:
     """Refuses a codestream whose own colour transform, which the decoder undoes, is not the one of the header.
 
     Under YBR_FULL what the decoder gives may then be red, green and blue, or not; nothing tells. RGB is what it gives
     either way, and many writers leave that name.
 
-    Source: DICOM PS3.5 8.2.4; ITU-T T.800 A.6.1.
+    Source: DICOM PS3.5 8.2.4.
     """
-    at = frame.find(_CODESTREAM, 0, 4096) + 2
-    while at + 9 <= len(frame) and frame[at : at + 2] not in (b"\xff\x52", b"\xff\x90"):
-        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    transformed = frame[at : at + 2] == b"\xff\x52" and frame[at + 8 : at + 9] != b"\0"
-    if layout.photometric != "RGB" and transformed != (layout.photometric in ("YBR_RCT", "YBR_ICT")):
+    if layout.photometric != "RGB" and transforms != {layout.photometric in ("YBR_RCT", "YBR_ICT")}:
         why = "The header and the compressed image name different colour transforms; export it again."
         raise Refusal(RefusalCode.CORRUPT, why)
 
@@ -142,7 +139,8 @@ def _by_pydicom(frame: bytes, layout: Layout) -> NDArray[Any]:
     made.PixelData = encapsulate([frame])
     made["PixelData"].VR = "OB"
     made["PixelData"].is_undefined_length = True
-    return pixel_array(made, decoding_plugin="pillow" if layout.syntax in _BASELINE else "")
+    plugin = "pillow" if layout.syntax in _BASELINE else ""
+    return pixel_array(made, decoding_plugin=plugin, correct_unused_bits=layout.samples == 3)  # grey: `in_range` does
 
 
 def _ended(frame: bytes) -> bool:
@@ -151,36 +149,48 @@ def _ended(frame: bytes) -> bool:
     return end >= 0 and not frame[end + 2 :].strip(b"\0\xff")
 
 
-def _tiles_are_there(frame: bytes) -> bool:
-    """Whether a JPEG 2000 codestream holds all tiles that it declares; True for other codestreams.
+def _transforms(frame: bytes) -> set[bool]:
+    """Whether the tiles of a JPEG 2000 codestream have a colour transform of their own; empty for other codestreams.
 
-    Source: ITU-T T.800 A.4.2, A.5.1.
+    Raises:
+        Refusal: The codestream lacks a tile that it declares.
+
+    Source: ITU-T T.800 A.4.2, A.5.1, A.6.1: the word of a tile goes before that of the main header.
     """
-    start = frame.find(_CODESTREAM, 0, 4096)
-    if start < 0:
-        return True
-    if len(frame) < start + 40:  # SIZ itself is cut off
-        return False
-    right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", frame, start + 8)
-    if min(width, height) < 1 or right <= left or bottom <= top:
-        return False
-    wanted: int = -(-(right - left) // width) * -(-(bottom - top) // height)
-    at, found = start + 2, set[int]()
-    while at + 12 <= len(frame):
-        marker, length = struct.unpack_from(">HH", frame, at)
-        if marker != 0xFF90:  # a segment of the main header
-            at += 2 + length
-            continue
+    start = _codestream(frame)
+    if start is None:
+        return set()
+    wanted, whole, tiles = 0, False, dict[int, bool]()
+    if len(frame) >= start + 40:
+        right, bottom, _, _, width, height, left, top = struct.unpack_from(">8I", frame, start + 8)
+        if min(width, height) > 0 and left < right and top < bottom:
+            wanted = -(-(right - left) // width) * -(-(bottom - top) // height)
+    at, general = _coding(frame, start + 2, b"\xff\x90")
+    while not whole and at + 12 <= len(frame) and frame[at : at + 2] == b"\xff\x90":
         tile, part_bytes = struct.unpack_from(">HI", frame, at + 4)
-        found.add(tile)
-        if part_bytes == 0:  # to the end
-            break
-        at += part_bytes
-        if frame[at : at + 2] == b"\xff\xd9":
-            break
-        if part_bytes < 12 or frame[at : at + 2] != b"\xff\x90":
-            return False
-    return len(found) == wanted and max(found) < wanted
+        _, own = _coding(frame, at + 12, b"\xff\x93")
+        tiles[tile] = tiles.get(tile, bool(general)) if own is None else own
+        at += max(part_bytes, 12)
+        whole = part_bytes == 0 or frame[at : at + 2] == b"\xff\xd9"  # 0: to the end
+    if not whole or len(tiles) != wanted or max(tiles) >= wanted:
+        raise Refusal(RefusalCode.TRUNCATED, _CUT)
+    return set(tiles.values())
+
+
+def _coding(frame: bytes, at: int, end: bytes) -> tuple[int, bool | None]:
+    """Where a header of a JPEG 2000 codestream ends, and whether its COD names a colour transform; None without COD."""
+    found = None
+    while at + 9 <= len(frame) and frame[at : at + 2] != end:
+        if frame[at : at + 2] == b"\xff\x52":
+            found = frame[at + 8] != 0
+        at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
+    return at, found
+
+
+def _codestream(frame: bytes) -> int | None:
+    """Where a JPEG 2000 codestream begins; None if this is none."""
+    start = frame.find(_SIGNATURE, 0, 4096)
+    return start if start == 0 or (start > 0 and frame[4:8] == b"jP  ") else None
 
 
 def codestream_size(frame: bytes) -> tuple[int, int] | None:
@@ -188,8 +198,8 @@ def codestream_size(frame: bytes) -> tuple[int, int] | None:
 
     Source: ITU-T T.81 B.2.2, T.87 C.2.2, T.800 A.5.1.
     """
-    start = frame.find(_CODESTREAM, 0, 4096)
-    if start >= 0 and (start == 0 or frame[4:8] == b"jP  "):
+    start = _codestream(frame)
+    if start is not None:
         right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
         return bottom - top, right - left
     if frame[:2] != b"\xff\xd8":

@@ -146,6 +146,24 @@ def test_a_codestream_whose_own_colour_transform_contradicts_the_header_is_refus
     assert all_refused(read_folder(write(tmp_path, packed(made, frame, uid.JPEG2000Lossless)))) == {RefusalCode.CORRUPT}
 
 
+@pytest.mark.parametrize("header", ["YBR_RCT", "YBR_FULL"])
+def test_a_tile_that_names_a_colour_transform_goes_before_the_main_header(tmp_path: Path, header: str) -> None:
+    rgb = np.stack([picture("u1", 256), picture("u1", 128), np.full((37, 51), 9, np.uint8)], axis=-1)
+    frame = bytearray(imagecodecs.jpeg2k_encode(rgb, level=0, reversible=True, codecformat="j2k", mct=True))
+    cod, sot = frame.index(b"\xff\x52"), frame.index(b"\xff\x90")
+    segment = bytes(frame[cod : cod + 2 + int.from_bytes(frame[cod + 2 : cod + 4], "big")])
+    assert segment[8] == 1  # the transform
+    frame[cod + 8] = 0
+    part_bytes = int.from_bytes(frame[sot + 6 : sot + 10], "big") + len(segment)
+    frame[sot + 6 : sot + 12] = part_bytes.to_bytes(4, "big") + frame[sot + 10 : sot + 12] + segment
+    made = radiograph(rgb[..., 0], PhotometricInterpretation=header, SamplesPerPixel=3, PlanarConfiguration=0)
+    reading = read_folder(write(tmp_path, packed(made, bytes(frame), uid.JPEG2000Lossless)))
+    if header == "YBR_FULL":
+        assert all_refused(reading) == {RefusalCode.CORRUPT}
+    else:
+        np.testing.assert_allclose(reading.images[0].values_YX, rgb @ [0.299, 0.587, 0.114], atol=1e-3)
+
+
 @pytest.mark.parametrize("transformed", [True, False])
 def test_rgb_is_what_the_decoder_of_jpeg_2000_gives_either_way(tmp_path: Path, transformed: bool) -> None:
     rgb = np.stack([picture("u1", 256), picture("u1", 128), np.full((37, 51), 9, np.uint8)], axis=-1)
