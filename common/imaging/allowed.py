@@ -76,6 +76,8 @@ _WORDS = """
 WORDS = frozenset(_WORDS.split())
 _ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
 
+_UNITS = re.compile(r"HU|US|OD|HU_MOD|PCT|MGML|Z_EFF|ED|EDW|BQML|NORMALIZED", re.IGNORECASE)
+
 TEXTS: dict[int, re.Pattern[str]] = {
     0x00080070: re.compile(
         r"(?:GE|GE MEDICAL SYSTEMS|GE HEALTHCARE|SIEMENS|SIEMENS HEALTHINEERS|SIEMENS HEALTHCARE|PHILIPS"
@@ -88,11 +90,12 @@ TEXTS: dict[int, re.Pattern[str]] = {
         r"(?:[A-Za-z]{1,2}\d{2,3}[a-z]?|\d|STANDARD|BONE|BONEPLUS|LUNG|DETAIL|EDGE|SOFT|CHEST|FC\d{2}|[A-Z])", re.ASCII
     ),  # Convolution Kernel
     0x00209056: re.compile(r"\d{1,3}", re.ASCII),  # Stack ID
-    0x00281054: re.compile(r"HU|US|OD|HU_MOD|PCT|MGML|Z_EFF|ED|EDW|BQML|NORMALIZED", re.IGNORECASE),  # Rescale Type
+    0x00281054: _UNITS,  # Rescale Type
+    0x00283004: _UNITS,  # Modality LUT Type
 }
 """Text whose every value must match."""
 
-APART = _tags("SequenceName ConvolutionKernel StackID RescaleType")
+APART = _tags("SequenceName ConvolutionKernel StackID RescaleType ModalityLUTType")
 """Text by which the reader tells images apart: a value that `TEXTS` does not know becomes a token, equal for equal."""
 
 

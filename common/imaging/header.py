@@ -110,6 +110,7 @@ TAGS: tuple[int, ...] = tuple(
         "Modality", "Manufacturer", "ManufacturerModelName", "ImageType", "BurnedInAnnotation", "FrameOfReferenceUID",
         "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing",
         "NominalScannedPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "Units", "RescaleType",
+        "ModalityLUTSequence",
         "ConcatenationUID", "InConcatenationTotalNumber", *LAYOUT_TAGS, *REPEATS,
     )
 )  # fmt: skip
@@ -253,9 +254,10 @@ def modality_of(dataset: Dataset) -> str:
 
 
 def unit_of(dataset: Dataset, modality: str) -> str:
-    """What the values are after the rescale: Units of PET; Rescale Type of CT, which are Hounsfield units unless said.
+    """What the values are in the end: Units of PET; Rescale Type of CT, which are Hounsfield units unless said.
 
-    Unspecified (US) passes: scanners write it on plain CT, and derived images carry it.
+    Where a table takes the place of the rescale, its Modality LUT Type tells. Unspecified (US) passes: scanners write
+    it on plain CT, and derived images carry it.
 
     Raises:
         Refusal: A CT of something else: a map of iodine in mg/ml, of an atomic number or an electron density.
@@ -264,10 +266,12 @@ def unit_of(dataset: Dataset, modality: str) -> str:
     """
     if modality != "CT":
         return text(dataset, "Units")
-    stated = text(dataset, "RescaleType").upper() or "HU"
+    table = dataset.get("ModalityLUTSequence")
+    stated = (text(table[0], "ModalityLUTType") or "US" if table else text(dataset, "RescaleType") or "HU").upper()
     if stated not in ("HU", "US"):
         known = f" but {stated}" if stated in _NO_HOUNSFIELD else ""
-        why = f"The values of this CT are no Hounsfield units{known} (Rescale Type); send the images it was made from."
+        where = "Modality LUT Type" if table else "Rescale Type"
+        why = f"The values of this CT are no Hounsfield units{known} ({where}); send the images it was made from."
         raise Refusal(RefusalCode.OTHER_UNITS, why)
     return stated
 

@@ -43,8 +43,8 @@ _LENGTH = Struct("<L").unpack_from
 
 _MODALITY_LUT = b"\x28\x00\x00\x30"
 """Where its element begins."""
-_WANTED = frozenset((*TAGS, 0x00080005, 0x00283000))
-"""Elements that decide what a file is: also Specific Character Set and Modality LUT Sequence."""
+_WANTED = frozenset((*TAGS, 0x00080005))
+"""Elements that decide what a file is: also Specific Character Set, in which the others are written."""
 
 _NATIVE = {b"1.2.840.10008.1.2": True, b"1.2.840.10008.1.2.1": False}
 """Transfer syntaxes of plain little endian pixels -> implicit VR."""

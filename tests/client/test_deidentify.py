@@ -33,6 +33,7 @@ from common.imaging.confidentiality import ACTIONS, action
 from common.imaging.deidentify import Deidentifier, Options
 from common.imaging.refusal import Refusal, RefusalCode
 from tests.common.test_imaging_multiframe import enhanced
+from tests.common.test_imaging_tables import table
 
 KEY = bytes(range(32))
 MARKER = "ZQXJ"
@@ -227,6 +228,12 @@ def repeated(folder: Path, tell: Callable[[int], dict[str, Any]], sop_class: str
             written(made, folder / f"{k}{z}.dcm")
 
 
+def lut(unit: str) -> Sequence:
+    (item,) = table(4096, 0, 16, range(4096))
+    item.ModalityLUTType = unit
+    return Sequence([item])
+
+
 def found(reading: FolderReading) -> tuple[list[list[int]], list[str]]:
     volumes = sorted(volume.values_ZYX[:, 0, 0].astype(int).tolist() for volume in reading.volumes)
     return volumes, sorted(str(refused.code) for refused in reading.refused)
@@ -261,6 +268,9 @@ def test_a_copy_of_an_mr_is_divided_into_stacks_as_its_original_is(tmp_path, tel
         (lambda k: {"ConvolutionKernel": ["I31f", f"{MARKER} {k}"]}, True),
         (lambda k: {"ConvolutionKernel": MARKER, "RescaleType": MARKER}, False),
         (lambda k: {"SequenceName": f"{k}", "RescaleType": "hu"}, True),
+        (lambda k: {"KVP": 60 + 20 * k, "ModalityLUTSequence": lut("HU")}, True),
+        (lambda k: {"KVP": 60 + 20 * k, "ModalityLUTSequence": lut("MGML")}, False),
+        (lambda k: {"KVP": 60 + 20 * k, "ModalityLUTSequence": lut(MARKER)}, False),
     ],
 )
 def test_a_copy_of_a_ct_is_divided_into_stacks_as_its_original_is(tmp_path, tell, divides):

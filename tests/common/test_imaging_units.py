@@ -13,6 +13,7 @@ from pydicom.dataset import Dataset
 from common.imaging import FolderReading, fastread, volume
 from tests.common.test_imaging_hostile import ct, one_volume, write
 from tests.common.test_imaging_multiframe import enhanced
+from tests.common.test_imaging_tables import table
 
 both = pytest.mark.parametrize("reader", [volume, fastread])
 
@@ -45,6 +46,21 @@ def test_a_ct_of_another_unit_is_refused_by_name(tmp_path: Path, reader: ModuleT
     reading = reader.read_folder(write(tmp_path, *(ct(z, RescaleType=stated) for z in range(3))))
     assert codes(reading) == {"other_units": 3}
     assert {stated in refused.why for refused in reading.refused} == {"Doe" not in stated}
+
+
+@both
+@pytest.mark.parametrize(
+    ("stated", "found"), [("HU", {}), ("US", {}), ("", {}), ("MGML", {"other_units": 3}), ("Z_EFF", {"other_units": 3})]
+)
+def test_a_ct_with_a_table_is_asked_for_the_unit_of_its_table(
+    tmp_path: Path, reader: ModuleType, stated: str, found: dict[str, int]
+) -> None:
+    item = table(300, 0, 16, range(300))[0]
+    item.ModalityLUTType = stated
+    slices = [ct(z, ModalityLUTSequence=[item], RescaleType="HU") for z in range(3)]
+    reading = reader.read_folder(write(tmp_path, *slices))
+    assert Counter(str(refused.code) for refused in reading.refused) == found
+    assert len(reading.volumes) == (not found)
 
 
 @both
