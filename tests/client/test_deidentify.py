@@ -20,6 +20,7 @@ from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 from pydicom.uid import (
     CTImageStorage,
+    DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
     JPEGBaseline8Bit,
     MRImageStorage,
@@ -302,6 +303,12 @@ def _same(folder: Path, divides: bool) -> None:
     original, copied_ = found(read_folder(folder / "original")), found(read_folder(folder / "copy"))
     assert original == copied_
     assert len(original[0]) == 2 * divides
+
+
+@pytest.mark.parametrize("modality", ["PX", "RG", "IVUS", "OT", "EC", MARKER])
+def test_a_copy_keeps_a_modality_of_the_standard_by_which_recipes_choose(tmp_path, modality):
+    made = image(Modality=modality, SOPClassUID=DigitalXRayImageStorageForPresentation)
+    assert copied(made, tmp_path / "a").get("Modality") == (None if modality == MARKER else modality)
 
 
 def test_dates_and_characteristics_stay_only_when_asked_for_and_the_file_says_so(tmp_path):
