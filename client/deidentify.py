@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,14 @@ class Copied:
 
     files: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+
+    def withdraw(self, patient: Path) -> None:
+        """Refuses one more file of this patient, and those that were copied."""
+        before = len(list(patient.rglob("*.dcm")))
+        if before:
+            shutil.rmtree(patient)
+        self.files -= before
+        self.refused["shared_patient"] += before + 1
 
 
 def deidentify_verb(words: Sequence[str]) -> int:
@@ -64,6 +73,9 @@ def deidentify_folder(
 ) -> Copied:
     """Copies every image of a tree that can be copied; file and folder names are new.
 
+    A Patient ID that two issuers gave is of two people, who would become one: as the reader uses neither, neither is
+    copied, and what was copied of them is removed.
+
     Raises:
         ConfigError: `out` lies in `source` or is not empty.
         DataError: There are no files.
@@ -80,6 +92,7 @@ def deidentify_folder(
         raise DataError("the folder to copy from holds no files; give a folder with DICOM files")
     private_folder(out)
     copied = Copied()
+    issuers: dict[Path, set[str]] = {}
     for done, path in enumerate(files):
         progress(done, len(files))
         try:
@@ -89,7 +102,14 @@ def deidentify_folder(
             copied.refused[str(refusal.code)] += 1
             continue
         place = out / copy.name
-        private_folder(place.parent.parent)
+        patient = place.parent.parent
+        known = issuers.setdefault(patient, set())
+        known.update(filter(None, [copy.issuer]))
+        if len(known) > 1:
+            with storing("an image"):
+                copied.withdraw(patient)
+            continue
+        private_folder(patient)
         private_folder(place.parent)
         if place.exists():
             copied.refused["duplicate"] += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from io import BytesIO
 from pathlib import Path
@@ -103,6 +103,8 @@ class Copy:
     name: str
     """patient/study/instance.dcm, of pseudonyms."""
     data: bytes
+    issuer: str = field(default="", repr=False)
+    """Who gave the Patient ID of the original; the copy does not hold it, and two of them mean two people."""
 
 
 class Deidentifier:
@@ -164,7 +166,8 @@ class Deidentifier:
             pseudonym(self._key, kind, text(original, keyword))[:16]
             for kind, keyword in (("study file", "StudyInstanceUID"), ("instance file", "SOPInstanceUID"))
         )
-        return Copy(f"{patient}/{study}/{instance}.dcm", data)
+        issuer = text(original, "IssuerOfPatientID") if text(original, "PatientID") else ""
+        return Copy(f"{patient}/{study}/{instance}.dcm", data, issuer)
 
     def _cleaned(self, original: Dataset, depth: int) -> Dataset:
         if depth > _DEPTH:

@@ -159,6 +159,29 @@ def test_the_command_copies_a_tree_under_new_names_and_says_nothing_of_a_patient
         deidentify_verb([words[0], str(tmp_path / "in" / "out"), *words[2:]])
 
 
+def test_two_people_who_share_a_patient_id_are_not_copied_as_one(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(0o600)
+    people = [
+        ("MRN-1", "North"),
+        ("MRN-2", "North"),
+        ("MRN-1", ""),
+        ("MRN-1", "South"),
+        ("MRN-1", "North"),
+        ("MRN-2", ""),
+    ]
+    for at, (patient, issuer) in enumerate(people):
+        made = image(PatientID=patient, IssuerOfPatientID=issuer, SOPInstanceUID=f"1.2.3.777.{at}")
+        made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID
+        written(made, tmp_path / "in" / f"{at}.dcm")
+    assert deidentify_verb([str(tmp_path / "in"), str(tmp_path / "out"), "--key-file", str(tmp_path / "key")]) == 0
+    assert capsys.readouterr().out.startswith("2 images copied, 4 files refused\n  4 shared_patient\n")
+    copies = [dcmread(path) for path in (tmp_path / "out").rglob("*.dcm")]
+    assert len({copy.PatientID for copy in copies}) == 1
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
 def test_a_key_that_others_can_read_is_refused(tmp_path):
     (tmp_path / "key").write_bytes(KEY)
     (tmp_path / "key").chmod(0o644)
