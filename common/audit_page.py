@@ -9,10 +9,9 @@ from typing import Any
 
 from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
 from common.epsilon import rounded_up
-from common.html import Child, Html, items, join, table, tag
+from common.html import Child, Html, card, document, items, join, table, tag
 from common.lineage import Approval, Lineage, counted
 from common.printable import number_of
-from common.style import CSS
 
 _OPEN_ROWS = 24
 """A longer table of what left is folded: its sums stand in the table of sites."""
@@ -73,33 +72,15 @@ def page(told: Account) -> str:
         ("other", "Other events", _lines(told.other, "") if told.other else None),
         ("cannot", "What this report cannot show", items(*_CANNOT)),
     ]  # fmt: skip
-    shown = [(key, title, body) for key, title, body in sections if body]
-    nav = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in shown), aria_label="Sections")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("title", f"Fedicom audit: {_title(told)}"),
-        tag("style", Html(CSS + _CSS)),
+    top = (
+        tag("p", "Audit report", class_="eyebrow"),
+        tag("h1", _title(told)),
+        tag("p", _span(told), class_="meta"),
+        _verdict(told),
+        _cards(told),
     )
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("p", "Audit report", class_="eyebrow"),
-            tag("h1", _title(told)),
-            tag("p", _span(told), class_="meta"),
-            _verdict(told),
-            _cards(told),
-            nav,
-            class_="top",
-        ),
-        tag("main", *(tag("section", tag("h2", title, id=key), body) for key, title, body in shown)),
-        tag("footer", "Written by Fedicom from the signed logs alone. This file needs no network and runs no script."),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+    title, footer = f"Fedicom audit: {_title(told)}", "Written by Fedicom from the signed logs alone."
+    return document(title, top, sections, footer, css=_CSS)
 
 
 # The verdict
@@ -165,15 +146,6 @@ def _verdict(told: Account) -> Html:
 
 
 def _cards(told: Account) -> Html:
-    def card(name: str, value: str, more: str = "") -> Html:
-        return tag(
-            "div",
-            tag("div", name, class_="name"),
-            tag("div", value, class_="value"),
-            tag("div", more, class_="more") if more else None,
-            class_="card",
-        )
-
     sites = {site.name for story in told.stories for site in story.sites}
     spent = [site.epsilon for story in told.stories for site in story.sites if site.epsilon is not None]
     paid = [site.scores_epsilon for story in told.stories for site in story.sites if site.scores_epsilon is not None]

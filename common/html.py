@@ -6,6 +6,8 @@ import html
 import re
 from collections.abc import Iterable
 
+from common.style import CSS
+
 _VOID = frozenset({"br", "hr", "meta", "link", "img"})
 _TURNING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters, and those that turn what follows around: words of others shall not change the words beside."""
@@ -73,6 +75,66 @@ def table(
 def items(*children: Child, class_: str | None = None) -> Html:
     """A bullet list."""
     return tag("ul", *(tag("li", child) for child in children), class_=class_)
+
+
+def pairs(*cells: tuple[Child, Child]) -> Html:
+    """Names and values."""
+    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in cells))
+
+
+def card(name: str, value: Child, more: Child = None, *, small: bool = False) -> Html:
+    """A number that stands out; `small` for a word in its place."""
+    return tag(
+        "div",
+        tag("div", name, class_="name"),
+        tag("div", value, class_="value small" if small else "value"),
+        tag("div", more, class_="more") if more else None,
+        class_="card",
+    )
+
+
+def document(
+    title: str,
+    top: Iterable[Child],
+    sections: Iterable[tuple[str, str, Child]],
+    footer: str,
+    *,
+    css: str = "",
+    images: bool = False,
+    listed: bool = True,
+) -> str:
+    """A whole page. Nothing is fetched and nothing runs, whatever a name in it looks like.
+
+    Args:
+        title: Of the window.
+        top: What stands above the sections; the list of their titles follows it.
+        sections: The key that a link has, the title and the content; without content it is left out, and without a key
+            of the list.
+        footer: Ends the page; that the file needs nothing else is added.
+        css: Beside that of `common.style`.
+        images: Whether pictures may stand in it.
+        listed: Whether a search engine may know of it.
+    """
+    shown = [section for section in sections if section[2]]
+    links = [tag("a", name, href=f"#{key}") for key, name, _ in shown if key]
+    policy = f"default-src 'none'; style-src 'unsafe-inline'{'; img-src data:' if images else ''}"
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("meta", http_equiv="Content-Security-Policy", content=policy),
+        None if listed else tag("meta", name="robots", content="noindex"),
+        tag("title", title),
+        tag("style", Html(CSS + css)),
+    )
+    body = tag(
+        "body",
+        tag("header", *top, tag("nav", *links, aria_label="Sections") if links else None, class_="top"),
+        tag("main", *(tag("section", tag("h2", name, id=key or None), part) for key, name, part in shown)),
+        tag("footer", f"{footer} This file needs no network and runs no script."),
+    )
+    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
 def _escape(text: str) -> str:

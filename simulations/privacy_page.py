@@ -12,41 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from common.epsilon import rounded_down, rounded_up
-from common.html import Child, Html, items, join, table, tag
+from common.html import Child, Html, document, items, join, pairs, table, tag
 from common.storage import write_whole
-from common.style import CSS
 
 if TYPE_CHECKING:
     from common.privacy_audit import PrivacyAudit
     from simulations.attacks.study import Gallery, Row
 
 
-def document(title: str, eyebrow: str, lead: Child, meta: str, *sections: tuple[str, Html]) -> str:
-    """A whole page; images may stand in it, nothing is fetched."""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-        ),
-        tag("title", title),
-        tag("style", Html(CSS)),
-    )
-    header = tag(
-        "header",
+def _page(title: str, eyebrow: str, lead: Child, meta: str, *sections: tuple[str, Html]) -> str:
+    top = (
         tag("p", eyebrow, class_="eyebrow"),
         tag("h1", title),
         tag("p", meta, class_="meta"),
         tag("p", lead, class_="lead"),
-        class_="top",
     )
-    main = tag("main", *(tag("section", tag("h2", name), body) for name, body in sections))
-    footer = tag("footer", "Written by Fedicom. This file needs no network and runs no script.")
-    return "<!doctype html>\n" + tag("html", head, tag("body", header, main, footer), lang="en") + "\n"
+    return document(title, top, (("", *section) for section in sections), "Written by Fedicom.", images=True)
 
 
 def write_audit_page(found: PrivacyAudit, path: Path) -> None:
@@ -105,7 +86,7 @@ def _audit(found: PrivacyAudit) -> str:
         "Code that is installed elsewhere: every site tests its own.",
     )
     sections.append(("What this cannot find", limits))
-    return document(
+    return _page(
         f"Privacy audit: {found.recipe}", "Fedicom privacy audit", verdict, f"{found.made} · on {found.device}",
         *sections,
     )  # fmt: skip
@@ -144,7 +125,7 @@ def _attacks(
         sections.append(("What does the picture look like?", _rebuilt(galleries)))
     lead = "What an attacker gets out of a federation, with and without its defences."
     meta = f"Images: {name} · seed {facts['seed']}"
-    return document(f"Attacks: {name}", "Fedicom privacy attacks", lead, meta, *sections)
+    return _page(f"Attacks: {name}", "Fedicom privacy attacks", lead, meta, *sections)
 
 
 def _rebuilt(galleries: Sequence[Gallery]) -> Html:
@@ -186,8 +167,3 @@ def _picture(image: npt.NDArray[np.float32], name: str, says: str) -> Html:
         tag("img", src=source, alt=name, style="width:100%;image-rendering:pixelated;border-radius:4px"),
         tag("figcaption", name, *((tag("br"), says) if says else ())),
     )
-
-
-def pairs(*cells: tuple[Child, Child]) -> Html:
-    """Names and values."""
-    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in cells))

@@ -9,9 +9,8 @@ from client.quality.agreement import Agreement, Kappa
 from client.quality.hashes import BITS, THRESHOLD
 from client.quality.report import Points, Report
 from client.quality.writing import MIN_EDGE, MIN_LETTERS
-from common.html import Child, Html, items, join, table, tag
+from common.html import Child, Html, card, document, items, join, table, tag
 from common.printable import number_of
-from common.style import CSS
 
 _MOST_ROWS = 60
 _HISTOGRAMS = (
@@ -23,7 +22,7 @@ _HISTOGRAMS = (
 
 def page(report: Report, points: Points | None) -> str:
     """The whole document."""
-    sections = [
+    sections: list[tuple[str, str, Child]] = [
         ("findings", "Findings", _findings(report)),
         ("classes", "Classes", _classes(report)),
         ("images", "Images", _images(report)),
@@ -36,40 +35,19 @@ def page(report: Report, points: Points | None) -> str:
         ("split", "Split", _split(report)),
         ("limits", "What this page cannot see", _limits()),
     ]
-    shown = [(key, title, body) for key, title, body in sections if body is not None]
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("meta", name="robots", content="noindex"),
-        tag("title", "Fedicom data quality: local only"),
-        tag("style", Html(CSS + plots.CSS)),
+    top = (
+        tag("p", "Data quality report", class_="eyebrow"),
+        tag("h1", "What these images and labels are like"),
+        tag("p", f"Made {report.made.replace('T', ' ')} UTC, from {number_of(report.files, 'file')}", class_="meta"),
+        tag("p", report.notice, class_="local", role="note"),
+        tag("p", _verdict(report), class_="lead"),
+        _cards(report),
     )
-    nav = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in shown), aria_label="Sections")
-    made = report.made.replace("T", " ")
-    body = tag(
-        "body",
-        tag(
-            "header",
-            tag("p", "Data quality report", class_="eyebrow"),
-            tag("h1", "What these images and labels are like"),
-            tag("p", f"Made {made} UTC, from {number_of(report.files, 'file')}", class_="meta"),
-            tag("p", report.notice, class_="local", role="note"),
-            tag("p", _verdict(report), class_="lead"),
-            _cards(report),
-            nav,
-            class_="top",
-        ),
-        tag("main", *(tag("section", tag("h2", title, id=key), body) for key, title, body in shown)),
-        tag(
-            "footer",
-            "Images and people appear as pseudonyms; fedicom data report DIR --where NAME prints whose files they are, "
-            f"on this machine alone. {report.notice} This file needs no network and runs no script.",
-        ),
+    footer = (
+        "Images and people appear as pseudonyms; fedicom data report DIR --where NAME prints whose files they are, "
+        f"on this machine alone. {report.notice}"
     )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+    return document("Fedicom data quality: local only", top, sections, footer, css=plots.CSS, listed=False)
 
 
 def _verdict(report: Report) -> str:
@@ -85,15 +63,6 @@ def _verdict(report: Report) -> str:
 
 
 def _cards(report: Report) -> Html:
-    def card(name: str, value: str, more: str = "") -> Html:
-        return tag(
-            "div",
-            tag("div", name, class_="name"),
-            tag("div", value, class_="value"),
-            tag("div", more, class_="more") if more else None,
-            class_="card",
-        )
-
     found = ((report.images, "image"), (report.volumes, "volume"))
     units = [number_of(count, noun) for count, noun in found if count]
     labelled = report.images + report.volumes - report.unlabelled

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from common import exchange
 from common.config import as_plain
 from common.epsilon import rounded_up
-from common.html import Child, Html, items, join, table, tag
+from common.html import Child, Html, card, document, items, join, pairs, table, tag
 from common.metrics import SCALARS
 from common.printable import number_of
-from common.style import CSS
 from server.accounts import cross_checks
 from server.report import RunReport, SiteSummary, words
 from server.report.plots import comparison_figures, course_figures, performance_figures
@@ -31,7 +30,7 @@ _SPLITS = ("train", "validation", "test")
 
 def page(report: RunReport) -> str:
     """The whole document."""
-    sections = [
+    sections: list[tuple[str, str, Child]] = [
         ("sites", "Hospitals", _sites(report)),
         ("course", "Training, round by round", _course(report)),
         ("performance", "How well it works", _performance(report)),
@@ -43,33 +42,9 @@ def page(report: RunReport) -> str:
         ("recipe", "Recipe and versions", _recipe(report)),
         ("glossary", "Words used here", _glossary()),
     ]
-    sections = [(key, title, body) for key, title, body in sections if body]
-    title = f"Fedicom report: {report.recipe.name}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        # Nothing is fetched and nothing runs, whatever a name in the report looks like.
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("title", title),
-        tag("style", Html(CSS)),
-    )
-    nav = tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in sections), aria_label="Sections")
-    body = tag(
-        "body",
-        _header(report, nav),
-        tag("main", *(tag("section", tag("h2", title, id=key), body) for key, title, body in sections)),
-        tag("footer", f"Written by Fedicom. Recipe {report.recipe_id}. This file needs no network and runs no script."),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
-
-
-def _header(report: RunReport, nav: Html) -> Html:
     recipe = report.recipe
     meta = f"Started {words.moment(report.started)} · took {words.duration(report.wall_s)} · on {report.device}"
-    return tag(
-        "header",
+    top = (
         tag("p", "Federated training report", class_="eyebrow"),
         tag("h1", recipe.name),
         tag("p", recipe.description) if recipe.description else None,
@@ -77,9 +52,9 @@ def _header(report: RunReport, nav: Html) -> Html:
         _warnings(report.notes),
         tag("p", _verdict(report), class_="lead"),
         _cards(report),
-        nav,
-        class_="top",
     )
+    footer = f"Written by Fedicom. Recipe {report.recipe_id}."
+    return document(f"Fedicom report: {recipe.name}", top, sections, footer)
 
 
 def _warnings(notes: Sequence[str]) -> Html | None:
@@ -128,15 +103,6 @@ def _privacy_verdict(report: RunReport) -> str:
 
 
 def _cards(report: RunReport) -> Html:
-    def card(name: str, value: Child, more: Child = None, *, small: bool = False) -> Html:
-        return tag(
-            "div",
-            tag("div", name, class_="name"),
-            tag("div", value, class_="value small" if small else "value"),
-            tag("div", more, class_="more") if more else None,
-            class_="card",
-        )
-
     central = _shown(report.central)
     auroc = words.value(central.values, "auroc") if central else None
     if auroc is not None and central is not None:
@@ -484,7 +450,7 @@ def _export(report: RunReport) -> Html:
         return tag("p", "No model file was exported.")
     return join(
         tag("p", "The exported file gave the same probabilities as the trained model before it was written."),
-        _pairs(
+        pairs(
             ("File", export.file),
             ("SHA-256", tag("span", export.sha256, class_="hash")),
             ("Largest difference", f"{words.small(export.max_abs_difference)} (probability; limit 1e-4)"),
@@ -497,7 +463,7 @@ def _export(report: RunReport) -> Html:
 
 def _recipe(report: RunReport) -> Html:
     pretty = json.dumps(as_plain(report.recipe), indent=2, sort_keys=True, ensure_ascii=False)
-    versions = _pairs(*sorted(report.versions.items()))
+    versions = pairs(*sorted(report.versions.items()))
     return join(
         tag("p", "The recipe decides everything that was trained. Each hospital approves it by this number, the "
             "SHA-256 of its canonical form: ", tag("span", report.recipe_id, class_="hash")),
@@ -507,11 +473,7 @@ def _recipe(report: RunReport) -> Html:
 
 
 def _glossary() -> Html:
-    return _pairs(*words.GLOSSARY)
-
-
-def _pairs(*pairs: tuple[Child, Child]) -> Html:
-    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs))
+    return pairs(*words.GLOSSARY)
 
 
 def _shown(metrics: Metrics | None) -> Metrics | None:
