@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -189,12 +189,15 @@ def prepared_units(
     units: Sequence[Unit], catalogue: Catalogue, task: Task, data: Preprocessing, jobs: int
 ) -> Iterator[tuple[Unit, Outcome]]:
     """Reads and prepares series, in no particular order; one series a process is in memory."""
-    work = _Pile(units, catalogue, task, data)
+
+    def load(unit: Unit) -> _Work:
+        return _Work(unit, catalogue.series(unit.series_uid), task, data)
+
     if jobs == 1 or len(units) < 2:
-        for unit, each in zip(units, work, strict=True):
-            yield unit, prepared(each)
+        for unit in units:
+            yield unit, prepared(load(unit))
         return
-    for place, found in spread(prepared, work, jobs=jobs, limit_s=_limit_s):
+    for place, found in spread(prepared, units, load=load, jobs=jobs, limit_s=_limit_s):
         unit = units[place]
         if isinstance(found, Lost):
             code = RefusalCode.TOO_SLOW if found.how == "stalled" else RefusalCode.CORRUPT
@@ -208,29 +211,6 @@ class _Work:
     series: Series
     task: Task
     data: Preprocessing
-
-
-@dataclass(frozen=True)
-class _Pile(Sequence[_Work]):
-    """Work that is taken from the index when it is handed out: all headers of a large folder would fill the memory."""
-
-    units: Sequence[Unit]
-    catalogue: Catalogue
-    task: Task
-    data: Preprocessing
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    @overload
-    def __getitem__(self, place: int) -> _Work: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[_Work]: ...
-    def __getitem__(self, place: int | slice) -> _Work | list[_Work]:
-        if isinstance(place, slice):
-            return [self[at] for at in range(len(self))[place]]
-        unit = self.units[place]
-        return _Work(unit, self.catalogue.series(unit.series_uid), self.task, self.data)
 
 
 def _limit_s(work: _Work) -> float:

@@ -10,11 +10,11 @@ import hmac
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -227,27 +227,27 @@ def _everything(
             if progress is not None:
                 progress(min(done, total), total)
 
-        known = _Pile(Catalogue(index), data)
+        catalogue = Catalogue(index)
         fresh = []
-        for place, work in enumerate(known):
-            kept = memory.find(memory.name_of(work.series))
+        for uid, series in zip(catalogue.uids, catalogue, strict=True):
+            kept = memory.find(memory.name_of(series))
             if kept is None:
-                fresh.append(known.uids[place])
+                fresh.append(uid)
                 continue
-            seen += [_recalled(plain, work.series) for plain in kept["seen"]]
+            seen += [_recalled(plain, series) for plain in kept["seen"]]
             refused.update(kept["refused"])
-            more(len(work.series.entries))
-        for each, found in _looked(_Pile(known.catalogue, data, fresh), jobs):
-            more(len(each.series.entries))
+            more(len(series.entries))
+        for series, found in _looked(fresh, lambda uid: _Work(catalogue.series(uid), data), jobs):
+            more(len(series.entries))
             if isinstance(found, Lost):
                 code = RefusalCode.TOO_SLOW if found.how == "stalled" else RefusalCode.CORRUPT
-                refused[str(code)] += len(each.series.entries)
+                refused[str(code)] += len(series.entries)
                 continue
             seen += found[0]
             refused.update(found[1])
-            plain = {"seen": [_plain(one, each.series) for one in found[0]], "refused": found[1]}
-            memory.keep(memory.name_of(each.series), plain)
-        return seen, refused, known.catalogue.shared_ids, total
+            plain = {"seen": [_plain(one, series) for one in found[0]], "refused": found[1]}
+            memory.keep(memory.name_of(series), plain)
+        return seen, refused, catalogue.shared_ids, total
 
 
 def _plain(seen: _Seen, series: Series) -> dict[str, Any]:
@@ -305,37 +305,15 @@ def fingerprint(folder: Path, table: bytes, key: bytes) -> str:
     return hmac.new(key, plain.encode(), "sha256").hexdigest()
 
 
-class _Pile(Sequence[_Work]):
-    """Work that is taken from the index when it is handed out: all headers of a large folder would fill the memory."""
-
-    def __init__(
-        self, catalogue: Catalogue, data: tuple[Preprocessing, ...], uids: Sequence[str] | None = None
-    ) -> None:
-        self.catalogue, self._data = catalogue, data
-        self.uids = catalogue.uids if uids is None else uids
-
-    def __len__(self) -> int:
-        return len(self.uids)
-
-    @overload
-    def __getitem__(self, place: int) -> _Work: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[_Work]: ...
-    def __getitem__(self, place: int | slice) -> _Work | list[_Work]:
-        if isinstance(place, slice):
-            return [self[at] for at in range(len(self))[place]]
-        return _Work(self.catalogue.series(self.uids[place]), self._data)
-
-
 def _looked(
-    work: Sequence[_Work], jobs: int | None
-) -> Iterator[tuple[_Work, tuple[list[_Seen], dict[str, int]] | Lost]]:
-    jobs = (cores() if len(work) >= _WORTH_WORKERS else 1) if jobs is None else jobs
+    uids: Sequence[str], load: Callable[[str], _Work], jobs: int | None
+) -> Iterator[tuple[Series, tuple[list[_Seen], dict[str, int]] | Lost]]:
+    jobs = (cores() if len(uids) >= _WORTH_WORKERS else 1) if jobs is None else jobs
     if jobs == 1:
-        yield from ((each, look(each)) for each in work)
+        yield from ((work.series, look(work)) for work in map(load, uids))
         return
-    for place, found in spread(look, work, jobs=jobs, limit_s=_limit_s, at_once=8):
-        yield work[place], found
+    for place, found in spread(look, uids, load=load, jobs=jobs, limit_s=_limit_s, at_once=8):
+        yield load(uids[place]).series, found
 
 
 def _limit_s(work: _Work) -> float:

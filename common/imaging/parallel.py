@@ -76,8 +76,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def spread(
     work: Callable[[T], R],
-    items: Sequence[T],
+    items: Sequence[Any],
     *,
+    load: Callable[[Any], T] | None = None,
     jobs: int,
     limit_s: Callable[[T], float] | float,
     at_once: int = 1,
@@ -92,6 +93,7 @@ def spread(
     Args:
         work: Importable by name. It is interrupted by `OutOfTime` at the limit, and killed when that does not help.
         items: What can be sent between processes.
+        load: Makes of an item what is sent in its place, when it is handed out: all together would fill the memory.
         jobs: Number of processes.
         limit_s: Seconds that an item may take, or what says so for each one.
         at_once: Items handed over together; more for small ones.
@@ -100,7 +102,7 @@ def spread(
     Yields:
         (place in `items`, result).
     """
-    crew = _Crew(work, items, limit_s, at_once, memory_bytes)
+    crew = _Crew(work, items, load, limit_s, at_once, memory_bytes)
     try:
         yield from crew.run(min(jobs, len(items)))
     finally:
@@ -122,7 +124,8 @@ class _Worker:
 @dataclass
 class _Crew(Generic[T, R]):
     work: Callable[[T], R]
-    items: Sequence[T]
+    items: Sequence[Any]
+    load: Callable[[Any], T] | None
     limit_s: Callable[[T], float] | float
     at_once: int
     memory_bytes: int | None
@@ -177,7 +180,7 @@ class _Crew(Generic[T, R]):
             self.given += len(places)
         if not places:
             return
-        items = [self.items[place] for place in places]
+        items: list[T] = [self.items[place] if self.load is None else self.load(self.items[place]) for place in places]
         worker.places.extend(places)
         worker.limit_s = max(_seconds(self.limit_s, item) for item in items)
         worker.heard = time.monotonic()

@@ -80,8 +80,8 @@ def test_a_series_that_its_process_did_not_survive_is_refused_and_tried_again(
     real = room.prepared_units
     monkeypatch.setattr(room, "prepared_units", lambda units, *rest: counts.append(len(units)) or real(units, *rest))
 
-    def lossy(work: Any, items: Any, **_: Any) -> Any:
-        return [(at, Lost("stalled") if at == 1 else work(items[at])) for at in range(len(items))]
+    def lossy(work: Any, items: Any, *, load: Any, **_: Any) -> Any:
+        return [(at, Lost("stalled") if at == 1 else work(load(item))) for at, item in enumerate(items)]
 
     with monkeypatch.context() as patch:
         patch.setattr(room, "jobs_for", lambda _: 2)
