@@ -301,7 +301,7 @@ def _read(path: Path, key: bytes, secret: bytes | None) -> Version:
             recorded=str(plain["recorded"]),
             recipe=str(plain["recipe"]),
             settings=dict(plain["settings"]),
-            corrected=dict(plain.get("corrected", {})),
+            corrected=dict(plain["corrected"]),
             members={
                 name: Member(
                     split=str(each["split"]),

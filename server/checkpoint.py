@@ -156,7 +156,7 @@ def _read(path: Path, key: Secret | None = None) -> ServerState:
         memory={part.removeprefix("memory/"): parts[part] for part in parts if part.startswith("memory/")},
         history=_HISTORY.validate_json(json.dumps(head["history"])),
         done=head["done"],
-        ended=head.get("ended", False),  # checkpoints of before it could be
+        ended=head["ended"],
         best=parts.get("best"),
         average=parts.get("average"),
     )

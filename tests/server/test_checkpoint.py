@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 from collections.abc import Iterator
@@ -68,20 +67,6 @@ def test_a_state_comes_back_as_it_was_bits_order_and_history(tmp_path):
     assert read == written
     assert list(read.weights) == ["z.w", "a.b"]
     assert read.history[0].accepted["north"].spent.epsilon == 1
-
-
-def test_a_state_of_before_a_training_could_be_ended_is_one_that_was_not(tmp_path, monkeypatch):
-    dumps, old = json.dumps, []
-
-    def without(plain):
-        old.append(plain.pop("ended", None))
-        return dumps(plain)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(json, "dumps", without)
-        checkpoint.write(state(), tmp_path)
-    assert False in old
-    assert checkpoint.load(tmp_path, state().recipe_id) == state()
 
 
 def test_an_empty_folder_and_no_folder_hold_no_state(tmp_path):
