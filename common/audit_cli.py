@@ -194,6 +194,7 @@ def _report(arguments: argparse.Namespace) -> int:
         notes = [
             f"The log of {name} is not there; what it did is told by the coordinator alone." for name in told.absent
         ]
+        notes += [f"Left a site, and not in the coordinator's log: {what}." for what in told.untold]
         if told.state == "verified":
             notes += [f"Not vouched for: {what}." for what in unvouched(logs, told.checks)]
         broken = [why for story in told.stories for why in story.broken if not bad]

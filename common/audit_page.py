@@ -127,6 +127,8 @@ def _verdict(told: Account) -> Html:
         )
     if told.absent:
         notes.append(f"Not there: the log of {', '.join(told.absent)}. What they did is told by the coordinator alone.")
+    if told.untold:
+        notes.append(f"Left a site, and not in the coordinator's log: {', '.join(told.untold)}; see their fate below.")
     if not all(log.key_known for log in told.logs):
         notes.append("The keys were taken from the logs themselves: give --registry to check who signed.")
     if moved := sum(line.kind == "clock moved back" for line in told.running):

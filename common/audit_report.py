@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from common.chain import CLOCK, CONTINUED, KEY, STARTED, TOLERANCE_S, Event
 from common.errors import PrivacyError
 from common.lineage import Approval, Lineage, LineageError, Run, approvals, lineage, runs
 from common.logs import Check, Log, Role, State, as_map, as_number, check_logs, state_of
+from common.printable import number_of
 from common.storage import write_whole
 
 FORMAT = "fedicom audit report 1"
@@ -40,6 +42,7 @@ TOLD = (
 """Kinds that the tables of the runs are made of."""
 
 
+_UNTOLD = "not in the coordinator's log"
 _MOST_RELEASES = 16
 """Of noised scores of one recipe at one site, which has one."""
 
@@ -162,6 +165,12 @@ class Account:
     def absent(self) -> tuple[str, ...]:
         """Sites that took part and whose own logs are not there."""
         return tuple(sorted({site.name for story in self.stories for site in story.sites if not site.log}))
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """What left by the sites' own logs and the coordinator's, which is there, says nothing of."""
+        counts = Counter(item.site for story in self.stories for item in story.sent if item.fate == _UNTOLD)
+        return tuple(f"{number_of(count, 'message')} of {site}" for site, count in sorted(counts.items()))
 
     @property
     def json(self) -> bytes:
@@ -374,7 +383,7 @@ def _fate(site: str, facts: Mapping[str, Any], found: Sequence[Run]) -> str:
             if said and (facts.get("digest") in (None, said.get("digest"))):
                 return "admitted"
             why = str(as_map(event.facts.get("refused")).get(site) or why)
-    return f"not admitted: {why}" if why else "not in the coordinator's log"
+    return f"not admitted: {why}" if why else _UNTOLD
 
 
 def _site_line(

@@ -607,6 +607,19 @@ def test_the_report_says_which_events_nobody_vouches_for(tmp_path, capsys):
     ]
 
 
+def test_the_report_says_what_left_a_site_and_is_not_in_the_coordinators_log(tmp_path, capsys):
+    # A coordinator that asks for scores once more, and says nothing of it, breaks no chain.
+    def hidden(log: str, kind: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+        return None if kind == "evaluation received" else facts
+
+    folder = federation(tmp_path, hidden)
+    assert fedicom.main(["audit", "report", str(folder)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left a site")]
+    assert told == [f"Left a site, and not in the coordinator's log: 1 message of {name}." for name in PATIENTS]
+    text = seen(folder / "audit_report.html")[0]
+    assert "not in the coordinator's log: 1 message of north, 1 message of south; see their fate below" in text
+
+
 def test_the_page_goes_into_a_folder_that_is_named_and_never_over_its_own_json(tmp_path, capsys):
     folder, out = federation(tmp_path), tmp_path / "out"
     out.mkdir()
