@@ -217,7 +217,7 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes:
         else "WITHOUT noise: parts of the images that it was trained on may be computed back from it"
     )
     scores, secure = _scores(recipe, policy, cohort), recipe.privacy.secure_aggregation
-    exact = "yes, exact: no noise, and no epsilon, covers them"
+    exact = "yes, exact: no noise, and no epsilon, covers them, and they tell how many images they are of"
     if secure:
         noised += "; under masks, so that the coordinator reads the sum over all sites alone (secure aggregation)"
     lines = [

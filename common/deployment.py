@@ -98,7 +98,8 @@ class Policy:
     """What the noised scores of one recipe may cost, at `delta`."""
     counts: Literal["exact", "coarse", "none"] = "coarse"
     """Numbers of patients that are told: `coarse` rounds them down to 10, 12, 16, 20, 25, 32, 40, 50, 63, 80, 100 ...,
-    and trains with the sampling rate of the rounded number, so that rate, steps and noise tell no more than it."""
+    and trains with the sampling rate of the rounded number, so that rate, steps and noise tell no more than it. Exact
+    scores (`metrics: bounded`) tell the number of images that they are of."""
     min_cell: Annotated[int, Ge(1)] = 5
     """Smallest number of patients that a score or a count may be about; the larger of this and the recipe's holds."""
     gpu_memory_fraction: Annotated[float, Gt(0), Le(1)] = 1.0

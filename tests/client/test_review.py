@@ -280,7 +280,7 @@ def test_a_network_that_cannot_be_built_here_is_an_objection() -> None:
 
 def test_who_decides_reads_that_epsilon_covers_the_updates_and_not_the_exact_scores() -> None:
     said = text(reviewed(recipe_of(privacy=NOISY), cohort_of()))
-    assert "such as AUROC: yes, exact: no noise, and no epsilon, covers them." in said
+    assert "such as AUROC: yes, exact: no noise, and no epsilon, covers them, and they tell how many" in said
     assert "sees all updates, guesses whether that patient took part" in said
     assert "all that leaves" not in said
 
