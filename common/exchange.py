@@ -12,11 +12,12 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import ConfigDict, StringConstraints
+from pydantic import AfterValidator, ConfigDict, StringConstraints
 from pydantic.dataclasses import dataclass
 
 from common.compression import Form, nbytes
 from common.fixed import Residues
+from common.metrics import MAX_LOSS, SCALARS
 from common.weights import Weights
 
 WIRE_VERSION = 6
@@ -31,7 +32,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 """A SHA-256, hexadecimal."""
 MaybeDigest = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")]
 ScoreName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
-Score = Annotated[float, Ge(0), Le(100)]
+Score = Annotated[float, Ge(0), Le(MAX_LOSS)]
 Round = Annotated[int, Ge(1), Le(1_000_000)]
 Patients = Annotated[int, Ge(0), Le(1_000_000_000)]
 Steps = Annotated[int, Ge(0), Le(1_000_000_000)]
@@ -75,6 +76,14 @@ class RoundPlan:
     own any more had an old copy put back, and trains nothing."""
 
 
+def _listed(values: Mapping[str, float]) -> Mapping[str, float]:
+    for name, value in values.items():
+        scalar = name.removesuffix("_low").removesuffix("_high")
+        if scalar not in SCALARS or (value > 1 + 1e-9 and scalar != "loss"):  # a sum of shares may be rounded up
+            raise ValueError("a score that has no such name or value")
+    return values
+
+
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Scores:
     """Site to coordinator: results of the incoming global model on one split of the site.
@@ -85,8 +94,8 @@ class Scores:
 
     patients: Patients
     """Given as the site's policy on counts allows; the sum of the noised histogram when `noised`."""
-    values: Annotated[Mapping[ScoreName, Score], Len(0, 64)]
-    """Names of `common.metrics.SCALARS`, with `_low` and `_high` for the ends of an interval."""
+    values: Annotated[Mapping[ScoreName, Score], Len(0, 64), AfterValidator(_listed)]
+    """Names of `common.metrics.SCALARS`, with `_low` and `_high` for ends of an interval; all but losses end at 1."""
     noised: bool = False
 
 

@@ -17,7 +17,7 @@ from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import StringConstraints
+from pydantic import AfterValidator, StringConstraints
 
 from common import composition, config, deployment, exchange, metrics, wire
 from common.fixed import Residues
@@ -243,6 +243,8 @@ def _bounded(kind: Any, bounds: Sequence[object]) -> str:
                 words = _PATTERNS.get(pattern, f"text like `{pattern}`")
             case StringConstraints(max_length=int(most)):
                 words += f", at most {most} characters"
+            case AfterValidator():
+                pass  # the field's own words tell
             case _:
                 raise AssertionError(f"no words for {bound}")
     return ", ".join([words, *ends.values()])

@@ -11,6 +11,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from common import wire
 from common.blobs import names
@@ -38,6 +39,7 @@ from common.exchange import (
 )
 from common.fixed import Residues
 from common.identity import Signer
+from common.metrics import SCALARS
 from common.weights import Weights
 
 DIGEST = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
@@ -56,7 +58,11 @@ WEIGHTS = st.dictionaries(
 SCORES = st.builds(
     Scores,
     patients=st.integers(0, 10**9),
-    values=st.dictionaries(st.from_regex(r"[a-z][a-z0-9_]{0,39}", fullmatch=True), st.floats(0, 100), max_size=5),
+    values=st.dictionaries(
+        st.sampled_from([f"{name}{end}" for name in SCALARS for end in ("", "_low", "_high")]),
+        st.floats(0, 1),
+        max_size=5,
+    ),
 )
 SPENT = st.builds(
     Spent,
@@ -694,3 +700,15 @@ def test_who_asks_for_a_masked_update_says_under_signature_where_it_shall_lie():
     more = {**record.config_records["message"], "bytes": 4, "digest": "a" * 64}
     with pytest.raises(ExchangeError, match="other records"):
         wire.decode_request(RecordDict({"message": ConfigRecord(more)}), heap.open)
+
+
+@pytest.mark.parametrize(
+    "values", [{"auroc": 100.0}, {"accuracy_high": 1.5}, {"brier": 2.0}, {"jones": 0.5}, {"loss_mean": 0.5}]
+)
+def test_scores_of_other_names_or_above_one_are_neither_made_nor_taken(values: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Scores(patients=9, values=values)
+    body = json.loads(wire.encode(update()).config_records["message"]["body"])
+    body["validation"]["values"] = values
+    with pytest.raises(ExchangeError, match="Update with fields out of bounds: values"):
+        wire.decode(mutilated(body=json.dumps(body)), Update)
