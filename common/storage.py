@@ -167,10 +167,10 @@ def page_with_json(out: Path, name: str) -> Path:
     A new name without an ending is a folder, and made: as a file no browser would open it.
 
     Raises:
-        ConfigError: It would take the place of its own JSON.
+        ConfigError: It has another ending than a page: it may be a log, which the page would take the place of.
         StorageError: The folder cannot be made.
     """
-    if out.suffix == ".json":
+    if out.suffix not in ("", ".html", ".htm") and not out.is_dir():
         raise ConfigError(f"--out {out.name}: it names the page, and the JSON comes beside it; give {out.stem}.html")
     if not out.suffix and not out.exists():
         with storing("the folder of --out"):

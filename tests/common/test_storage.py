@@ -41,8 +41,9 @@ def test_a_page_goes_where_out_says_and_a_new_name_without_an_ending_is_a_folder
     with pytest.raises(StorageError, match="the folder of --out"):
         page_with_json(tmp_path / "page" / "below", "page.html")
     assert page_with_json(tmp_path / "page", "page.html") == tmp_path / "page"
-    with pytest.raises(ConfigError, match=r"give a\.html"):
-        page_with_json(tmp_path / "a.json", "page.html")
+    for name in ("a.json", "a.jsonl", "a.onnx"):  # a log would be lost with it
+        with pytest.raises(ConfigError, match=r"give a\.html"):
+            page_with_json(tmp_path / name, "page.html")
 
 
 def test_what_is_left_to_the_system_is_written_and_not_waited_for(tmp_path: Path, synced: list[int]) -> None:
