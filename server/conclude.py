@@ -270,6 +270,14 @@ def _ended(state: ServerState, recipe: Recipe, sites: Sequence[str]) -> tuple[st
 
 def _one_class(recipe: Recipe, result: CentralResult | None) -> tuple[str, ...]:
     """A model that ranks well may still call everybody the same."""
+    if result is not None and recipe.task.kind == "multilabel":
+        found = result.metrics.values.get("recall")
+        if found is None or found > 1 - _SAME:
+            return ()
+        return (
+            f"Above one half the model finds {found:.0%} of what is in the central test images (mean of the classes). "
+            "Use thresholds that were chosen on your own images.",
+        )
     confusion = np.array(result.metrics.confusion if result is not None else ())
     if result is None or not confusion.size:
         return ()

@@ -104,3 +104,15 @@ def test_a_model_that_calls_everybody_the_same_is_told(
     notes = _one_class(make().recipe, result)
     assert [said in note for note in notes] == ([True] if said else [])
     assert all("Use the operating point (0.125) or a threshold" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("recall", "said"), [(0.0, "finds 0% of what is"), (0.01, "finds 1% of what is"), (0.02, None)]
+)
+def test_a_multilabel_model_that_finds_nothing_above_one_half_is_told(recall: float, said: str | None) -> None:
+    recipe = make().recipe
+    recipe = replace(recipe, task=replace(recipe.task, kind="multilabel"))
+    result = CentralResult(metrics=Metrics(patients=100, values={"auroc": 0.95, "recall": recall}), subgroups={})
+    assert [said in note for note in _one_class(recipe, result)] == ([True] if said else [])
+    unknown = CentralResult(metrics=Metrics(suppressed=True), subgroups={})
+    assert _one_class(recipe, unknown) == ()
