@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 from pydicom import dcmread
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage
 
 from client.dicomweb import DicomWeb, boundary_of, parts
 from client.pacs import _label_keys, pull, pull_verb
@@ -25,6 +25,7 @@ from common.errors import ConfigError, DataError, StorageError
 from common.imaging import read_folder
 from common.imaging.received import examine
 from common.imaging.refusal import Refusal
+from tests.common.test_imaging_hostile import dataset
 
 KEY = bytes(32)
 STUDY, SERIES = "1.2.3.1", "1.2.3.2"
@@ -32,17 +33,10 @@ ASKED = Asked(modalities=("CT",), since=date(2026, 1, 1), until=date(2026, 12, 3
 
 
 def encoded(number: int) -> bytes:
-    made = Dataset()
-    made.file_meta = FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    made.SOPClassUID = made.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.3.{number}"
-    made.StudyInstanceUID, made.SeriesInstanceUID, made.PatientID = STUDY, SERIES, "MRN"
-    made.Rows = made.Columns = 8
-    made.SamplesPerPixel, made.PhotometricInterpretation, made.PixelRepresentation = 1, "MONOCHROME2", 0
-    made.BitsAllocated, made.BitsStored, made.HighBit = 16, 12, 11
-    made.PixelData = bytes([number] * 128)
-    made["PixelData"].VR = "OW"
+    made = dataset(
+        np.frombuffer(bytes([number] * 128), "<u2").reshape(8, 8), f"1.2.3.3.{number}", StudyInstanceUID=STUDY,
+        SeriesInstanceUID=SERIES, PatientID="MRN", BitsStored=12, HighBit=11,
+    )  # fmt: skip
     out = BytesIO()
     made.save_as(out, enforce_file_format=True)
     return out.getvalue()
@@ -459,8 +453,6 @@ def test_an_answer_that_breaks_off_is_gone_on_with_where_it_broke(serve, tmp_pat
 def ct(number: int) -> bytes:
     """A slice of a volume that is a valid one however many slices are left out at its end."""
     made = dcmread(BytesIO(encoded(number)))
-    made.Modality, made.ImageType = "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
-    made.FrameOfReferenceUID = "1.2.3.4"
     made.PixelSpacing, made.SliceThickness = [1.0, 1.0], 2.0
     made.ImageOrientationPatient = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     made.ImagePositionPatient = [0.0, 0.0, 2.0 * number]

@@ -13,8 +13,6 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
-from pydicom import uid
-from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels.utils import pixel_array
 
 from common.imaging import FolderReading, RefusalCode, Volume, read_folder
@@ -23,6 +21,7 @@ from common.imaging.layout import Layout, layout_of
 from common.imaging.pixels import stored_frames
 from common.imaging.refusal import Refusal, quiet
 from tests.common.test_imaging_files import DATA, PYDICOM, files
+from tests.common.test_imaging_hostile import dataset
 
 RAS_OF_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SERIES = ("ct_lidc0001_ge_40slices", *(f"mr_{v}_anatomical_001" for v in ("ge", "philips", "siemens")),
@@ -94,22 +93,12 @@ def tilted_ct(folder: Path, *, tilt_deg: float = 15.0, slices: int = 12, size: i
         corner = np.array([-50.0, -60.0, 3.0 * k])
         y, x = np.mgrid[:size, :size]
         mm = corner[:, None, None] + 2.0 * (x * columns[:, None, None] + y * rows[:, None, None])
-        made = Dataset()
-        made.file_meta = FileMetaDataset()
-        made.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-        made.SOPClassUID, made.SOPInstanceUID, made.Modality = uid.CTImageStorage, f"1.2.9.{k + 1}", "CT"
-        made.PatientID, made.StudyInstanceUID, made.SeriesInstanceUID = "P1", "1.2.3", "1.2.3.4"
-        made.FrameOfReferenceUID, made.ImageType = "1.2.3.5", ["ORIGINAL", "PRIMARY", "AXIAL"]
-        made.Manufacturer, made.InstanceNumber, made.SeriesNumber = "SIEMENS", k + 1, 1
-        made.ImagePositionPatient, made.ImageOrientationPatient = list(corner), [*columns, *rows]
-        made.PixelSpacing, made.SliceThickness, made.GantryDetectorTilt = [2, 2], 3, tilt_deg
-        made.Rows = made.Columns = size
-        made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
-        made.BitsAllocated = made.BitsStored = 16
-        made.HighBit, made.PixelRepresentation = 15, 1
-        made.RescaleSlope, made.RescaleIntercept = 1, 0
-        made.PixelData = np.round(field(mm)).astype("<i2").tobytes()
-        made["PixelData"].VR = "OW"
+        made = dataset(
+            np.round(field(mm)).astype("<i2"), f"1.2.9.{k + 1}", RescaleSlope=1, RescaleIntercept=0,
+            Manufacturer="SIEMENS", InstanceNumber=k + 1, SeriesNumber=1, GantryDetectorTilt=tilt_deg,
+            ImagePositionPatient=list(corner), ImageOrientationPatient=[*columns, *rows], PixelSpacing=[2, 2],
+            SliceThickness=3,
+        )  # fmt: skip
         made.save_as(folder / f"{k}.dcm", enforce_file_format=True)
     return folder
 

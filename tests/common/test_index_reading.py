@@ -15,11 +15,10 @@ import imagecodecs
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import (
-    CTImageStorage,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
@@ -34,6 +33,7 @@ from common.imaging import Image, Refused, Volume, fastread, volume
 from common.imaging.fastread import iterate_folder, read_folder
 from common.imaging.index import Index
 from common.imaging.refusal import RefusalCode
+from tests.common.test_imaging_hostile import dataset
 
 DATA = Path(os.environ.get("FEDICOM_DATA", Path(__file__).parents[3] / "shared" / "data")) / "dicom"
 PYDICOM = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -45,26 +45,15 @@ Change = Callable[[Dataset, int], object]
 
 def ct(z: int, syntax: str = ExplicitVRLittleEndian, dtype: str = "<i2") -> Dataset:
     """A slice with every stored value that its 30 pixels can hold far apart, unused bits included."""
-    made = Dataset()
-    made.file_meta = FileMetaDataset()
+    size = SHAPE[0] * SHAPE[1] * np.dtype(dtype).itemsize
+    stored = np.random.default_rng(z).integers(0, 256, size, np.uint8).view(dtype).reshape(SHAPE)
+    made = dataset(
+        stored, f"1.2.3.{z + 1}", PatientID="MRN-7", AcquisitionTime=f"1200{z:02d}.5", RescaleSlope="1",
+        RescaleIntercept="-1024", ImagePositionPatient=[0.0, 0.0, 2.5 * z], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        PixelSpacing=[0.5, 0.5],
+    )  # fmt: skip
     made.file_meta.TransferSyntaxUID = syntax
-    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = CTImageStorage
-    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = f"1.2.3.{z + 1}"
-    made.StudyInstanceUID, made.SeriesInstanceUID, made.FrameOfReferenceUID = "1.2", "1.2.3", "1.2.9"
-    made.PatientID, made.Modality, made.ImageType = "MRN-7", "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
-    made.AcquisitionTime = f"1200{z:02d}.5"
-    made.ImagePositionPatient, made.ImageOrientationPatient = [0.0, 0.0, 2.5 * z], [1, 0, 0, 0, 1, 0]
-    made.PixelSpacing, made.RescaleSlope, made.RescaleIntercept = [0.5, 0.5], "1", "-1024"
-    made.Rows, made.Columns = SHAPE
-    made.SamplesPerPixel, made.PhotometricInterpretation = 1, "MONOCHROME2"
-    kind = np.dtype(dtype)
-    made.BitsAllocated = made.BitsStored = 8 * kind.itemsize
-    made.HighBit, made.PixelRepresentation = made.BitsStored - 1, int(kind.kind == "i")
-    pixels = np.random.default_rng(z).integers(0, 256, SHAPE[0] * SHAPE[1] * kind.itemsize, np.uint8)
-    if syntax == ExplicitVRBigEndian:
-        kind = kind.newbyteorder(">")
-    made.PixelData = pixels.tobytes()
-    made["PixelData"].VR = "OW" if kind.itemsize > 1 else "OB"
+    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID  # some lose their own
     return made
 
 

@@ -11,20 +11,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import pydicom
 import pytest
 from onnx import TensorProto, helper
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom import uid
 
 from common.config import Preprocessing, Recipe, Task
 from common.errors import ConfigError, DataError, ModelFileError
 from common.imaging import iterate_folder, prepare
 from common.onnx_model import Description, OnnxModel
 from common.predict import _harmless, predict
+from tests.common.test_imaging_hostile import dataset
 
 GAIN = 4.0
-DX = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
 
 def recipe(size=(8, 8), classes=("negative", "positive"), **data):
@@ -72,24 +70,18 @@ def write_dx(path, number, *, modality="DX", patient=None):
     """A radiograph, a share of which is bright: more of it with a larger number."""
     pixels = np.full((20, 24), 100, np.uint16)
     pixels[: 3 + 4 * number, :] = 3000
-    data = pydicom.Dataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = DX
-    data.file_meta.MediaStorageSOPInstanceUID = f"2.25.{1000 + number}"
-    data.SOPClassUID, data.SOPInstanceUID = DX, f"2.25.{1000 + number}"
-    data.StudyInstanceUID, data.SeriesInstanceUID = f"2.25.{2000 + number}", f"2.25.{3000 + number}"
-    data.PatientID = f"patient {number}" if patient is None else patient
-    data.AccessionNumber, data.Modality = f"A{number}", modality
-    data.ImageType = ["ORIGINAL", "PRIMARY"]
-    data.ImagerPixelSpacing = [0.2, 0.2]
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-    data.PresentationIntentType = "FOR PRESENTATION"
-    data.PixelData = pixels.tobytes()
+    save_dx(path, number, pixels, modality, patient)
+
+
+def save_dx(path, number, pixels, modality="DX", patient=None):
+    made = dataset(
+        pixels, f"2.25.{1000 + number}", sop_class=uid.DigitalXRayImageStorageForPresentation, modality=modality,
+        StudyInstanceUID=f"2.25.{2000 + number}", SeriesInstanceUID=f"2.25.{3000 + number}",
+        PatientID=f"patient {number}" if patient is None else patient, AccessionNumber=f"A{number}",
+        ImageType=["ORIGINAL", "PRIMARY"], ImagerPixelSpacing=[0.2, 0.2], BitsStored=12, HighBit=11,
+    )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.save_as(path, enforce_file_format=True)
+    made.save_as(path, enforce_file_format=True)
 
 
 def read(path):

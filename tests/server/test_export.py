@@ -7,11 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import pydicom
 import pytest
 import torch
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian
 from safetensors.torch import save_file
 
 from common.config import ModelConfig, Preprocessing, Recipe, Task, recipe_from_json
@@ -22,9 +19,8 @@ from common.onnx_model import OnnxModel
 from common.predict import predict
 from common.weights import Weights
 from server import export
+from tests.common.test_predict import save_dx
 from tests.server.graphs import convolved_dimensions
-
-DX = UID("1.2.840.10008.5.1.4.1.1.1.1")
 
 
 def recipe_for(size, *, kind="binary", classes=("negative", "positive"), **model):
@@ -290,19 +286,4 @@ def write_dx(path, number):
     """A radiograph with a bright square whose place and strength depend on the number."""
     pixels = np.random.default_rng(number).integers(0, 200, (40, 36)).astype(np.uint16)
     pixels[4 + 5 * number : 20 + 5 * number, 6:20] += 800 * (number + 1)
-    data = pydicom.Dataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.file_meta.MediaStorageSOPClassUID = DX
-    data.file_meta.MediaStorageSOPInstanceUID = f"2.25.{1000 + number}"
-    data.SOPClassUID, data.SOPInstanceUID = DX, f"2.25.{1000 + number}"
-    data.StudyInstanceUID, data.SeriesInstanceUID = f"2.25.{2000 + number}", f"2.25.{3000 + number}"
-    data.PatientID, data.AccessionNumber, data.Modality = f"patient {number}", f"A{number}", "DX"
-    data.ImageType = ["ORIGINAL", "PRIMARY"]
-    data.ImagerPixelSpacing = [0.2, 0.2]
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
-    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
-    data.PresentationIntentType = "FOR PRESENTATION"
-    data.PixelData = pixels.tobytes()
-    data.save_as(path, enforce_file_format=True)
+    save_dx(path, number, pixels)
