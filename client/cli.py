@@ -174,7 +174,7 @@ def approve_verb(words: Sequence[str]) -> int:
 
     signed = signed_recipe(home, arguments.recipe)
     recipe = signed.recipe
-    _say(console, f"Recipe {recipe.name}, {number_of(recipe.rounds, 'round')}, {_promise(recipe)}")
+    _say(console, f"Recipe {recipe.name}, {number_of(recipe.rounds, 'round')}, {recipe.privacy.promise}")
     _say(console, f"Hash {recipe.id}")
     if sys.stdin.isatty() and sys.stdout.isatty() and not arguments.yes:
         answer = console.input("`fedicom site review` tells all that it does. Allow it here? Type yes: ")
@@ -223,7 +223,7 @@ def approvals_verb(words: Sequence[str]) -> int:
             continue
         if approval is not None:
             recipe = approval.signed.recipe
-            told = {"name": recipe.name, "rounds": recipe.rounds, "privacy": _promise(recipe)}
+            told = {"name": recipe.name, "rounds": recipe.rounds, "privacy": recipe.privacy.promise}
             rows.append({"recipe_id": recipe_id, "holds": True, **told, "by": approval.by, "time": approval.time})
     if arguments.json:
         print(json.dumps(rows, indent=1))  # noqa: T201
@@ -543,14 +543,6 @@ def _reading(console: Console, *, shown: bool) -> Iterator[Told]:
     task = bar.add_task("Reading images", total=None, visible=False)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
-
-
-def _promise(recipe: Any) -> str:
-    privacy = recipe.privacy
-    if not privacy.active:
-        return "no differential privacy"
-    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
-    return f"{budget}, delta {privacy.delta:g}"
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:

@@ -278,6 +278,14 @@ class Privacy:
     def active(self) -> bool:
         return self.mechanism != "none"
 
+    @property
+    def promise(self) -> str:
+        """In words for a screen."""
+        if not self.active:
+            return "no differential privacy"
+        budget = f"epsilon {self.epsilon:g}" if self.epsilon else f"noise multiplier {self.noise_multiplier:g}"
+        return f"{budget}, delta {self.delta:g}"
+
 
 Strategy = Literal[
     "fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm", "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from common.cli import settings_of
-from common.config import Phantom, Recipe, load_settings, validate_json
+from common.config import Phantom, load_settings, validate_json
 from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
@@ -100,7 +100,7 @@ def simulate_verb(words: Sequence[str]) -> int:
     terminal = Terminal(console, recipe.rounds)
     sites = number_of(recipe.federation.sites, "site")
     terminal.say(
-        f"Recipe {recipe.name} {recipe.id[:12]}: {number_of(recipe.rounds, 'round')}, {sites}, {_promise(recipe)}"
+        f"Recipe {recipe.name} {recipe.id[:12]}: {number_of(recipe.rounds, 'round')}, {sites}, {recipe.privacy.promise}"
     )
     with importing():
         from simulations.folder import earlier_record, run_folder
@@ -125,14 +125,6 @@ def simulate_verb(words: Sequence[str]) -> int:
 
         terminal.say(told(run_folder(settings)))
     return 0
-
-
-def _promise(recipe: Recipe) -> str:
-    privacy = recipe.privacy
-    if not privacy.active:
-        return "no differential privacy"
-    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon else f"noise multiplier {privacy.noise_multiplier:g}"
-    return f"{budget}, delta {privacy.delta:g}"
 
 
 def show_conclusion(conclusion: Conclusion, out: Path, console: Console) -> None:
