@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,8 @@ class Report:
             "started": _utc(),
             "versions": dict(package_versions()),
         }
-        self._link, self._state, self._error = "waiting", State(), ""
+        # No state before the log was read: zeros would be taken for counts, and what follows for something just done.
+        self._link, self._state, self._error = "waiting", dict[str, Any](), ""
 
     def link(self, state: str) -> None:
         """Whether the SuperNode is there: waiting, ready or working."""
@@ -55,7 +57,7 @@ class Report:
 
     def state(self, state: State) -> None:
         """What is being done."""
-        self._state = state
+        self._state = asdict(state)
         self.write()
 
     def failed(self, why: str) -> None:
@@ -71,7 +73,7 @@ class Report:
         """Writes the file whole; a full disk costs the display, not the work, and so does a power cut."""
         told = {
             **self._fixed,
-            **asdict(self._state),
+            **self._state,
             "state": self._link,
             "error": self._error,
             "gpu_memory": gpu_memory(),

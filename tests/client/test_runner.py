@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from client.node import changes, families
+from client.resident import State
 from client.runner import Coordinator, Report, run
 from common.audit import verify
 from common.chain import AuditError
 from common.errors import ExchangeError
 from common.identity import Signer
+from common.prometheus import exposition
 from common.supervise import free_port
 from tests.client.conftest import House
 
@@ -54,12 +57,24 @@ def test_the_report_is_whole_at_every_moment_and_a_full_disk_costs_nothing_else(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = Report(house.home)
+    report.state(State())
     report.link("ready")
     plain = json.loads(house.home.runner_file.read_text())
     assert (plain["state"], plain["doing"], plain["pid"]) == ("ready", "idle", os.getpid())
     assert "torch" in plain["versions"]
     monkeypatch.setattr(house.home.__class__, "runner_file", house.home.path / "nowhere" / "runner.json")
     Report(house.home).link("working")  # cannot be written, and is no error
+
+
+def test_before_the_log_was_read_nothing_is_said_to_be_none(house: House) -> None:
+    report = Report(house.home)
+    report.write()
+    before = json.loads(house.home.runner_file.read_text())
+    assert b"_total" not in exposition(families(before))
+    report.state(State(updates=52, bytes_sent=7_000_000))
+    after = json.loads(house.home.runner_file.read_text())
+    assert b"fedicom_site_updates_total" in exposition(families(after))
+    assert list(changes({"pid": 1, **before}, {"pid": 1, **after})) == []  # no "update sent, 7.0 MB" at every start
 
 
 def test_a_runner_waits_for_its_supernode_and_ends_when_asked(house: House, wait: Callable[..., Any]) -> None:
