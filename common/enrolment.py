@@ -335,6 +335,11 @@ def _take_keys(home: SiteHome | ServerHome, files: kits.Files, signer: Signer, n
         # Only now: until the log is handed over, the old key is what continues it.
         write_whole(home.signing_key, _bytes_of(home, files, signer))
         done.append(f"signing key {signer.public[:16]} is in use; restart what runs in this home")
+        if isinstance(home, SiteHome) and any(home.approved.glob("*.json")):
+            done.append(
+                "approvals count only under it: approve anew what shall go on; nothing is trained "
+                "before (`fedicom site approvals`)"
+            )
     if isinstance(home, SiteHome) and node is not None:
         if not home.node_key.exists() or NodeKey.load(home.node_key).public != node.public:
             write_whole(home.node_key, node.private)

@@ -216,6 +216,10 @@ def test_the_commands_make_send_join_and_renew_and_print_nothing_private(tmp_pat
     kit.write_folder(office.kit(folder / "public.json"), tmp_path / "kit")
     assert join_verb([str(tmp_path / "kit"), "--authority", office.signer.public]) == 0
     assert init_verb(["--renew"]) == 0
+    said = capsys.readouterr().out
+    assert "approvals count only" not in said
+    home.approved.mkdir()
+    (home.approved / f"{'a' * 64}.json").write_text("{}")
     monkeypatch.setenv("KIT_WORDS", WORDS)
     (tmp_path / "north.kit").write_bytes(kit.pack(office.kit(folder / "public.json"), Secret.passphrase(WORDS)))
     assert join_verb([str(tmp_path / "north.kit"), "--passphrase-env", "KIT_WORDS"]) == 0
@@ -224,8 +228,9 @@ def test_the_commands_make_send_join_and_renew_and_print_nothing_private(tmp_pat
     )
     assert join_verb([str(tmp_path / "registry.json")]) == 0
     assert home.registry.version == 9
-    said = capsys.readouterr().out
+    said += capsys.readouterr().out
     assert read_public(folder / "public.json").signing in said
+    assert "approvals count only under it: approve anew" in said
     for path in home.keys.rglob("*"):
         if path.is_file():
             assert path.read_bytes().hex() not in said
