@@ -46,9 +46,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests of the deployment wait for much of their time, and those of the rooms compute meanwhile.
-test: lint
-	$(MAKE) --jobs 2 test-rooms test-deployment
+test: lint test-rooms test-deployment
 
 # One thread a process: two processes with two threads each would fight over two cores.
 test-rooms: $(READY)

@@ -207,9 +207,13 @@ def _epsilon_at(events: tuple[Event, ...], delta: float, interval: float) -> flo
     return max(0.0, float(total.get_epsilon_for_delta(delta)))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=32)
 def _step(noise_multiplier: float, sampling_rate: float, interval: float) -> Any:
-    """The distribution of one step: every round of a run composes the same ones."""
+    """The distribution of one step: every round of a run composes the same ones, of all studies of a site's ledger.
+
+    With fewer places than studies times intervals none would be there when it is asked for again. One takes 13 MB
+    (noise 1, the finest interval), mostly less.
+    """
     from dp_accounting.pld import privacy_loss_distribution as pld
 
     return pld.from_gaussian_mechanism(
