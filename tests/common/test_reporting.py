@@ -16,7 +16,7 @@ from common.errors import ConfigError, DataError
 from common.imaging import Algorithm, Said, Source, iterate_folder, reporting, structured_report
 from common.onnx_model import STATEMENT, OnnxModel
 from common.predict import predict
-from tests.common.test_predict import DX, description, read, recipe, write_dx, write_model
+from tests.common.test_predict import description, read, recipe, write_dx, write_model
 
 ALGORITHM = Algorithm(name="chest", version="Fedicom 0.1.0", weights="ab" * 32, parameters=("a word",))
 SAID = Said(probabilities=(("normal", 0.25), ("pneumonia", 0.75)), predicted=("pneumonia",), above=False)
@@ -81,7 +81,7 @@ def test_each_image_has_a_report_with_the_numbers_of_its_row(model: Path, tmp_pa
         ]
         (about,) = group_of(report).source_images
         assert about.referenced_sop_instance_uid == row["instance"]
-        assert about.referenced_sop_class_uid == DX
+        assert about.referenced_sop_class_uid == pydicom.uid.DigitalXRayImageStorageForPresentation
         (study,) = report.CurrentRequestedProcedureEvidenceSequence
         (series,) = study.ReferencedSeriesSequence
         assert (study.StudyInstanceUID, series.SeriesInstanceUID) == (row["study"], row["series"])
