@@ -92,7 +92,11 @@ def _title(told: Account) -> str:
 
 
 def _name(story: Story) -> str:
-    return str(story.recipe.get("name") or story.name or f"recipe {story.recipe_id[:12]}")
+    return _given_name(story) or f"recipe {story.recipe_id[:12]}"
+
+
+def _given_name(story: Story) -> str:
+    return str(story.recipe.get("name") or story.name or "")
 
 
 def _span(told: Account) -> str:
@@ -232,7 +236,7 @@ def _story(story: Story) -> Html:
     recipe = story.recipe
     privacy = recipe.get("privacy", {})
     facts: list[tuple[str, Child]] = [
-        ("Recipe", join(_name(story), " ", _hash(story.recipe_id))),
+        ("Recipe", join(_given_name(story), " ", _hash(story.recipe_id))),
         ("From, to", f"{_moment(story.first)} to {_moment(story.last)}"),
         ("Rounds", f"{story.rounds} aggregated; " + ("concluded" if story.concluded else "not concluded")),
         ("Signed by", _hash(story.coordinator) if story.coordinator else "not in the logs"),
