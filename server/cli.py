@@ -39,6 +39,8 @@ All take --home DIR (or FEDICOM_HOME, or the current folder). Those that ask the
 --token-file FILE (or FEDICOM_TOKEN_FILE; without both, keys/operator.token) and --control 127.0.0.1:PORT."""
 
 _POLL_S = 1.0
+_REACHED_BY = {"gateway", "superlink"}
+"""Processes without which no site reaches the coordinator."""
 _OVER = {"finished": 0, "failed": 1, "stopped": 1}
 """State of a run that nobody works on -> exit code of who watched it."""
 
@@ -121,7 +123,11 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _status(words: Sequence[str]) -> int:
-    parser = _asking("status", "How the coordinator, its runs and their sites stand.")
+    parser = _asking(
+        "status",
+        "How the coordinator, its runs and their sites stand. Exit code 1 where no site can reach it: it does not run, "
+        "or its gateway or SuperLink is down.",
+    )
     parser.add_argument("--watch", action="store_true", help="live, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args(words)
@@ -134,7 +140,8 @@ def _status(words: Sequence[str]) -> int:
         _say(json.dumps(plain, indent=1))
     else:
         _console().print(_table(plain))
-    return 0 if plain["server"]["state"] == "running" else 1
+    reachable = not _REACHED_BY & set(plain["server"].get("down", ()))
+    return 0 if plain["server"]["state"] == "running" and reachable else 1
 
 
 def _runs(words: Sequence[str]) -> int:

@@ -166,6 +166,18 @@ def test_status_json_is_for_programs_and_tells_the_same(asking, said):
     assert [run["run"] for run in plain["runs"]] == ["tiny"]
 
 
+@pytest.mark.parametrize(("down", "code"), [("gateway", 1), ("superlink", 1), ("run-tiny", 0)])
+def test_the_exit_code_of_status_tells_a_health_check_whether_sites_can_reach_the_coordinator(
+    asking, said, monkeypatch, down, code
+):
+    plain = json.loads(said("status", "--json")[1])
+    assert not plain["server"]["down"]
+    plain["server"]["down"] = {down: "ended by signal 9"}
+    monkeypatch.setattr("server.cli._Asking.status", lambda self: plain)
+    assert said("status", "--json")[0] == code
+    assert said("status")[0] == code
+
+
 def test_a_text_that_a_site_sent_cannot_dress_up_the_table(asking, said):
     said("run", recipe(asking), "--detach")
     asking.until(lambda: asking.starts("tiny"))
