@@ -139,11 +139,13 @@ def review_verb(words: Sequence[str]) -> int:
                 cohort = _cohort(home, signed, told)
             except DataError as error:
                 trouble = str(error)
+    from client.budget import trouble as trouble_of_ledger
     from client.review import review
 
-    found = review(signed, config, cohort, _ledger(home))
+    found, less = review(signed, config, cohort, _ledger(home)), trouble_of_ledger(home)
     if arguments.json:
-        print(json.dumps({**found.plain, "data_error": trouble or None}, indent=1))  # noqa: T201
+        errors = {"data_error": trouble or None, "ledger_error": less or None}
+        print(json.dumps({**found.plain, **errors}, indent=1))  # noqa: T201
         return 0
     for section in found.sections:
         console.print(section.title, style="bold", highlight=False, markup=False)
@@ -154,6 +156,8 @@ def review_verb(words: Sequence[str]) -> int:
     if trouble:
         why = f"The patients could not be counted: {printable(trouble)}"
         console.print(why, style="yellow", highlight=False, markup=False)
+    if less:
+        _say(console, f"More was spent than stands above: {less}. Put the newest back first.", "bold red")
     return 0
 
 

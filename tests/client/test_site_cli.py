@@ -234,14 +234,16 @@ def test_a_budget_that_nobody_touched_is_whole(site: Site, tmp_path: Path) -> No
     assert "--plot" in site("budget", "--plot", tmp_path / "budget.txt", code=2)
 
 
-def test_a_budget_out_of_an_old_ledger_says_that_it_is_not_all(site: Site) -> None:
+def test_a_budget_and_a_review_out_of_an_old_ledger_say_that_it_is_not_all(site: Site) -> None:
     site.ledger.reserve("a" * 64, round=1, base="a" * 64, event=EVENT)
     old = site.house.home.ledger_file.read_bytes()
     site.ledger.reserve("a" * 64, round=2, base="a" * 64, event=EVENT)
     site.house.log.append("budget reserved", ledger_head=site.ledger.head)
     assert json.loads(site("budget", "--json"))["trouble"] is None
+    assert json.loads(site("review", site.file, "--json", "--no-count"))["ledger_error"] is None
     site.house.home.ledger_file.write_bytes(old)
     assert "This is not all: the privacy ledger is older" in site("budget", code=1)
+    assert "More was spent than stands above: the privacy ledger is older" in site("review", site.file, "--no-count")
     site.house.home.ledger_file.unlink()
     assert "is missing" in json.loads(site("budget", "--json", code=1))["trouble"]
 
