@@ -1,16 +1,18 @@
-"""Sites that are away and a full disk: the run waits, goes on without, or stops with a clear error and resumes."""
+"""Sites that are away, a coordinator that is away, a full disk: the run waits, goes on without, or stops with a clear
+error and resumes."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import time
 
 import pytest
 
 from common.deployment import read_status
 from simulations.rehearsal import rehearsing, wait_for
-from tests.deployment.conftest import PLAN, ROUNDS, begin, digest, fill, rounds, small_disk
+from tests.deployment.conftest import PLAN, ROUNDS, begin, digest, fill, rounds, small_disk, work
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,20 @@ def test_a_full_disk_stops_the_run_with_a_clear_error_and_with_space_it_ends_wit
     wait_for(lambda: federation.status("full").get("state") != "failed" or None, "the next attempt", 60)
     assert digest(federation, "full") == expected
     assert rounds(federation, "full")[-1]["round"] == ROUNDS
+
+
+def test_the_whole_coordinator_gone_for_two_minutes_comes_back_and_ends_with_the_same_weights(federation, expected):
+    before = {site: work(federation, site) for site in PLAN.sites}
+    begin(federation, "gone")
+    federation.wait_round(1, "gone")
+    federation.kill("server")
+    began = time.monotonic()
+    federation.kill(PLAN.sites[0])  # and one site starts while nobody is there
+    federation.start(PLAN.sites[0])
+    time.sleep(120 - (time.monotonic() - began))
+    assert all(federation.alive(site) for site in PLAN.sites)
+    federation.start("server")
+    assert digest(federation, "gone") == expected
+    after = {site: work(federation, site) - before[site] for site in PLAN.sites}
+    assert {done.paid for done in after.values()} == {ROUNDS}
+    assert {done.trained for done in after.values()} == {ROUNDS}
