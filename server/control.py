@@ -290,7 +290,7 @@ class Control:
             "updated": utc_now(),
             "port": self.config.port,
             "children": children,
-            "down": {name: seen.events.get(name, "") for name, pid in children.items() if pid is None},
+            "down": {name: seen.events.get(name, "not started yet") for name, pid in children.items() if pid is None},
             "registry": {"version": registry.version, "sites": list(registry.members)} if registry else None,
             "online": list(seen.online),
             "trouble": seen.trouble,

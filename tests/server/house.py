@@ -129,7 +129,7 @@ class Running:
         self.api.start()
         self._thread = threading.Thread(target=self.control.serve, args=(self.api.port,))
         self._thread.start()
-        self.until(lambda: self.control.status["registry"])
+        self.until(lambda: (status := self.control.status)["registry"] and not status["down"])
         return self
 
     def __exit__(self, *_: object) -> None:

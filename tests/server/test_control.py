@@ -639,3 +639,8 @@ def test_the_gateway_is_configured_from_server_yaml(house):
         (home.path / "server.yaml").write_text(f"federation: trial\ngateway: {text}\n")
         with pytest.raises(ConfigError, match=says):
             gateway_child(ServerHome(home.path), 12345)
+
+
+def test_a_process_that_was_never_started_is_down_and_the_status_says_why(running, monkeypatch):
+    monkeypatch.setattr("server.control.Supervisor.children", {"superlink": 7, "run-new": None})
+    assert running.control.status["down"] == {"run-new": "not started yet"}
