@@ -49,6 +49,7 @@ from flwr.proto.runtime_pb2 import (
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -70,6 +71,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from client.blobs import Doorbell, Remote
+from common import inline
 from common.bell import Bell
 from common.deployment import SiteHome
 from common.errors import ExchangeError
@@ -189,7 +191,7 @@ def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], None],
                 failed = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=type(error).__name__)
                 reply = Message(failed, reply_to=message)
         _free(message)
-        push_message(client, reply, context)
+        _push(client, reply, context)
         replied.ring()
         _free(reply)
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
@@ -206,10 +208,11 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, Context, bytes]:
         if time.monotonic() > end:
             raise ExchangeError("a task without a message")
         time.sleep(_POLL_S[0])
-    node = Node(node_id=context.node_id)
+    node, came = Node(node_id=context.node_id), inline.read(found)
+    pull = _moving(make_pull_object_fn_protobuf(client.PullObject, node, context.run_id))
     message = pull_and_inflate_object_from_tree(
         found.message_object_trees[0],
-        _moving(make_pull_object_fn_protobuf(client.PullObject, node, context.run_id)),
+        lambda key: came.get(key) or pull(key),
         make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
         return_type=Message,
         max_time=None,
@@ -219,6 +222,11 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, Context, bytes]:
     )
     message.metadata.__dict__["_message_id"] = found.message_object_trees[0].object_id
     return message, context, given.fab.content
+
+
+def _push(client: Any, reply: Message, context: Context) -> None:
+    client.PushMessages = inline.pushing(client.PushMessages, inline.inside((reply,), get_all_nested_objects))
+    push_message(client, reply, context)
 
 
 def _moving(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
@@ -359,8 +367,11 @@ def main() -> None:
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
-    failed = _watch_pulls(importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient)
-    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed)
+    inline.install(importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers"))
+    fleet = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
+    failed, came = _watch_pulls(fleet)
+    loop._push_messages = _inlining(loop._push_messages, fleet)
+    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed, came)
     loop.http_request_response = contextmanager(connect)
     threading.excepthook = _end_with_thread
     code: object = 1
@@ -408,25 +419,43 @@ def _pause_s(idle_s: float, shortest_s: float, longest_s: float) -> float:
     return min(max(shortest_s, idle_s / 50), longest_s)
 
 
-def _watch_pulls(client: Any) -> threading.Event:
-    """Has a client's class note, in the event that it gives, that a look for messages failed."""
-    failed, pull = threading.Event(), client.PullMessages
+def _watch_pulls(client: Any) -> tuple[threading.Event, dict[str, bytes]]:
+    """Has a client's class note, in what it gives, that a look for messages failed, and which objects came with one."""
+    failed, came, pull = threading.Event(), dict[str, bytes](), client.PullMessages
 
     def watched(*words: Any) -> Any:
+        came.clear()
         try:
-            return pull(*words)
+            answer = pull(*words)
         except httpx.HTTPError:
             failed.set()
             raise
+        came.update(inline.read(answer))
+        return answer
 
     client.PullMessages = watched
-    return failed
+    return failed, came
+
+
+def _inlining(push: Callable[..., None], client: Any) -> Callable[..., None]:
+    """Flower's `_push_messages`, with what it has in its store going with the message."""
+    push_messages = client.PushMessages
+
+    def pushing(*, object_store: Any, **others: Any) -> None:
+        def push_whole(self: Any, request: Any) -> Any:
+            return inline.pushing(partial(push_messages, self), object_store.get)(request)
+
+        client.PushMessages = push_whole
+        push(object_store=object_store, **others)
+
+    return pushing
 
 
 def _connected(
     connect: Callable[..., Any],
     folder: Path,
     failed: threading.Event,
+    came: Mapping[str, bytes],
     server_address: str,
     insecure: bool,
     root_certificates: bytes | str | None,
@@ -463,7 +492,7 @@ def _connected(
 
         yield (
             *(node_id, _receiving(receive, failed, _sure(connect_anew)), _sure(send), get_run, get_fab),
-            *(_sure(pull_object, ExchangeError("the run has ended")), _sure(push_object)),
+            *(_at_hand(came, _sure(pull_object, ExchangeError("the run has ended"))), _sure(push_object)),
             # All of the message is here, and the runner may be at work on it: Flower would send its answer in place
             # of the next message's, and that one with the message after it, or never.
             _then(bell.ring, _sure(confirm, SystemExit(1))),
@@ -481,6 +510,11 @@ def _receiving(receive: Callable[[], T | None], failed: threading.Event, anew: C
         return found
 
     return look
+
+
+def _at_hand(came: Mapping[str, bytes], pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
+    """A call for an object, made where that did not come with its message."""
+    return lambda run_id, key: came.get(key) or pull(run_id, key)
 
 
 def _then(after: Callable[[], None], call: Callable[..., T]) -> Callable[..., T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import hashlib
 import importlib
 import inspect
 import re
@@ -22,11 +23,12 @@ from flwr.proto import control_pb2, fleet_pb2, message_pb2, node_pb2, runtime_pb
 from flwr.server.superlink.linkstate import sql_linkstate
 from flwr.serverapp import Grid
 from flwr.supercore import constant as core
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.corestate import in_memory_corestate, sql_corestate
 from flwr.supercore.error import ApiErrorCode, FlowerError
-from flwr.supercore.inflatable import inflatable_utils
+from flwr.supercore.inflatable import inflatable_object, inflatable_utils
 from flwr.supercore.retry import http_retry
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -127,10 +129,10 @@ def test_the_calls_that_we_make_take_what_we_give():
             RuntimeHttpClient,
             (
                 *("AcquireTask", "PullTaskInput", "PushTaskOutput", "SendTaskHeartbeat", "PullMessages"),
-                *("PullObject", "PushObject", "ConfirmMessageReceived", "GetNodes"),
+                *("PushMessages", "PullObject", "PushObject", "ConfirmMessageReceived", "GetNodes"),
             ),
         ),
-        (FleetHttpClient, ("ActivateNode", "DeactivateNode", "PullMessages")),
+        (FleetHttpClient, ("ActivateNode", "DeactivateNode", "PullMessages", "PushMessages")),
     ],
 )
 def test_the_clients_have_the_calls_that_we_make(client, calls):
@@ -158,6 +160,12 @@ def test_the_clients_have_the_calls_that_we_make(client, calls):
         (runtime_pb2.PullAppMessagesResponse, {"messages_list", "message_object_trees"}),
         (runtime_pb2.PushTaskOutputRequest, {"sub_status", "details"}),
         (message_pb2.ConfirmMessageReceivedRequest, {"node", "run_id", "message_object_id"}),
+        (runtime_pb2.PushAppMessagesRequest, {"messages_list", "message_object_trees"}),
+        (runtime_pb2.PushAppMessagesResponse, {"objects_to_push", "session_id"}),
+        (fleet_pb2.PushMessagesRequest, {"messages_list", "message_object_trees"}),
+        (fleet_pb2.PushMessagesResponse, {"objects_to_push", "session_id"}),
+        (fleet_pb2.PullMessagesResponse, {"messages_list", "message_object_trees"}),
+        (message_pb2.ObjectTree, {"object_id", "children"}),
         (fleet_pb2.ActivateNodeRequest, {"public_key", "heartbeat_interval"}),
         (fleet_pb2.DeactivateNodeRequest, {"node_id"}),
     ],
@@ -312,6 +320,28 @@ def test_a_task_is_there_before_its_message_and_a_reply_is_waited_for_without_en
     push = ast.unparse(function(start_client_internal, "_push_messages"))
     assert "while not (reply_messages := state.get_messages_legacy(is_reply=True))" in push
     assert "while (content := object_store.get(tree.object_id)) == b''" in push
+
+
+def test_objects_can_go_with_a_message():
+    for name in ("superlink.servicer.fleet.fleet_handlers", "superlink.servicer.runtime.runtime_handlers"):
+        module = importlib.import_module(f"flwr.{name}")
+        assert parameters(module.push_messages)[:2] == parameters(module.pull_messages)[:2] == ["request", "state"]
+    node = importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers")
+    assert parameters(node.push_messages) == parameters(node.pull_messages) == ["request", "state", "task"]
+    for state in (sql_corestate.SqlCoreState, in_memory_corestate.InMemoryCoreState):
+        assert parameters(state.store_object) == ["self", "run_id", "session_id", "object_id", "object_content"]
+        assert parameters(state.get_object) == ["self", "run_id", "object_id"]
+    # A session inside another one is the same transaction.
+    assert "if existing is not None:\n        yield existing" in ast.unparse(function(sql_mixin, "session"))
+    # Looked up at each call, where we have put ours.
+    fleet = inspect.getsource(importlib.import_module("flwr.superlink.routers.fleet.router"))
+    runtime = inspect.getsource(importlib.import_module("flwr.supercore.routers.runtime.router"))
+    for name in ("push_messages", "pull_messages"):
+        assert f"fleet_handlers.{name}(" in fleet
+        assert f"handlers.{name}(request, state, task)" in runtime
+    loop = ast.unparse(function(start_client_internal, "start_client_internal"))
+    assert "_push_messages(state=state, object_store=store, send=send, push_object=push_object)" in loop
+    assert inflatable_object.get_object_id(b"abc") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_proxy_of_the_environment_is_taken_for_the_gateway():

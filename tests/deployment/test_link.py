@@ -268,8 +268,10 @@ def finish(running: Running, site: str, asking: Future[Any], round_: int) -> Non
 
 
 def test_two_sites_say_hello_and_two_rounds_go_through_over_tls_one_of_them_through_a_proxy(running, grid, proxy):
-    transport = running.transport(grid)
+    transport, log = running.transport(grid), running.authority.parent / "logs" / "superlink.log"
+    before = log.read_text().count("-object HTTP")
     assert sorted(transport.hello(RECIPE, "")) == list(SITES)
+    assert log.read_text().count("-object HTTP") == before  # the pieces of a small message went with it
     assert running.online() == set(SITES)
     for round_ in (1, 2):
         replies = sorted(transport.ask(plan(round_), SITES, _LONG_S), key=lambda reply: reply.site)
@@ -470,6 +472,7 @@ def test_a_question_that_is_lost_on_its_way_to_a_site_is_asked_again(running, gr
 def test_a_run_that_begins_again_frees_the_sites_that_wait_for_the_rest_of_a_killed_ones_message(running, monkeypatch):
     killed = link.open_grid(running.server, running.port, name="killed")
     with monkeypatch.context() as patch:
+        patch.setattr("common.inline.MOST_BYTES", 0)
         patch.setattr("flwr.superlink.grid.http_grid.push_objects", lambda *words, **named: None)
         grid = killed.__enter__()
         nodes = list(grid.get_node_ids())
@@ -541,7 +544,7 @@ def test_a_run_that_ends_under_a_message_ends_the_supernode_only_once_the_runner
 
     key = ec.generate_private_key(ec.SECP384R1())
     given = ("127.0.0.1:1", True, None, (key, key.public_key()))
-    with contextmanager(_connected)(connection, tmp_path, threading.Event(), *given) as calls:
+    with contextmanager(_connected)(connection, tmp_path, threading.Event(), {}, *given) as calls:
         *_, pull_object, push_object, confirm = calls
         with pytest.raises(ExchangeError):  # Flower drops message and task, and so does the runner
             pull_object(1, "a")
