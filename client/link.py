@@ -31,6 +31,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -367,11 +368,11 @@ def main() -> None:
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
-    inline.install(importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers"))
+    inline.install(importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers"), once=False)
     fleet = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
-    failed, came = _watch_pulls(fleet)
+    failed, given = _watch_pulls(fleet)
     loop._push_messages = _inlining(loop._push_messages, fleet)
-    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed, came)
+    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed, given)
     loop.http_request_response = contextmanager(connect)
     threading.excepthook = _end_with_thread
     code: object = 1
@@ -419,22 +420,41 @@ def _pause_s(idle_s: float, shortest_s: float, longest_s: float) -> float:
     return min(max(shortest_s, idle_s / 50), longest_s)
 
 
-def _watch_pulls(client: Any) -> tuple[threading.Event, dict[str, bytes]]:
-    """Has a client's class note, in what it gives, that a look for messages failed, and which objects came with one."""
-    failed, came, pull = threading.Event(), dict[str, bytes](), client.PullMessages
+@dataclass
+class _Given:
+    """What came with the last message."""
+
+    came: dict[str, bytes] = field(default_factory=dict)
+    """Objects, by id."""
+    whole: bool = False
+    """All of them; the SuperLink has none of it left."""
+
+    def pulled(self, pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
+        """Flower's call for an object, made where that did not come with its message."""
+        return lambda run_id, key: self.came.get(key) or pull(run_id, key)
+
+    def confirmed(self, confirm: Callable[[int, str], None]) -> Callable[[int, str], None]:
+        """Flower's call when all objects are here, made where the SuperLink still keeps them."""
+        return lambda run_id, key: None if self.whole else confirm(run_id, key)
+
+
+def _watch_pulls(client: Any) -> tuple[threading.Event, _Given]:
+    """Has a client's class note, in what it gives, that a look for messages failed, and what came with a message."""
+    failed, given, pull = threading.Event(), _Given(), client.PullMessages
 
     def watched(*words: Any) -> Any:
-        came.clear()
+        given.came, given.whole = {}, False
         try:
             answer = pull(*words)
         except httpx.HTTPError:
             failed.set()
             raise
-        came.update(inline.read(answer))
+        given.came = inline.read(answer)
+        given.whole = all(inline.whole(tree, given.came) for tree in answer.message_object_trees)
         return answer
 
     client.PullMessages = watched
-    return failed, came
+    return failed, given
 
 
 def _inlining(push: Callable[..., None], client: Any) -> Callable[..., None]:
@@ -455,7 +475,7 @@ def _connected(
     connect: Callable[..., Any],
     folder: Path,
     failed: threading.Event,
-    came: Mapping[str, bytes],
+    given: _Given,
     server_address: str,
     insecure: bool,
     root_certificates: bytes | str | None,
@@ -468,16 +488,20 @@ def _connected(
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-    given, file, bell = (server_address, insecure, root_certificates), folder / _NODE_ID_FILE, Bell(folder / _BELL_FILE)
+    address, file, bell = (
+        (server_address, insecure, root_certificates),
+        folder / _NODE_ID_FILE,
+        Bell(folder / _BELL_FILE),
+    )
     keys: list[Any] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         NodeAuthHttpInterceptor(*authentication_keys),
     ]
     if file.exists() and file.read_text().isdecimal():
         # A predecessor that was killed still counts as connected for 60 s, and would keep this one out.
-        with suppress(httpx.HTTPError), FleetHttpClient.from_server_address(*given, interceptors=keys) as fleet:
+        with suppress(httpx.HTTPError), FleetHttpClient.from_server_address(*address, interceptors=keys) as fleet:
             fleet.DeactivateNode(DeactivateNodeRequest(node_id=int(file.read_text())))
-    with connect(*given, authentication_keys, *others) as connection:
+    with connect(*address, authentication_keys, *others) as connection:
         node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
         write_whole(file, str(node_id).encode())
         again = ActivateNodeRequest(
@@ -486,16 +510,16 @@ def _connected(
 
         def connect_anew() -> None:
             log.info("a call failed, and a message may be lost with it: connecting anew")
-            with FleetHttpClient.from_server_address(*given, interceptors=keys) as fleet:
+            with FleetHttpClient.from_server_address(*address, interceptors=keys) as fleet:
                 fleet.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
                 fleet.ActivateNode(again)
 
         yield (
             *(node_id, _receiving(receive, failed, _sure(connect_anew)), _sure(send), get_run, get_fab),
-            *(_at_hand(came, _sure(pull_object, ExchangeError("the run has ended"))), _sure(push_object)),
+            *(given.pulled(_sure(pull_object, ExchangeError("the run has ended"))), _sure(push_object)),
             # All of the message is here, and the runner may be at work on it: Flower would send its answer in place
             # of the next message's, and that one with the message after it, or never.
-            _then(bell.ring, _sure(confirm, SystemExit(1))),
+            _then(bell.ring, given.confirmed(_sure(confirm, SystemExit(1)))),
         )
 
 
@@ -510,11 +534,6 @@ def _receiving(receive: Callable[[], T | None], failed: threading.Event, anew: C
         return found
 
     return look
-
-
-def _at_hand(came: Mapping[str, bytes], pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
-    """A call for an object, made where that did not come with its message."""
-    return lambda run_id, key: came.get(key) or pull(run_id, key)
 
 
 def _then(after: Callable[[], None], call: Callable[..., T]) -> Callable[..., T]:

@@ -9,7 +9,7 @@ either end may be one without this, and what did not go along is moved by Flower
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -28,17 +28,23 @@ Look = Callable[[str], bytes | None]
 """Content by id; None or nothing for what is not at hand."""
 
 
-def add(call: Any, look: Look) -> None:
-    """Puts what `look` has of the messages of a call, or of its answer, into it; up to `MOST_BYTES`."""
-    room = MOST_BYTES
+def add(call: Any, look: Look) -> set[str]:
+    """Puts what `look` has of the messages of a call, or of its answer, into it; up to `MOST_BYTES`.
+
+    Returns:
+        Ids of what it was.
+    """
+    room, added = MOST_BYTES, set[str]()
     for key in dict.fromkeys(_ids(call.message_object_trees)):
         content = look(key)
         if not content:
             continue
         room -= len(content)
         if room < 0:
-            return
+            break
         call.MergeFromString(_varint(_FIELD << 3 | _BYTES) + _varint(len(content)) + content)
+        added.add(key)
+    return added
 
 
 def read(call: Any) -> dict[str, bytes]:
@@ -47,6 +53,11 @@ def read(call: Any) -> dict[str, bytes]:
     fields = (field for field in islice(UnknownFieldSet(call), _MOST) if field.field_number == _FIELD)
     found = [field.data for field in fields if field.wire_type == _BYTES]
     return {hashlib.sha256(content).hexdigest(): content for content in found}
+
+
+def whole(tree: Any, came: Container[str]) -> bool:
+    """Whether all objects of a message came along."""
+    return all(key in came for key in _ids([tree]))
 
 
 def pushing(push: Callable[[Any], Any], look: Look) -> Callable[[Any], Any]:
@@ -76,7 +87,7 @@ def inside(messages: Iterable[Any], nested: Callable[[Any], Mapping[str, Any]]) 
     return look
 
 
-def install(handlers: Any) -> None:
+def install(handlers: Any, *, once: bool) -> None:
     """Has a server of Flower's take and give messages with their objects.
 
     A message and what came with it are stored in one transaction: nobody sees it by half. What is stored is not asked
@@ -84,6 +95,8 @@ def install(handlers: Any) -> None:
 
     Args:
         handlers: Module with Flower's `push_messages` and `pull_messages`, of its Fleet or its Runtime API.
+        once: It gives a message out once, whether it arrives or not, as a SuperLink does: what went whole is deleted
+            at once, and nobody needs to confirm it.
     """
     push, pull = handlers.push_messages, handlers.pull_messages
 
@@ -106,7 +119,10 @@ def install(handlers: Any) -> None:
             answer = pull(request, state, *others, **named)
             if answer.messages_list:
                 run_id = answer.messages_list[0].metadata.run_id
-                add(answer, lambda key: state.get_object(run_id, key))
+                added = add(answer, lambda key: state.get_object(run_id, key))
+                for tree in answer.message_object_trees:
+                    if once and whole(tree, added):
+                        state.object_store.delete(tree.object_id)
         return answer
 
     handlers.push_messages, handlers.pull_messages = push_messages, pull_messages

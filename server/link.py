@@ -317,8 +317,10 @@ class _RunGrid(HttpGrid):
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 key, data = head.metadata.message_id, head.metadata
                 objects = [part.object_id for part in iterate_object_tree(tree)]
-                at_hand = {part: came_along[part] for part in objects if part in came_along}
-                self._arriving[key] = _Arriving(data.reply_to_message_id, data.src_node_id, objects, at_hand)
+                self._arriving[key] = _Arriving(
+                    data.reply_to_message_id, data.src_node_id, objects, inline.whole(tree, came_along),
+                    {part: came_along[part] for part in objects if part in came_along},
+                )  # fmt: skip
         came: list[Message] = []
         half: dict[int, str] = {}
         for key, reply in list(self._arriving.items()):
@@ -384,9 +386,10 @@ class _RunGrid(HttpGrid):
 
     def _free(self, key: str) -> None:
         """Ends a reply, here and at the SuperLink, which would keep what it has of it until the run ends."""
-        self.client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=key)
-        )
+        if not self._arriving[key].whole:
+            self.client.ConfirmMessageReceived(
+                ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=key)
+            )
         del self._arriving[key]
 
 
@@ -400,6 +403,8 @@ class _Arriving:
     """Id of the message that this one answers."""
     node: int
     objects: list[str]
+    whole: bool
+    """All came with the message, and the SuperLink has none of it left."""
     at_hand: dict[str, bytes]
     """Those that came with the message."""
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -569,7 +574,7 @@ def main() -> None:
     stack = layers._get_middleware
     layers._get_middleware = lambda: [middleware(Layer, part=part) for part in stack()]
     for api in ("fleet.fleet_handlers", "runtime.runtime_handlers"):
-        inline.install(importlib.import_module(f"flwr.superlink.servicer.{api}"))
+        inline.install(importlib.import_module(f"flwr.superlink.servicer.{api}"), once=True)
     state._cleanup_expired_task_tokens = seldom(state._cleanup_expired_task_tokens)
     program.flower_superlink()
 

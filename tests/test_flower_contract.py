@@ -29,12 +29,15 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.corestate import in_memory_corestate, sql_corestate
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable import inflatable_object, inflatable_utils
+from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.retry import http_retry
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink import main as superlink_main
 from flwr.superlink.grid import HttpGrid
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers as superlink_runtime
 from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from starlette.middleware import Middleware
@@ -323,14 +326,21 @@ def test_a_task_is_there_before_its_message_and_a_reply_is_waited_for_without_en
 
 
 def test_objects_can_go_with_a_message():
-    for name in ("superlink.servicer.fleet.fleet_handlers", "superlink.servicer.runtime.runtime_handlers"):
-        module = importlib.import_module(f"flwr.{name}")
+    for module in (fleet_handlers, superlink_runtime):
         assert parameters(module.push_messages)[:2] == parameters(module.pull_messages)[:2] == ["request", "state"]
     node = importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers")
     assert parameters(node.push_messages) == parameters(node.pull_messages) == ["request", "state", "task"]
     for state in (sql_corestate.SqlCoreState, in_memory_corestate.InMemoryCoreState):
         assert parameters(state.store_object) == ["self", "run_id", "session_id", "object_id", "object_content"]
         assert parameters(state.get_object) == ["self", "run_id", "object_id"]
+    assert parameters(ObjectStore.delete) == ["self", "object_id"]
+    # Given out once: what is pulled is marked, or deleted, before the answer leaves.
+    fleet_pull = ast.unparse(function(fleet_handlers, "pull_messages"))
+    assert "state.get_message_ins(node_id=node_id, limit=1)" in fleet_pull
+    assert "delivered_at" in inspect.getsource(sql_linkstate.SqlLinkState._claim_message_ins_rows)
+    assert "state.delete_messages(message_ins_ids=message_ins_ids_to_delete)" in ast.unparse(
+        function(superlink_runtime, "pull_messages")
+    )
     # A session inside another one is the same transaction.
     assert "if existing is not None:\n        yield existing" in ast.unparse(function(sql_mixin, "session"))
     # Looked up at each call, where we have put ours.

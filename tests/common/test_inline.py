@@ -40,9 +40,10 @@ def over_the_wire(call: Any) -> Any:
 
 @dataclass
 class State:
-    """What the handlers use of Flower's."""
+    """What the handlers use of Flower's; it is its own object store."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
     full: bool = False
     open: int = 0
 
@@ -58,12 +59,20 @@ class State:
             self.objects[object_id] = content
         return not self.full
 
+    @property
+    def object_store(self) -> State:
+        return self
+
+    def delete(self, object_id: str) -> None:
+        assert self.open == 1
+        self.deleted.append(object_id)
+
     def get_object(self, run_id: int, object_id: str) -> bytes | None:
         assert run_id == 7
         return self.objects.get(object_id)
 
 
-def handlers(*contents: bytes) -> Any:
+def handlers(*contents: bytes, once: bool = True) -> Any:
     """Flower's two, for a message of run 7 in objects of which nothing is there."""
 
     def push_messages(request: PushMessagesRequest, state: State) -> PushMessagesResponse:
@@ -75,7 +84,7 @@ def handlers(*contents: bytes) -> Any:
         return answer
 
     made = SimpleNamespace(push_messages=push_messages, pull_messages=pull_messages)
-    inline.install(made)
+    inline.install(made, once=once)
     return made
 
 
@@ -115,14 +124,25 @@ def test_an_object_has_the_name_of_its_bytes_whatever_it_was_sent_for():
     assert not state.objects
 
 
-def test_a_pulled_message_comes_with_the_objects_that_are_there():
-    answer = handlers(HEAD, BODY, REST).pull_messages(None, State(store(HEAD, REST)), None)
-    assert inline.read(over_the_wire(answer)) == store(HEAD, REST)
+def test_a_pulled_message_comes_with_the_objects_that_are_there_and_is_kept_for_the_others():
+    state = State(store(HEAD, REST))
+    answer = over_the_wire(handlers(HEAD, BODY, REST).pull_messages(None, state, None))
+    assert inline.read(answer) == store(HEAD, REST)
+    assert not inline.whole(answer.message_object_trees[0], inline.read(answer))
+    assert not state.deleted
+
+
+@pytest.mark.parametrize(("once", "deleted"), [(True, [key(HEAD)]), (False, [])])
+def test_a_message_that_went_whole_is_deleted_where_it_is_given_out_once(once, deleted):
+    state = State(store(HEAD, BODY))
+    answer = over_the_wire(handlers(HEAD, BODY, once=once).pull_messages(None, state, None))
+    assert inline.whole(answer.message_object_trees[0], inline.read(answer))
+    assert state.deleted == deleted
 
 
 def test_where_there_is_no_message_nothing_is_looked_up():
     made = SimpleNamespace(push_messages=None, pull_messages=lambda request, state: PullMessagesResponse())
-    inline.install(made)
+    inline.install(made, once=True)
     assert made.pull_messages(None, SimpleNamespace()) == PullMessagesResponse()
 
 
