@@ -98,6 +98,59 @@ def test_the_interval_is_that_of_the_level_asked_for() -> None:
         assert (values["auroc_low"], values["auroc_high"]) == pytest.approx(tuple(np.quantile(drawn, ends)))
 
 
+def test_the_interval_of_several_classes_has_the_noise_of_all_of_them() -> None:
+    cell = np.array([[40.0, 60, 50, 30, 10, 5, 3, 2], [2, 3, 5, 10, 20, 30, 40, 30]])
+    cells = np.stack([cell, cell, cell])
+    drawn = _redrawn(cells, 5.3 * math.sqrt(3), np.random.default_rng(0))
+    values = scores(cells, 5.3, THREE, min_cell=5, confidence=0.8, seed=0).values
+    assert (values["auroc_low"], values["auroc_high"]) == pytest.approx(tuple(np.quantile(drawn, (0.1, 0.9))))
+
+
+def test_the_interval_counts_that_other_patients_would_have_come() -> None:
+    """In two bins AUROC is 1/2 + (a - b) / 2 for shares a and b of 50 patients each: deviation sqrt(2 / 200) / 2."""
+    cells = np.zeros((1, 2, BINS))
+    cells[0, :, 3:5] = 25
+    assert _redrawn(cells, 0.0, np.random.default_rng(0)).std() == pytest.approx(0.05, rel=0.1)
+
+
+def told(*classes: tuple[int, int, int, int]) -> np.ndarray:
+    """For each class: patients of it, and not of it, below and above one half; in the outermost bins."""
+    cells = np.zeros((len(classes), 2, BINS))
+    for k, (of_below, of_above, without_below, without_above) in enumerate(classes):
+        cells[k, 1, [0, -1]], cells[k, 0, [0, -1]] = (of_below, of_above), (without_below, without_above)
+    return cells
+
+
+def test_several_classes_are_one_group_of_patients_and_their_means() -> None:
+    first, second = (2, 6, 12, 8), (5, 5, 18, 0)
+    # AUROC: pairs in the right order, equal ones by half: (6 * 12 + (2 * 12 + 6 * 8) / 2) / (8 * 20), and so on.
+    auroc = np.mean([(72 + 36) / 160, (90 + 45) / 180])
+    made = scores(told(first, second, first), 1e-9, THREE, min_cell=5, confidence=0.95, seed=0)
+    assert made.patients == 28
+    assert set(made.values) == {"auroc", "auroc_low", "auroc_high"}  # one half means nothing among three classes
+    assert made.values["auroc"] == pytest.approx((2 * 0.675 + 0.75) / 3)
+    made = scores(told(first, second, first, second), 1e-9, MANY, min_cell=5, confidence=0.95, seed=0)
+    assert made.patients == 28
+    assert set(made.values) == {"auroc", "auroc_low", "auroc_high", "recall", "specificity", "balanced_accuracy"}
+    assert made.values["auroc"] == pytest.approx(auroc)
+    assert made.values["recall"] == pytest.approx((0.75 + 0.5) / 2)
+    assert made.values["specificity"] == pytest.approx((0.6 + 1.0) / 2)
+    assert made.values["balanced_accuracy"] == pytest.approx((0.625 + 0.8) / 2)
+
+
+@pytest.mark.parametrize(("min_cell", "auroc"), [(4, (0.75 + 56 / 96 + 0.75) / 3), (5, 0.75), (10, 0.75)])
+def test_a_class_with_fewer_patients_than_allowed_is_left_out(min_cell: int, auroc: float) -> None:
+    few, many = (0, 4, 4, 20), (5, 5, 18, 0)  # AUROC (4 * 4 + 4 * 20 / 2) / (4 * 24) and .75
+    made = scores(told(many, few, many), 1e-9, THREE, min_cell=min_cell, confidence=0.95, seed=0)
+    assert made.values["auroc"] == pytest.approx(auroc)
+
+
+@pytest.mark.parametrize(("min_cell", "patients"), [(27, 28), (28, 28), (29, 0)])
+def test_the_number_of_patients_is_told_from_the_smallest_cell_on(min_cell: int, patients: int) -> None:
+    made = scores(told((2, 6, 12, 8)), 1e-9, BINARY, min_cell=min_cell, confidence=0.95, seed=0)
+    assert (made.patients, dict(made.values)) == (patients, {})
+
+
 def test_too_few_patients_as_noised_say_nothing() -> None:
     assert dict(scores(np.zeros((1, 2, BINS)), 1.0, BINARY, min_cell=5, confidence=0.95, seed=0).values) == {}
     few = np.zeros((1, 2, BINS))
