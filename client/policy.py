@@ -10,6 +10,7 @@ from common.config import Recipe
 from common.deployment import Policy
 from common.epsilon import rounded_up
 from common.errors import PrivacyError
+from common.exchange import ScoresSpent
 
 # The engine beside the rules needs torch, which takes seconds to import.
 if TYPE_CHECKING:
@@ -112,6 +113,16 @@ def score_event(policy: Policy) -> Event:
     """What noised scores of a closing evaluation cost: everybody is in every histogram."""
     noise = solve_noise(policy.scores_epsilon, policy.delta, 1.0, SCORE_RELEASES)
     return Event(noise_multiplier=noise, sampling_rate=1.0, steps=SCORE_RELEASES)
+
+
+def scores_spent(ledger: Ledger | None, recipe: Recipe, policy: Policy) -> ScoresSpent | None:
+    """What noised scores of this recipe have cost so far, for the coordinator; None where none were paid.
+
+    Raises:
+        StorageError: The ledger cannot be read or trusted.
+    """
+    events = ledger.events(recipe.id, "scores") if ledger is not None else ()
+    return ScoresSpent(epsilon=epsilon_pld(events, policy.delta), delta=policy.delta) if events else None
 
 
 def check_budget(recipe: Recipe, patients: int, policy: Policy, ledger: Ledger) -> None:

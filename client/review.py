@@ -227,7 +227,8 @@ def _leaves(recipe: Recipe, policy: Policy, cohort: Cohort | None, update_bytes:
     if policy.metrics == "noised":
         lines.append(
             "After the last round: AUROC and the like on the validation and test patients, out of noised histograms; "
-            f"they cost epsilon {policy.scores_epsilon:g} at delta {policy.delta:g} (metrics, scores_epsilon)."
+            f"they cost epsilon {policy.scores_epsilon:g} at delta {policy.delta:g}, which is told with them "
+            "(metrics, scores_epsilon)."
         )
     else:
         lines += [

@@ -21,7 +21,7 @@ from client.dp import check_delta
 from client.ledger import Kind, Ledger, Reservation
 from client.noised_scores import histogram, noised, scores
 from client.outbox import Outbox
-from client.policy import check_budget, objections, score_event, told, visit_event
+from client.policy import check_budget, objections, score_event, scores_spent, told, visit_event
 from client.secure import Sums, noise_norm
 from client.train import Private, Trained, Trainer, site_noise, train
 from common.accounting import Event, epsilon_pld
@@ -344,6 +344,7 @@ class Site:
             validation=validation,
             test=test,
             spent=self._spent(self._clip_norm(plan)),
+            scores_spent=scores_spent(self.ledger, self.recipe, self.policy),
         )
         if reserved is not None:
             self._settle(self._store(plan, update, reserved), reserved, reserved.event.steps)
@@ -478,7 +479,6 @@ class Site:
             clip_norm=clip_norm or privacy.clip_norm,
             sampling_rate=events[-1].sampling_rate,
             steps=sum(event.steps for event in events),
-            scores_epsilon=epsilon_pld(self._budget.events(self.recipe.id, "scores"), privacy.delta),
         )
 
     @property

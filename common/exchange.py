@@ -20,7 +20,7 @@ from common.fixed import Residues
 from common.metrics import MAX_LOSS, SCALARS
 from common.weights import Weights
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 """Raised when a message changes meaning; a newer one is refused."""
 
 _STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -101,7 +101,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Spent:
-    """Site to coordinator: the privacy cost so far, as the site's ledger has it."""
+    """Site to coordinator: the privacy cost of the updates so far, as the site's ledger has it."""
 
     epsilon: Annotated[float, Ge(0), Le(1e9)]
     delta: Annotated[float, Gt(0), Le(1)]
@@ -110,8 +110,18 @@ class Spent:
     sampling_rate: Annotated[float, Ge(1e-9), Le(1)]
     steps: Steps
     """Noised steps so far, over all rounds."""
-    scores_epsilon: Annotated[float, Ge(0), Le(1e9)] = 0.0
-    """Of the noised scores of this recipe, about validation and test patients; `epsilon` is that of the updates."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScoresSpent:
+    """Site to coordinator: what the noised scores of this recipe cost, as the site's ledger has it.
+
+    About validation and test patients, and beside the cost of the updates, which a recipe without privacy has not.
+    """
+
+    epsilon: Annotated[float, Ge(0), Le(1e9)]
+    delta: Annotated[float, Gt(0), Le(1)]
+    """That of the site's policy."""
 
 
 # Secure aggregation, docs/secure-aggregation.md. All of it is about one update: recipe, round, base weights.
@@ -284,6 +294,8 @@ class Update:
     test: Scores | None = None
     """Of the final model, on the site's test patients."""
     spent: Spent | None = None
+    scores_spent: ScoresSpent | None = None
+    """With noised scores."""
     norm: Annotated[float, Ge(0)] | None = None
     """Under secure aggregation: the L2 norm of the update, as the site says."""
     offer: Offer | None = None

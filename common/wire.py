@@ -45,6 +45,7 @@ from common.exchange import (
     Refusal,
     RoundPlan,
     Scores,
+    ScoresSpent,
     Shares,
     Spent,
     Survivors,
@@ -66,7 +67,9 @@ _KINDS: dict[str, type] = {
     "survivors": Survivors, "agreement": Agreement, "opening": Opening, "shares": Shares,
 }  # fmt: skip
 _HINTS = {kind: get_type_hints(kind) for kind in _KINDS.values()}
-_PARTS: dict[str, type] = {"validation": Scores, "test": Scores, "spent": Spent, "offer": Offer}
+_PARTS: dict[str, type] = {
+    "validation": Scores, "test": Scores, "spent": Spent, "scores_spent": ScoresSpent, "offer": Offer,
+}  # fmt: skip
 _MAPS: dict[str, type] = {"offers": Offer, "boxes": Box}
 """Fields that map names to a part."""
 _MAX_BODY_BYTES = 4 << 20

@@ -109,7 +109,7 @@ def pages() -> dict[Path, str]:
 
 def exchange_page() -> str:
     """What may cross between a site and the coordinator, type by type."""
-    leaves = [exchange.Hello, exchange.Update, exchange.Scores, exchange.Spent, exchange.Refusal]
+    leaves = [exchange.Hello, exchange.Update, exchange.Scores, exchange.Spent, exchange.ScoresSpent, exchange.Refusal]
     summed = [exchange.Offer, exchange.Dealing, exchange.Box, exchange.MaskedUpdate, exchange.Agreement,
               exchange.Shares]  # fmt: skip
     asked = [exchange.Question, exchange.RoundPlan]

@@ -97,6 +97,9 @@ def sum_refusal(mean: Weights, recipe: Recipe) -> str | None:
 
 def _account(update: Update, recipe: Recipe) -> str | None:
     privacy = recipe.privacy
+    noised = any(told is not None and told.noised for told in (update.validation, update.test))
+    if noised and update.scores_spent is None:
+        return "the scores are noised, and what that cost is not said"
     if not privacy.active:
         return None
     spent = update.spent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from server.quantise import FILE as INT8
 from server.quantise import Quantised, export_int8
 from server.quantise import told as told_int8
 from server.report import Baselines, ExportLine, RunReport, SiteSummary, write_report
-from server.rounds import ServerState, taken
+from server.rounds import ServerState, SiteRound, taken
 
 _REFERENCE_SAMPLES = 64
 _SAME, _MOSTLY = 0.99, 0.9
@@ -144,10 +144,11 @@ def _reference(test: Samples | None, recipe: Recipe) -> np.ndarray[Any, np.dtype
 
 def _spent(state: ServerState) -> dict[str, Spent]:
     """What each site reported last: one that was silent at the end has still spent what it spent."""
-    found: dict[str, Spent] = {}
-    for report in state.history:
-        found |= {name: done.spent for name, done in report.accepted.items() if done.spent is not None}
-    return found
+    return {name: done.spent for name, done in _rounds(state) if done.spent is not None}
+
+
+def _rounds(state: ServerState) -> Iterator[tuple[str, SiteRound]]:
+    return (done for report in state.history for done in report.accepted.items())
 
 
 def _audited(
@@ -190,6 +191,7 @@ def _report(
 ) -> RunReport:
     state, last = federated.state, federated.state.history[-1].accepted
     spent, earlier = _spent(state), taken(federated.state)
+    of_scores = {name: done.scores_spent for name, done in _rounds(state) if done.scores_spent is not None}
     lines = [round_line(report) for report in state.history]
     lines[-1] = replace(lines[-1], of=earlier)
     refused = circumstances.refused_files
@@ -200,6 +202,7 @@ def _report(
             counts_rounded=hello.counts_rounded,
             test=last[name].test if name in last else None,
             spent=spent.get(name),
+            scores_spent=of_scores.get(name),
             refused_files=refused.get(name, {}) if refused is not None else None,
         )
         for name, hello in federated.hellos.items()
@@ -312,7 +315,8 @@ def _summary(report: RunReport, exported: Exported) -> Mapping[str, Any]:
             "epsilon_rdp": checks.rdp if checks else None,
             "delta": summary.spent.delta if summary.spent else None,
             "noised_scores": test is not None and test.noised,
-            "scores_epsilon": summary.spent.scores_epsilon if summary.spent else None,
+            "scores_epsilon": summary.scores_spent.epsilon if summary.scores_spent else None,
+            "scores_delta": summary.scores_spent.delta if summary.scores_spent else None,
         }
 
     summary: dict[str, Any] = {

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.config import Recipe
 from common.errors import QuorumError, SecureAggregationError
-from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan, Scores, Spent, Update
+from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan, Scores, ScoresSpent, Spent, Update
 from common.weights import Weights
 from server.admit import refusal, sum_refusal
 from server.aggregate import Gathering, Memory
@@ -43,6 +43,7 @@ class SiteRound:
     spent: Spent | None
     update_digest: str
     """Under secure aggregation of the masked update."""
+    scores_spent: ScoresSpent | None = None
     ledger_head: str = ""
     """Of the site's privacy ledger after the visit; empty without privacy."""
 
@@ -400,6 +401,7 @@ def _site_round(update: Update) -> SiteRound:
         validation=update.validation,
         test=update.test,
         spent=update.spent,
+        scores_spent=update.scores_spent,
         update_digest=update.delta.digest,
         ledger_head=update.ledger_head,
     )

@@ -329,7 +329,8 @@ def _baselines(summary: Any) -> list[tuple[str, Any]]:
 def _auroc(values: Any) -> str:
     if values["auroc"] is None:
         return "not shown"
-    noised = ", noised" if values.get("noised_scores") else ""
+    noised, paid = ", noised" if values.get("noised_scores") else "", values.get("scores_epsilon")
+    noised += f" for epsilon {_epsilon(paid)}" if noised and paid is not None else ""
     if values["auroc_ci"] is None:
         return f"{values['auroc']:.3f}{noised}"
     low, high = values["auroc_ci"]

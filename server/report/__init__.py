@@ -11,7 +11,7 @@ from common.storage import write_whole
 
 if TYPE_CHECKING:
     from common.config import Recipe
-    from common.exchange import Scores, Spent
+    from common.exchange import Scores, ScoresSpent, Spent
     from common.metrics import Metrics
     from common.privacy_audit import PrivacyAudit
 
@@ -62,6 +62,8 @@ class SiteSummary:
     """Of the final model on the site's own test patients."""
     spent: Spent | None = None
     """None without privacy."""
+    scores_spent: ScoresSpent | None = None
+    """None where the site noised no scores."""
     refused_files: Mapping[str, int] | None = None
     """Reason code to DICOM files left out; known in a simulation only, a deployed site keeps it at home."""
 
@@ -125,9 +127,7 @@ class RunReport:
     @property
     def noised_scores(self) -> float | None:
         """The most that a hospital paid, in epsilon, for scores that it noised; None where none were."""
-        noised = [site for site in self.sites if site.test is not None and site.test.noised]
-        paid = [site.spent.scores_epsilon for site in noised if site.spent is not None]
-        return max(paid, default=0.0) if noised else None
+        return max((site.scores_spent.epsilon for site in self.sites if site.scores_spent is not None), default=None)
 
     @property
     def exact_scores(self) -> bool:

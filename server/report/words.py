@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from common.epsilon import rounded_up
 from common.html import Html, tag
 
 if TYPE_CHECKING:
@@ -62,11 +63,21 @@ def of_counts(sites: Sequence[SiteSummary]) -> tuple[str, ...]:
 
 
 def of_scores(sites: Sequence[SiteSummary]) -> str | None:
-    """Which hospitals' results are not quite what the model does there; None where there are none."""
+    """Which hospitals' results are not quite what the model does there, and their price; None where there are none."""
     noised = [site.name for site in sites if site.test is not None and site.test.noised and site.test.values]
-    if not noised:
-        return None
-    return f"Noised by their policy, with the numbers of patients behind them: results of {', '.join(noised)}."
+    paid = [site.scores_spent for site in sites if site.scores_spent is not None]
+    said = []
+    if noised:
+        said.append(
+            f"Noised by their policy, with the numbers of patients behind them: results of {', '.join(noised)}."
+        )
+    if paid:
+        epsilon, delta = max(spent.epsilon for spent in paid), max(spent.delta for spent in paid)
+        said.append(
+            f"Noised scores cost a hospital epsilon {rounded_up(epsilon)} at most, at delta {small(delta)}, beside "
+            "what its updates cost."
+        )
+    return " ".join(said) or None
 
 
 def value(values: Mapping[str, float], name: str) -> float | None:

@@ -33,7 +33,7 @@ from common.audit import AuditLog, verify, verify_against
 from common.config import Evaluation, Federation, ModelConfig, Preprocessing, Privacy, Recipe, Training
 from common.deployment import Policy
 from common.errors import DataError, DivergedError, StorageError, TrainingError
-from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, Update
+from common.exchange import WIRE_VERSION, Hello, Question, Refusal, RoundPlan, ScoresSpent, Update
 from common.identity import Signer
 from common.models import build, get_weights
 from common.samples import Samples
@@ -812,7 +812,7 @@ def test_noised_scores_leave_once_after_the_last_round_and_are_paid(house: House
     assert 3.98 <= epsilon_pld([event], 1e-3) <= 4.0
     assert house.ledger.spent() > before
     assert first.spent is not None
-    assert first.spent.scores_epsilon == epsilon_pld([event], 1e-3)
+    assert first.scores_spent == ScoresSpent(epsilon=epsilon_pld([event], 1e-3), delta=1e-3)
     assert first.spent.epsilon == update.spent.epsilon <= 8  # of the updates alone: what admission compares
     # Asked again, the same noised numbers; asked about another model, none.
     again = house.open(metrics="noised", scores_epsilon=4.0).visit(house.plan(4, "evaluate"))

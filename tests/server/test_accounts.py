@@ -39,7 +39,7 @@ def test_terms_that_no_training_has_cost_the_coordinator_neither_time_nor_memory
 @pytest.mark.parametrize(
     "terms",
     [
-        {"epsilon": 1e308}, {"scores_epsilon": 1e308}, {"noise_multiplier": 1e300}, {"sampling_rate": 1e-300},
+        {"epsilon": 1e308}, {"noise_multiplier": 1e300}, {"sampling_rate": 1e-300},
         {"steps": 10**10}, {"steps": 10**400},
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 from common import wire
 from common.compression import FORMS, quantised
 from common.config import Federation, Privacy, Recipe
-from common.exchange import Failure, Hello, Refusal, RoundPlan, Scores, Spent, Update
+from common.exchange import Failure, Hello, Refusal, RoundPlan, Scores, ScoresSpent, Spent, Update
 from common.weights import Weights
 from server import admit
 
@@ -46,6 +46,14 @@ def update(recipe: Recipe, **changes) -> Update:
         "spent": SPENT if recipe.privacy.active else None,
     }  # fmt: skip
     return Update(**(values | changes))
+
+
+def test_noised_scores_without_their_price_are_refused():
+    recipe, noised = OPEN, Scores(patients=20, values={"auroc": 0.8}, noised=True)
+    closing = {"delta": Weights({}), "steps": 0, "test": noised}
+    free, paid = (update(recipe, **closing, scores_spent=spent) for spent in (None, ScoresSpent(epsilon=1, delta=1e-5)))
+    assert refusal(free, plan(recipe, "evaluate"), recipe) == "the scores are noised, and what that cost is not said"
+    assert refusal(paid, plan(recipe, "evaluate"), recipe) is None
 
 
 def delta(**arrays) -> Weights:

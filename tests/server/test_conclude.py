@@ -70,7 +70,7 @@ def test_each_figure_of_the_summary_is_that_of_its_name() -> None:
         "patients": 91, "train_patients": 61, "auroc": 0.75, "auroc_ci": [0.625, 0.875], "epsilon": 1.4961,
         "epsilon_prv": checks.prv, "epsilon_rdp": checks.rdp, "delta": 1e-5, "noised_scores": True,
         "patients_rounded_down": False,
-        "scores_epsilon": 0.5,
+        "scores_epsilon": 0.5, "scores_delta": 3e-5,
     }  # fmt: skip
     assert (found["sites"]["south"]["auroc"], found["sites"]["south"]["epsilon"]) == (None, 2.4961)
     assert found["global"] == auroc(report.central.values)

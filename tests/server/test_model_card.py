@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.config import Evaluation, Federation, Preprocessing, Privacy, Recipe, Task
-from common.exchange import Scores, Spent
+from common.exchange import Scores, ScoresSpent, Spent
 from common.metrics import Metrics
 from common.onnx_model import STATEMENT, Description
 from server.export import Exported
@@ -47,10 +47,12 @@ def card(tmp_path, *args, **kwargs):
 
 def test_the_price_of_noised_scores_is_on_the_card(tmp_path):
     spent = Spent(
-        epsilon=7.91, delta=1e-5, noise_multiplier=1.25, clip_norm=1.0, sampling_rate=0.1, steps=300, scores_epsilon=0.5
+        epsilon=7.91, delta=1e-5, noise_multiplier=1.25, clip_norm=1.0, sampling_rate=0.1, steps=300
     )  # fmt: skip
     test = Scores(patients=16, values={"auroc": 0.9}, noised=True)
-    site = SiteSummary(name="north", patients={"train": 70}, test=test, spent=spent)
+    site = SiteSummary(
+        name="north", patients={"train": 70}, test=test, spent=spent, scores_spent=ScoresSpent(epsilon=0.5, delta=1e-5)
+    )
     text = card(tmp_path, report(recipe(privacy=PRIVATE), sites=(site,)))
     assert "cost a site at most epsilon 0.50, beside the" in text
     assert "Not covered: the metrics" not in text

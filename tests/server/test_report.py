@@ -18,7 +18,7 @@ from rich.console import Console
 
 from common.config import Evaluation, Federation, Privacy, Recipe, Task
 from common.errors import StorageError
-from common.exchange import Scores, Spent
+from common.exchange import Scores, ScoresSpent, Spent
 from common.html import Html, join, tag
 from common.metrics import Metrics, score
 from server.report import Baselines, ExportLine, RoundLine, RunReport, SiteSummary, figures, write_report
@@ -376,9 +376,9 @@ def unlike() -> RunReport:
     dear = replace(south.spent, epsilon=2.4961, delta=2e-5, noise_multiplier=0.75, clip_norm=0.5)
     sites = (
         replace(
-            north, test=Scores(patients=17, values=held, noised=True), spent=replace(north.spent, scores_epsilon=0.5)
+            north, test=Scores(patients=17, values=held, noised=True), scores_spent=ScoresSpent(epsilon=0.5, delta=3e-5)
         ),
-        replace(south, test=None, spent=replace(dear, scores_epsilon=0.25)),
+        replace(south, test=None, spent=dear, scores_spent=ScoresSpent(epsilon=0.25, delta=3e-5)),
     )
     line = replace(
         report.rounds[0],
@@ -547,7 +547,10 @@ def test_the_table_on_the_terminal_tells_a_number_that_was_rounded_down_from_an_
 def test_the_table_on_the_terminal_says_which_scores_carry_noise_and_counts_no_small_test_set_as_nobody() -> None:
     site: dict[str, Any] = dict.fromkeys(("epsilon", "epsilon_prv", "epsilon_rdp", "delta"))
     site |= {"patients": 80, "patients_rounded_down": False, "auroc": 0.25, "auroc_ci": [0.0, 0.75]}
-    sites = {"east": {**site, "noised_scores": False}, "north": {**site, "noised_scores": True}}
+    sites = {
+        "east": {**site, "noised_scores": False},
+        "north": {**site, "noised_scores": True, "scores_epsilon": 0.981},
+    }
     nothing = {"auroc": None, "auroc_ci": None}
     summary = {"sites": sites, "global": nothing, "notes": [], "onnx": {"max_abs_difference": 0.0}, "wall_s": 1.0}
     report, text = replace(lean(make()), central=Metrics(suppressed=True)), StringIO()
@@ -556,7 +559,7 @@ def test_the_table_on_the_terminal_says_which_scores_carry_noise_and_counts_no_s
     )
     shown = [" ".join(line.replace("│", " ").split()) for line in text.getvalue().splitlines()]
     assert "east 80 0.250 [0.000, 0.750] none none none none" in shown
-    assert "north 80 0.250 [0.000, 0.750], noised none none none none" in shown
+    assert "north 80 0.250 [0.000, 0.750], noised for epsilon 0.99 none none none none" in shown
     assert "global, central test set < 5 not shown none" in shown
 
 
@@ -572,8 +575,7 @@ def test_noised_scores_are_called_so_and_their_price_is_told(tmp_path: Path) -> 
     assert "They carry no noise" in words(write(report, tmp_path))
     north, _ = report.sites
     assert north.test is not None
-    assert north.spent is not None
-    paid = replace(north, test=replace(north.test, noised=True), spent=replace(north.spent, scores_epsilon=0.75))
+    paid = replace(north, test=replace(north.test, noised=True), scores_spent=ScoresSpent(epsilon=0.75, delta=1e-5))
     quiet = tuple(replace(line, validation={}) for line in report.rounds)
     shown = words(write(replace(report, sites=(paid,), rounds=quiet), tmp_path))
     assert "They carry no noise" not in shown
@@ -586,7 +588,7 @@ def test_exact_scores_beside_noised_ones_are_still_said_to_carry_no_noise(tmp_pa
     report = lean(make())
     north, south = report.sites
     assert north.test is not None
-    noised = replace(north, test=replace(north.test, noised=True))
+    noised = replace(north, test=replace(north.test, noised=True), scores_spent=ScoresSpent(epsilon=0.75, delta=1e-5))
     told = replace(report, sites=(noised, south if of == "the final model" else replace(south, test=None)))
     told = replace(told, rounds=tuple(replace(line, validation={}) for line in told.rounds)) if "final" in of else told
     shown = words(write(told, tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from client.policy import told
 from client.site import Site
 from common.accounting import epsilon_pld
 from common.audit import verify
+from common.audit_report import account
 from common.config import (
     Evaluation,
     Federation,
@@ -26,7 +28,9 @@ from common.config import (
     Task,
     Training,
 )
-from common.exchange import Hello, Update
+from common.epsilon import rounded_up
+from common.exchange import Hello, ScoresSpent, Update
+from common.logs import read_logs
 from simulations import run
 from simulations.run import simulate
 
@@ -56,10 +60,10 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     return said
 
 
-def settings_of(out: Path) -> Settings:
+def settings_of(out: Path, recipe: Recipe = RECIPE) -> Settings:
     phantom = Phantom(patients=45, central_patients=8, size=24, seed=3)
     return Settings(
-        recipe=RECIPE, simulation=Simulation(phantom=phantom, metrics="noised", device="cpu", threads=1), out=str(out)
+        recipe=recipe, simulation=Simulation(phantom=phantom, metrics="noised", device="cpu", threads=1), out=str(out)
     )
 
 
@@ -88,7 +92,7 @@ def test_scores_leave_noised_once_and_paid_and_no_exact_count_leaves_at_all(
             assert (update.validation, update.test, update.train_loss) == (None, None, None)
             assert update.spent is not None
             assert update.spent.sampling_rate == min(1.0, 8 / rounded["train"])
-            assert update.spent.scores_epsilon == 0
+            assert update.scores_spent is None
         assert isinstance(closing, Update)
         for scores in (closing.validation, closing.test):
             assert scores is not None
@@ -102,7 +106,7 @@ def test_scores_leave_noised_once_and_paid_and_no_exact_count_leaves_at_all(
         paid = epsilon_pld([event], 1e-3)
         assert 0.98 <= paid <= policy.scores_epsilon == 1.0
         assert closing.spent is not None
-        assert closing.spent.scores_epsilon == paid
+        assert closing.scores_spent == ScoresSpent(epsilon=paid, delta=1e-3)
         assert closing.spent.epsilon <= 4.0 < ledger.spent() <= 5.0
         kinds = [event.facts.get("releases") for event in verify(tmp_path / "audit" / f"{name}.jsonl")
                  if event.kind == "budget reserved"]  # fmt: skip
@@ -120,3 +124,24 @@ def test_scores_leave_noised_once_and_paid_and_no_exact_count_leaves_at_all(
     assert {name: joined.facts["sites"][name]["patients"] for name in SITES} == {
         name: dict(replies[name][0].patients) for name in SITES
     }
+
+
+def test_noised_scores_of_a_training_without_privacy_have_one_price_wherever_it_is_told(
+    tmp_path: Path,
+) -> None:
+    recipe = replace(RECIPE, rounds=1, privacy=Privacy())
+    done: Any = simulate(settings_of(tmp_path, recipe))
+    prices = {}
+    for name in SITES:
+        ledger = Ledger(tmp_path / "sites" / name / "ledger.jsonl", name, SitePolicy(epsilon=5.0, delta=1e-5))
+        prices[name] = epsilon_pld(ledger.events(recipe.id, "scores"), 1e-5)
+        assert 0.98 <= prices[name] <= 1.0
+    sites = json.loads((tmp_path / "summary.json").read_text())["sites"]
+    assert {name: sites[name]["scores_epsilon"] for name in SITES} == prices
+    assert [sites[name][key] for name in SITES for key in ("scores_delta", "epsilon")] == [1e-5, None] * 2
+    assert done.report.noised_scores == max(prices.values())
+    (story,) = account(read_logs([tmp_path]), {}).stories
+    assert {site.name: site.scores_epsilon for site in story.sites} == prices
+    told = f"Noised scores cost a hospital epsilon {rounded_up(max(prices.values()))} at most, at delta 1e-5"
+    assert told in (tmp_path / "report.html").read_text()
+    assert told in (tmp_path / "model_card.md").read_text()
