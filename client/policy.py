@@ -69,6 +69,9 @@ def objections(recipe: Recipe, policy: Policy, patients: int | None = None) -> t
         found.append(
             f"the recipe weights sites by exact numbers of patients, the policy tells them {policy.counts} (counts)"
         )
+    most = recipe.federation.max_patients if recipe.federation.site_weights == "patients" else None
+    if patients is not None and most is not None and patients > most:
+        found.append(f"more training patients than the recipe's {most} (federation.max_patients)")
     if patients is not None and patients < policy.min_patients:
         # Not how many: the sentence goes to the coordinator.
         found.append(f"fewer training patients than the policy's {policy.min_patients} (min_patients)")

@@ -337,7 +337,8 @@ class Federation:
     (biases, norms, running statistics) stay as they are. What rounding leaves out is kept at the site and added to its
     next update. Not with secure aggregation."""
     max_patients: Count | None = None
-    """With secure aggregation and site_weights=patients, which need it: the most that a site may weigh."""
+    """With site_weights=patients: a site of more training patients is refused, so that none takes the mean over by the
+    number that it claims; null: no limit. Secure aggregation needs it."""
     early_stopping: EarlyStopping = EarlyStopping()
 
     @model_validator(mode="after")

@@ -58,6 +58,9 @@ def _content(update: Update, plan: RoundPlan, recipe: Recipe, hello: Hello) -> s
         return f"declared weight {update.weight:g}, expected 1 (federation.site_weights is equal)"
     if recipe.federation.site_weights == "patients" and update.weight != (patients := hello.patients.get("train", 0)):
         return f"declared weight {update.weight:g}, but the site came with {patients} training patients"
+    most = recipe.federation.max_patients
+    if most is not None and update.weight > most:
+        return f"declared weight {update.weight:g} is above federation.max_patients {most}"
     if update.steps < 1:
         return "no training step was made"
     return None

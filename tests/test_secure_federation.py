@@ -355,7 +355,7 @@ def test_what_a_site_sends_before_the_sum_holds_no_number_of_the_update(tmp_path
     ("changes", "code", "why"),
     [
         ({"max_update_norm": 1e-4}, "training", "federation.max_update_norm is 0.0001: larger numbers would wrap"),
-        ({"site_weights": "patients", "max_patients": 7}, "training", "weight is above 7, the recipe's"),
+        ({"site_weights": "patients", "max_patients": 7}, "policy", "more training patients than the recipe's 7"),
     ],
 )
 def test_a_real_update_out_of_range_is_refused_and_kept_nowhere(

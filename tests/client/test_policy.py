@@ -63,6 +63,14 @@ def test_every_rule_that_is_broken_is_told_at_once() -> None:
     assert len(objections(RECIPE, policy, 30)) == 4
 
 
+def test_a_site_that_would_weigh_more_than_the_recipe_lets_it_says_so_before_it_trains() -> None:
+    for most, objected in ((29, True), (30, False), (None, False)):
+        recipe = replace(WEIGHTED, federation=replace(WEIGHTED.federation, max_patients=most))
+        assert any("federation.max_patients" in why for why in objections(recipe, FREE, 30)) is objected
+        equal = replace(recipe, federation=replace(recipe.federation, site_weights="equal"))
+        assert objections(equal, FREE, 30) == ()
+
+
 def test_the_number_of_patients_is_asked_only_where_it_is_known_and_never_told() -> None:
     policy = replace(FREE, min_patients=100)
     assert objections(RECIPE, policy) == ()

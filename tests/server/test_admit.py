@@ -48,6 +48,14 @@ def update(recipe: Recipe, **changes) -> Update:
     return Update(**(values | changes))
 
 
+@pytest.mark.parametrize(
+    ("most", "why"), [(None, None), (57, None), (56, "declared weight 57 is above federation.max_patients 56")]
+)
+def test_no_site_weighs_more_than_the_recipe_lets_it_whatever_it_claims(most, why):
+    recipe = replace(COUNTED, federation=replace(COUNTED.federation, max_patients=most))
+    assert refusal(update(recipe, weight=57.0), plan(recipe), recipe) == why
+
+
 def test_noised_scores_without_their_price_are_refused():
     recipe, noised = OPEN, Scores(patients=20, values={"auroc": 0.8}, noised=True)
     closing = {"delta": Weights({}), "steps": 0, "test": noised}
