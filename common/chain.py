@@ -29,7 +29,7 @@ STARTED, CONTINUED, CLOCK, KEY = "log started", "log continued", "clock moved ba
 
 Fault = Literal[
     "unreadable", "changed", "missing", "reordered", "doubled", "unchained", "foreign key", "torn", "part missing",
-    "empty", "back-dated", "cut or rewritten", "not anchored", "time contradicted",
+    "empty", "back-dated", "cut or rewritten", "not anchored", "time contradicted", "foreign kind",
 ]  # fmt: skip
 
 

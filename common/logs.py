@@ -23,7 +23,13 @@ COORDINATOR, AUTHORITY = "server", "authority"
 Role = Literal["coordinator", "site", "authority"]
 
 _LARGEST = 1e300
-_COORDINATORS_KINDS = {"run started", "run resumed", "sites present", "round aggregated", "server started"}
+_KINDS: Mapping[str, Role] = {
+    "server started": "coordinator", "run started": "coordinator", "run resumed": "coordinator",
+    "sites present": "coordinator", "round aggregated": "coordinator",
+    "node started": "site", "site started": "site", "question received": "site", "plan received": "site",
+    "update sent": "site",
+}  # fmt: skip
+"""Kinds that one side alone writes, by which its log is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +127,7 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
     logs = [_read(path, keys, tolerance_s) for place in where for path in log_files(place)]
     if not logs:
         raise ConfigError("there is no log; give files like audit/north.jsonl, or the folder that holds them")
-    heads = [as_map(event.facts.get("heads")) for log in logs for event in log.events]
-    logs = [log if log.name else _named(log, heads) for log in logs]
+    logs = _named(_one_coordinator(logs))
     logs.sort(key=lambda log: (not log.coordinator, log.name))
     for one, two in pairwise(logs):
         if one.name == two.name:
@@ -213,7 +218,7 @@ def _read(path: Path, keys: Keys | None, tolerance_s: float) -> Log:
     except AuditError as error:
         wrong = error
     name, role = owner[:2] if owner is not None else _role(path, events)
-    return Log(
+    log = Log(
         path=path,
         name=name,
         role=role,
@@ -222,23 +227,74 @@ def _read(path: Path, keys: Keys | None, tolerance_s: float) -> Log:
         parts=earlier,
         key_known=owner is not None,
     )
+    strange = next((event for event in events if _KINDS.get(event.kind, role) != role), None)
+    return log if strange is None else _ends(log, strange, f"the log is that of a {role}")
 
 
 def _role(path: Path, events: Sequence[Event]) -> tuple[str, Role]:
-    """Whose log it is, by what is in it; a site's name is found later."""
-    if path.stem == COORDINATOR or any(event.kind in _COORDINATORS_KINDS for event in events):
-        return COORDINATOR, "coordinator"
+    """Whose log it is, by what is in it first; a site's name is found later."""
     if any(event.facts.get("action") == "federation provisioned" for event in events[:2]):
         return AUTHORITY, "authority"
+    role = next((_KINDS[event.kind] for event in events if event.kind in _KINDS), None)
+    if role == "coordinator" or (role is None and path.stem == COORDINATOR):
+        return COORDINATOR, "coordinator"
     return "", "site"
 
 
-def _named(log: Log, heads: Sequence[Mapping[str, Any]]) -> Log:
-    """By what the coordinator remembers, for a file may have any name; else by the file."""
-    own = {event.hash for event in log.events}
-    names = [name for row in heads for name, head in row.items() if isinstance(head, str) and head in own]
-    name = max(sorted(set(names)), key=names.count) if names else log.path.stem
-    return replace(log, name=name)
+def _ends(log: Log, strange: Event, whose: str) -> Log:
+    """The log as one that does not hold from this event on."""
+    says = f"only a {_KINDS[strange.kind]} writes this, and {whose}"
+    wrong = AuditError(says, "foreign kind", log=log.path.name, number=strange.number, kind=strange.kind)
+    return replace(log, events=log.events[: strange.number], wrong=wrong)
+
+
+def _one_coordinator(logs: Sequence[Log]) -> Sequence[Log]:
+    """Of several logs that pass for the coordinator's the one whose key is known, or that the others remember, or that
+    the auditor calls so; the rest are those of sites, and do not hold. All as they are, where that cannot be told."""
+    claims = [log for log in logs if log.coordinator]
+    if len(claims) < 2:
+        return logs
+    heads = {head for log in logs if not log.coordinator for event in log.events for head in event.heads}
+    remembered = {log.path: any(event.hash in heads for event in log.events) for log in claims}
+
+    def rank(log: Log) -> tuple[bool, bool, bool]:
+        return log.key_known, remembered[log.path], log.path.stem == COORDINATOR
+
+    one, *rest = sorted(claims, key=rank, reverse=True)
+    # Copies of a log, or those of two federations, are no offence.
+    if any(_same(log, one) or rank(log) == rank(one) or remembered[log.path] > one.key_known for log in rest):
+        return logs
+    return [_no_coordinator(log, one) if log in rest else log for log in logs]
+
+
+def _no_coordinator(log: Log, one: Log) -> Log:
+    log = replace(log, name="", role="site")
+    strange = next((event for event in log.events if event.kind in _KINDS), None)
+    return log if strange is None else _ends(log, strange, f"{one.path.name} is the log of the coordinator")
+
+
+def _same(one: Log, other: Log) -> bool:
+    """Whether both are the same chain, as far as it goes."""
+    return one.events[:1] == other.events[:1]
+
+
+def _named(logs: Sequence[Log]) -> list[Log]:
+    """Sites by what the coordinator remembers, for a file may have any name; else by the file."""
+    heads = [as_map(event.facts.get("heads")) for log in logs if log.coordinator for event in log.events]
+
+    def name(log: Log) -> str:
+        own = {event.hash for event in log.events}
+        names = [name for row in heads for name, head in row.items() if isinstance(head, str) and head in own]
+        return max(sorted(set(names)), key=names.count) if names else log.path.stem
+
+    named = [log if log.name else replace(log, name=name(log)) for log in logs]
+    # Two chains of one name: the coordinator's memory is false, which shows when each is held against it by its file.
+    return [
+        replace(log, name=log.path.stem)
+        if not (log.coordinator or log.key_known) and any(log.name == one.name and not _same(log, one) for one in named)
+        else log
+        for log in named
+    ]
 
 
 def _alone(log: Log) -> Check:

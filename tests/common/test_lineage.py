@@ -717,3 +717,88 @@ def test_one_log_is_a_log_and_two_are_logs(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("1 log: ")
     assert [number_of(count, "log") for count in (0, 1, 1234)] == ["0 logs", "1 log", "1,234 logs"]
     assert [number_of(count, "study") for count in (1, 2)] == ["1 study", "2 studies"]
+
+
+# Who passes for somebody else
+
+
+def passed_for(folder: Path, forge: Callable[[AuditLog], object]) -> None:
+    """Has a site go on with its log as it likes: it has the key."""
+    forge(AuditLog(folder / "south.jsonl", KEYS["south"]))
+
+
+def claims_to_coordinate(log: AuditLog) -> None:
+    log.append("run started", recipe_id=RECIPE, round=0, server_head=[])
+
+
+def claims_to_be_north(log: AuditLog) -> None:
+    for _ in range(9):
+        log.append("a note", heads={"north": log.head})
+
+
+def test_a_site_that_writes_what_a_coordinator_writes_is_named_in_the_verdict(tmp_path, capsys):
+    folder = federation(tmp_path)
+    passed_for(folder, claims_to_coordinate)
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"]) == (1, "broken")
+    (bad,) = [check for check in plain["checks"] if not check["holds"]]
+    assert (bad["log"], bad["fault"], bad["kind"]) == ("south", "foreign kind", "run started")
+    assert bad["why"].startswith("south.jsonl, event 16: only a coordinator writes this, and the log is that of a site")
+    assert {log["name"]: log["role"] for log in plain["logs"]} == {
+        "server": "coordinator", "north": "site", "south": "site",
+    }  # fmt: skip
+    assert plain["stories"][0]["rounds"] == 2  # the tables are the true coordinator's
+
+
+def test_a_log_that_is_all_a_coordinators_is_none_when_the_sites_remember_another(tmp_path, capsys):
+    folder = federation(tmp_path)
+    (folder / "south.jsonl").unlink()
+    passed_for(folder, claims_to_coordinate)
+    (folder / "server.jsonl").rename(folder / "a.jsonl")  # its name says nothing
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"]) == (1, "broken")
+    assert [check["log"] for check in plain["checks"] if not check["holds"]] == ["south"]
+    assert plain["stories"][0]["rounds"] == 2
+
+
+def test_logs_of_two_federations_are_a_wrong_request_and_no_offence(tmp_path, monkeypatch):
+    federation(tmp_path / "one")
+    for name in KEYS:
+        monkeypatch.setitem(KEYS, name, Signer.temporary())
+    with pytest.raises(ConfigError, match="both logs of server"):
+        read_logs([tmp_path / "one", federation(tmp_path / "two")])
+
+
+def test_who_passes_for_the_authority_is_not_left_out_of_the_verdict(tmp_path, capsys):
+    folder = federation(tmp_path)
+    AuditLog(folder / "authority.jsonl", Signer.temporary()).append("operator action", action="federation provisioned")
+    (folder / "south.jsonl").unlink()
+    AuditLog(folder / "south.jsonl", KEYS["south"]).append("operator action", action="federation provisioned")
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"]) == (0, "alone")
+    assert {log["name"] for log in plain["logs"]} == {"authority", "server", "north", "south"}
+
+
+def test_a_site_cannot_take_anothers_name_by_what_its_own_log_remembers(tmp_path, capsys):
+    folder = federation(tmp_path)
+    passed_for(folder, claims_to_be_north)
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"], [log["name"] for log in plain["logs"]]) == (
+        0,
+        "verified",
+        ["server", "north", "south"],
+    )
+
+
+def test_a_coordinator_that_calls_two_sites_by_one_name_is_found_out_and_not_a_wrong_request(tmp_path, capsys):
+    def lie(log: str, kind: str, facts: dict[str, Any]) -> dict[str, Any]:
+        heads = facts.get("heads", {})
+        return {**facts, "heads": {"north": heads["south"]}} if log == "server" and "south" in heads else facts
+
+    mixed = iter((True, False, True, False))
+    federation(tmp_path, lambda log, kind, facts: lie(log, kind, facts) if "heads" in facts and next(mixed) else facts)
+    code, plain = said("report", tmp_path, capsys=capsys)
+    assert (code, plain["state"]) == (1, "broken")
+    assert {log["name"] for log in plain["logs"]} == {"server", "north", "south"}
+    bad = [check for check in plain["checks"] if not check["holds"]]
+    assert {(check["log"], check["fault"]) for check in bad} == {("north", "cut or rewritten")}
