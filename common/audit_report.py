@@ -446,7 +446,7 @@ def _scores_epsilon(events: Sequence[Event], recipe_id: str) -> float | None:
             if rate != 1 or noise < LOWEST_NOISE or len(paid) == _MOST_RELEASES:
                 return None  # no site tells such scores, and to count what it says may take the machine for hours
             paid[str(base), str(facts.get("round")), noised] = float(facts["delta"])
-        return epsilon_pld([noised for *_, noised in paid], max(paid.values())) if paid else None
+        return as_number(epsilon_pld([noised for *_, noised in paid], max(paid.values()))) if paid else None
     except (PrivacyError, KeyError, TypeError, ValueError, OverflowError):  # facts are signed, but not by us
         return None
 

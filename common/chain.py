@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ class Chain:
     def _row(self, line: bytes, file: str) -> dict[str, Any]:
         row = _loose(line)
         if not row:
-            says = "not JSON, or no event"
+            says = "not JSON (which has no NaN and no infinity), or no event"
         elif set(row) != _FIELDS:
             says = f"fields are {sorted(row)[:8]}, not those of an event"
         elif not isinstance(row["facts"], dict) or type(row["number"]) is not int:
@@ -438,14 +439,25 @@ def digest_of(body: Mapping[str, Any]) -> str:
 
 
 def line_of(row: Mapping[str, Any]) -> bytes:
-    """The one spelling of an event: sorted names, no spaces, ASCII."""
-    return json.dumps(row, sort_keys=True, separators=(",", ":")).encode()
+    """The one spelling of an event: sorted names, no spaces, ASCII.
+
+    Raises:
+        ValueError: A number is NaN or infinite, which JSON has not.
+    """
+    return json.dumps(row, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number that JSON has not")
+    return number
 
 
 def _loose(line: bytes) -> dict[str, Any]:
-    """A line as it claims to be, unchecked; empty if it is no JSON object."""
+    """A line as it claims to be, unchecked; empty if it is no JSON object, or holds what is no number."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return {}
     return row if isinstance(row, dict) else {}

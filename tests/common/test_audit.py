@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -353,3 +355,27 @@ def test_an_anchor_that_is_no_head_of_the_log_is_refused(tmp_path, head):
     AuditLog(tmp_path / "other.jsonl", KEY).append("round", heads={"north": head})
     with pytest.raises(AuditError, match="which this log has not"):
         verify_against(verify(site), verify(tmp_path / "other.jsonl"), name="north")
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_signed_number_that_json_has_not_is_a_bad_event(log, word):
+    # The owner hashes and signs any text that it likes.
+    body = f'"before":"{AuditLog(log, KEY).head}","facts":{{"epsilon":{word}}}'
+    tail = '"kind":"update sent","number":5,'
+    time = '"time":"2999-01-01T00:00:00.000+00:00"'
+    digest = hashlib.sha256(f"{{{body},{tail}{time}}}".encode()).hexdigest()
+    signature = KEY.sign(bytes.fromhex(digest))
+    with log.open("a") as file:
+        file.write(f'{{{body},"hash":"{digest}",{tail}"signature":"{signature}",{time}}}\n')
+    with pytest.raises(AuditError, match="event 5: not JSON \\(which has no NaN and no infinity\\)"):
+        verify(log)
+
+
+def test_a_number_that_json_has_not_is_not_written_and_the_log_goes_on(log):
+    writer, before = AuditLog(log, KEY), log.read_bytes()
+    for number in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="JSON"):
+            writer.append("update sent", epsilon=number)
+    assert log.read_bytes() == before
+    writer.append("update sent", epsilon=1.5)
+    assert verify(log)[-1].facts == {"epsilon": 1.5}
