@@ -104,7 +104,7 @@ def _account(update: Update, recipe: Recipe) -> str | None:
     if noised and update.scores_spent is None:
         return "the scores are noised, and what that cost is not said"
     if not privacy.active:
-        return None
+        return None if update.spent is None else "a privacy account came along, and the recipe trains without privacy"
     spent = update.spent
     if spent is None:
         return "the recipe demands differential privacy, the update has no privacy account"

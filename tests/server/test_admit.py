@@ -56,6 +56,14 @@ def test_no_site_weighs_more_than_the_recipe_lets_it_whatever_it_claims(most, wh
     assert refusal(update(recipe, weight=57.0), plan(recipe), recipe) == why
 
 
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+def test_a_privacy_account_of_a_training_without_privacy_is_refused(work):
+    told = {"delta": Weights({}), "steps": 0} if work == "evaluate" else {}
+    # At delta 1 no accountant gives an answer, and the summary of the run asked two of them.
+    why = refusal(update(OPEN, spent=replace(SPENT, delta=1.0), **told), plan(OPEN, work), OPEN)
+    assert why == "a privacy account came along, and the recipe trains without privacy"
+
+
 def test_noised_scores_without_their_price_are_refused():
     recipe, noised = OPEN, Scores(patients=20, values={"auroc": 0.8}, noised=True)
     closing = {"delta": Weights({}), "steps": 0, "test": noised}
