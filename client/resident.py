@@ -59,6 +59,8 @@ Doing = Literal["idle", "reading images", "training", "evaluating"]
 
 _NO_RECIPE = "0" * 64
 _PROGRESS_S = 1.0
+_AT_ONCE, _PER_S = 10_000.0, 2.0
+"""Events of the log: so many as fast as they come, then so many a second, about 100 MB a day."""
 _SAID, _SAID_S = 100, 3600.0
 # A coordinator asks every half minute whether a recipe is approved meanwhile; the log need not grow by that.
 _SEE = "its people see why with `fedicom site status`"
@@ -91,10 +93,12 @@ class State:
 
 
 class _Hushed:
-    """The site's log, in which a refusal that is given again and again stands once an hour."""
+    """The site's log, which nobody fills by asking: a refusal that is given again and again stands once an hour, and
+    where events come faster than a federation makes them, the answer waits until its event may be written."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
+        self._room, self._then = _AT_ONCE, time.monotonic()
         self._said: OrderedDict[str, float] = OrderedDict()
         """Refusals that were logged, the latest last, and until when they are not logged again."""
 
@@ -104,16 +108,24 @@ class _Hushed:
 
     def append(self, kind: str, **facts: Any) -> str:
         if not kind.endswith(" refused"):
-            return self._log.append(kind, **facts)
+            return self._paced(kind, facts)
         said = json.dumps([kind, facts], sort_keys=True)
         if time.monotonic() < self._said.get(said, 0.0):
             return self._log.head
-        head = self._log.append(kind, **facts)
+        head = self._paced(kind, facts)
         self._said[said] = time.monotonic() + _SAID_S
         self._said.move_to_end(said)
         while len(self._said) > _SAID:
             self._said.popitem(last=False)
         return head
+
+    def _paced(self, kind: str, facts: Mapping[str, Any]) -> str:
+        now = time.monotonic()
+        self._room, self._then = min(_AT_ONCE, self._room + (now - self._then) * _PER_S), now
+        if self._room < 1:
+            time.sleep((1 - self._room) / _PER_S)
+        self._room -= 1
+        return self._log.append(kind, **facts)
 
 
 class Resident:

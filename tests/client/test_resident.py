@@ -497,6 +497,23 @@ def test_a_refusal_that_goes_on_for_hours_is_logged_once_an_hour(house: House, m
     assert node.kinds().count("recipe refused") == 3
 
 
+def test_a_coordinator_that_asks_without_end_fills_no_log_and_every_question_stands_in_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("client.resident.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("client.resident.time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr("client.resident._AT_ONCE", 20.0)
+    node = Node(house)
+    for number in range(60):
+        node.resident.hello(Question(recipe_id=RECIPE.id, audit_head=f"{number:064x}"))
+    events = verify(house.home.audit_file)
+    asked = [event.facts["server_head"] for event in events if event.kind == "question received"]
+    assert asked == [f"{number:064x}" for number in range(60)]
+    # 66 events, of which the log's own first one and the approval are not the node's; 20 at once, then 2 a second.
+    assert (len(events), now[0]) == (66, 1000.0 + (66 - 2 - 20) / 2)
+
+
 def test_what_a_stop_in_the_middle_of_a_write_left_goes_at_the_next_start(house: House) -> None:
     outbox = house.home.state / "outbox"
     outbox.mkdir(parents=True)
