@@ -89,7 +89,7 @@ class Sums:
 
         Raises:
             SecureAggregationError: The update does not fit into the fixed point, another one of the round was opened,
-                or `Member.mask` refuses.
+                of these weights or of others, or `Member.mask` refuses.
         """
         member, record = self._member(ask), self._record(ask)
         if record.get("opened") and record["update"] != update.delta.digest:
@@ -145,12 +145,17 @@ class Sums:
         return record
 
     def _path(self, ask: Ask) -> Path:
-        return self._folder / f"{ask.recipe_id[:16]}-{ask.round:06d}-{ask.base[:16]}.json"
+        return self._folder / f"{_stem(ask)}{ask.base[:16]}.json"
 
     def _record(self, ask: Ask) -> dict[str, Any]:
-        path = self._path(ask)
-        if not path.exists():
-            return {}
+        own = self._path(ask)
+        for path in self._folder.glob(f"{_stem(ask)}*.json"):
+            # From weights that hardly differ comes nearly the same update, and so, of two sums, a single one.
+            if path != own and self._read(path, ask).get("opened"):
+                raise SecureAggregationError(f"round {ask.round} was opened over other weights; it is opened once")
+        return self._read(own, ask) if own.exists() else {}
+
+    def _read(self, path: Path, ask: Ask) -> dict[str, Any]:
         with storing(path.name):
             text = path.read_text()
         try:
@@ -181,6 +186,10 @@ def noise_norm(recipe: Recipe, noise_multiplier: float, steps: int, numbers: int
     walk *= noise_multiplier * privacy.clip_norm / training.batch_size
     clipped = math.inf if training.gradient_clip is None else training.lr * steps * training.gradient_clip
     return min(walk, clipped) / (1 - training.momentum)
+
+
+def _stem(ask: Ask) -> str:
+    return f"{ask.recipe_id[:16]}-{ask.round:06d}-"
 
 
 def _subject(ask: Ask) -> Subject:

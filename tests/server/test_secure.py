@@ -262,6 +262,39 @@ def test_another_update_is_not_summed_once_the_round_was_opened(tmp_path):
     assert wards.ask(plan, ["s1"], 1.0)  # keys it still offers
 
 
+def test_a_round_that_was_opened_is_not_opened_again_over_weights_that_hardly_differ(tmp_path):
+    # Else the sum of four, then that of three over weights one bit away: their difference is the fourth site's update.
+    wards = Wards(recipe_of(), tmp_path)
+    run(wards)
+    near = Weights({**START, "b": np.nextafter(START["b"], np.float32(2))})
+    wards.kept = {at: replace(update, base=near.digest) for at, update in wards.kept.items()}
+    wards.hook = away("s4", at=Masking)
+    again = rounds.run(rounds.start(wards.recipe, near), wards.recipe, wards, wards.hellos, buffers=frozenset())
+    with pytest.raises(QuorumError, match="round 1 was opened over other weights"):
+        next(again)
+
+
+def test_two_sums_of_a_round_over_different_weights_are_not_both_opened(tmp_path):
+    wards, sums = Wards(recipe_of(), tmp_path), []
+    near = Weights({**START, "b": np.nextafter(START["b"], np.float32(2))})
+    for weights in (START, near):  # both masked and signed before one is opened
+        plan = RoundPlan(recipe_id=wards.recipe.id, round=1, work="train", weights=weights)
+        wards.kept.clear()
+        offers = {update.site: update.offer for update in wards.ask(plan, wards.names, 1.0) if update.offer}
+        about = {"recipe_id": plan.recipe_id, "round": 1, "base": weights.digest}
+        dealt = {site: wards.answer(site, Gathering(**about, offers=offers)) for site in wards.names}
+        about["session"], masked = dealt["s1"].session, {}
+        for site in wards.names:
+            boxes = {dealer: dealing.boxes[site] for dealer, dealing in dealt.items()}
+            masked[site] = wards.answer(site, Masking(**about, boxes=boxes)).values.digest
+        signed = {site: wards.answer(site, Survivors(**about, masked=masked)).signature for site in wards.names}
+        sums.append(Opening(**about, masked=masked, signatures=signed))
+    assert all(isinstance(wards.answer(site, sums[0]), Shares) for site in wards.names)
+    for site in wards.names:
+        with pytest.raises(SecureAggregationError, match="round 1 was opened over other weights"):
+            wards.answer(site, sums[1])
+
+
 def test_an_older_sum_cannot_be_opened_once_another_update_was_masked(tmp_path):
     wards = Wards(recipe_of(), tmp_path, away("s2", "s3", "s4", at=Opening))
     with pytest.raises(QuorumError):
@@ -282,7 +315,7 @@ def test_a_step_that_names_a_session_of_another_round_or_other_weights_is_not_ta
     for ask in asks:
         for change in ({"round": 3 - ask.round}, {"base": "e" * 64}, {"recipe_id": "f" * 64}):
             wards.kept["s1", 3 - ask.round] = wards.kept["s1", ask.round]
-            with pytest.raises(SecureAggregationError, match="no keys of that session"):
+            with pytest.raises(SecureAggregationError, match=r"no keys of that session|opened over other weights"):
                 wards.answer("s1", replace(ask, **change))
     assert {path.name: path.read_text() for path in (tmp_path / "s1").iterdir()} == remembered
 
