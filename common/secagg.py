@@ -205,8 +205,10 @@ class Member:
         text = _list_bytes(session, self._shares, masked)
         good = [site for site in masked if signed_by(self._keys[site], text, signatures.get(site, ""))]
         if len(good) < self._threshold:
+            others = sorted(set(masked) - set(good))
             raise SecureAggregationError(
-                f"{len(good)} sites have signed this list, expected {self._threshold}: others were shown another one"
+                f"{len(good)} sites have signed this list, expected {self._threshold}; not {', '.join(others[:8])}: "
+                "they were shown another one, or sign none"
             )
         seeds = {site: self._shares[site][0].hex() for site in masked}
         keys = {site: share.hex() for site, (_, share) in self._shares.items() if site not in masked}

@@ -449,6 +449,12 @@ def test_a_site_that_deals_false_boxes_stops_the_round_and_is_named(tmp_path):
         run(Wards(recipe_of(), tmp_path, lying("s3", Gathering, lie)))
 
 
+def test_a_site_that_does_not_sign_the_list_stops_the_round_and_is_named(tmp_path):
+    false = lying("s3", Survivors, lambda agreement: replace(agreement, signature="0" * 128))
+    with pytest.raises(QuorumError, match=r"s1: .* 2 sites have signed this list, expected 3; not s3: they were shown"):
+        run(Wards(recipe_of(3), tmp_path, false))
+
+
 @pytest.mark.parametrize(
     "values",
     [np.zeros(5, np.uint32), np.random.default_rng(0).integers(0, 2**32, 24, np.uint32)],
