@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from base64 import b64encode
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
@@ -112,21 +113,11 @@ class Remote:
             LostError: It is refused.
             HTTPError: There was no whole answer.
         """
-        timestamp = datetime.now(UTC).isoformat()
-        signature = self._key.sign(signed_request(method, path, timestamp), ec.ECDSA(hashes.SHA256()))
-        headers = {
-            "flwr-public-key": self._public,
-            "flwr-timestamp": timestamp,
-            "flwr-signature": b64encode(signature).decode(),
-        }
-        body = None
+        headers, body = self._signed(method, path), None
         if content is not None:
             headers["content-length"] = str(len(content))
             body = (content[at : at + _SENT_BYTES] for at in range(0, len(content), _SENT_BYTES))
-        answer = self._pool.urlopen(
-            method, self._url + path, body=body, headers=headers, preload_content=False, decode_content=False,
-            redirect=False,
-        )  # fmt: skip
+        answer = self._answer(method, path, headers, body)
         try:
             if answer.status in _AGAIN:
                 raise _AgainError(f"status {answer.status}")
@@ -145,6 +136,39 @@ class Remote:
             return b""
         finally:
             answer.close()  # of a connection whose answer was read to its end, nothing but the answer
+
+    def statuses(self) -> tuple[int, int]:
+        """What the gateway answers a stranger, and what it answers this node, who ask for a round that never was.
+
+        A member gets 404.
+
+        Raises:
+            HTTPError: There was no answer.
+        """
+        path = f"{PATH}{'0' * 32}"
+        found = []
+        for headers in ({}, self._signed("GET", path)):
+            answer = self._answer("GET", path, headers)
+            found.append(answer.status)
+            answer.close()
+        return found[0], found[1]
+
+    def _signed(self, method: str, path: str) -> dict[str, str]:
+        timestamp = datetime.now(UTC).isoformat()
+        signature = self._key.sign(signed_request(method, path, timestamp), ec.ECDSA(hashes.SHA256()))
+        return {
+            "flwr-public-key": self._public,
+            "flwr-timestamp": timestamp,
+            "flwr-signature": b64encode(signature).decode(),
+        }
+
+    def _answer(
+        self, method: str, path: str, headers: Mapping[str, str], body: Iterable[memoryview] | None = None
+    ) -> BaseHTTPResponse:
+        return self._pool.urlopen(
+            method, self._url + path, body=body, headers=headers, preload_content=False, decode_content=False,
+            redirect=False,
+        )  # fmt: skip
 
 
 class _AgainError(LostError):

@@ -395,7 +395,7 @@ class _Conversation(Beside):
         """
         method, target = request.method.decode("ascii"), request.target.decode("ascii")
         entry.method = method if method in _METHODS else "-"
-        blob = BLOB_ROUTE.fullmatch(target) if self._gateway.shelf is not None else None
+        blob = BLOB_ROUTE.fullmatch(target)
         if blob is not None and (method == "GET" or (method == "PUT" and blob[2])):
             entry.route = PATH
         elif method == "GET" and self._gateway.listeners is not None and BELL_ROUTE.fullmatch(target):

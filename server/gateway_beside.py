@@ -186,7 +186,8 @@ class Beside:
     async def _blob(self, request: h11.Request, fields: Mapping[bytes, bytes], entry: Entry) -> None:
         """Answers a request for weights."""
         shelf, found = self._gateway.shelf, BLOB_ROUTE.fullmatch(request.target.decode("ascii"))
-        assert shelf is not None
+        if shelf is None:  # said to members alone: by this a site's preflight sees that it is one
+            raise Refused(404, "route")
         assert found is not None
         ticket, name = found.groups()
         if request.method == b"PUT":

@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from importlib.metadata import version
@@ -42,19 +42,27 @@ def one(lines: list[Line], what: str, level: str) -> Line:
     return found
 
 
-@pytest.fixture
-def gateway(house: House) -> Iterator[Gateway]:
+@contextmanager
+def embedded(house: House, **given: Any) -> Iterator[Gateway]:
     """The embedded gateway under the kit's certificate, with nothing behind it; the site calls it."""
     keys, trust = house.kits / "coordinator" / "keys", house.kits / "coordinator" / "trust"
-    config = GatewayConfig(
-        listen_host="127.0.0.1", listen_port=0, certificate=keys / "gateway.crt", key=keys / "gateway.key",
-        upstream_port=free_port(), upstream_ca=trust / "ca.crt", registry=trust / "registry.json",
-        authority=house.home.authority,
-    )  # fmt: skip
-    made = Gateway(config).start()
+    wanted = {
+        "listen_host": "127.0.0.1", "listen_port": 0, "certificate": keys / "gateway.crt", "key": keys / "gateway.key",
+        "upstream_port": free_port(), "upstream_ca": trust / "ca.crt", "registry": trust / "registry.json",
+        "authority": house.home.authority,
+    }  # fmt: skip
+    made = Gateway(GatewayConfig(**(wanted | given))).start()
     house.configure(gateway=f"127.0.0.1:{made.port}")
-    yield made
-    made.stop()
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def gateway(house: House) -> Iterator[Gateway]:
+    with embedded(house) as made:
+        yield made
 
 
 class Peer:
@@ -138,7 +146,7 @@ def test_a_whole_site_at_a_running_gateway_has_no_failure(
     assert [line for line in lines if line.level == "FAIL"] == []
     assert {line.what for line in lines} == {
         "user", "configuration", "kit", "certificates", "keys", "packages", "GPU", "disk", "log", "approval", "budget",
-        "images", "DNS", "gateway", "clock",
+        "images", "DNS", "gateway", "clock", "key",
     }  # fmt: skip
     said = [line.says for line in of(lines, "gateway")]
     assert said == [
@@ -424,6 +432,62 @@ def test_what_else_can_be_reached_is_a_warning(house: House) -> None:
 def test_addresses_may_be_names_numbers_and_brackets() -> None:
     assert split_address("host.org:1") == ("host.org", 1)
     assert split_address("[2001:db8::1]:8443") == ("2001:db8::1", 8443)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("wrong", ["", "revoked", "another node key", "a clock a day ahead"])
+def test_a_node_whose_key_the_coordinator_does_not_take_fails(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool, wrong: str
+) -> None:
+    from dataclasses import replace
+
+    from client import blobs
+    from common.identity import NodeKey, Signer
+
+    registry, trust = tmp_path / "registry.json", house.kits / "coordinator" / "trust"
+    shutil.copy(trust / "registry.json", registry)
+    if wrong == "revoked":
+        old, authority = house.home.registry, Signer.load(house.kits / "authority" / "authority.key")
+        gone = replace(old.sites["north"], revoked=old.issued, why="left")
+        replace(old, version=2, sites={**old.sites, "north": gone}).write(registry, authority)
+    elif wrong == "another node key":
+        house.home.node_key.write_bytes(NodeKey.new().private)
+    elif wrong:
+
+        class Ahead(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+                return datetime.now(tz) + timedelta(days=1)
+
+        monkeypatch.setattr(blobs, "datetime", Ahead)
+    with embedded(house, registry=registry, blobs=tmp_path / "blobs" if weights else None):
+        (line,) = of(run(house, images=False), "key")
+    if not wrong:
+        assert (line.level, line.says) == ("ok", "the coordinator knows this node's key")
+        return
+    assert line.level == "FAIL"
+    assert "refuses this node's key (401, expected 404)" in line.says
+    assert "newest kit" in line.fix
+
+
+@pytest.mark.parametrize(
+    ("status", "level", "says"),
+    [
+        (404, "warn", "answers a stranger as it does members"),  # an nginx without a gateway behind it
+        (502, "warn", "answered 502, expected 404"),
+        (429, "FAIL", "refuses this node's key (429"),
+    ],
+)
+def test_a_gateway_that_cannot_tell_whether_it_knows_the_key_is_no_pass(
+    house: House, peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch, status: int, level: str, says: str
+) -> None:
+    from client import preflight as room
+
+    monkeypatch.setattr(room, "gateway", lambda home: iter(()))
+    peer(f"HTTP/1.1 {status} \r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    (line,) = of(run(house, images=False), "key")
+    assert line.level == level
+    assert says in line.says
 
 
 def test_an_answer_that_is_no_http_is_an_error(house: House, peer: Callable[..., Peer]) -> None:

@@ -1522,6 +1522,13 @@ def test_without_a_folder_for_weights_there_are_none(door, upstream):
     assert upstream.seen == []
 
 
+def test_a_gateway_without_weights_tells_members_alone_that_there_are_none(open_door, upstream):
+    door, path = open_door("embedded", upstream.port), f"/v1/blobs/{'0' * 32}"
+    with door.client(None) as client:
+        assert client.get(path).status_code == 401
+        assert client.get(path, headers=door.sites.keys["north"].beside("GET", path)).status_code == 404
+
+
 @pytest.fixture
 def embedded_weights(open_door, upstream, tmp_path) -> Iterator[Weights]:
     door = open_door("embedded", upstream.port, blobs=tmp_path / "blobs", sent_bell=tmp_path / "sent.bell")
