@@ -364,7 +364,8 @@ def families(status: Mapping[str, Any], graphics: tuple[Card, ...] = ()) -> list
 
     spent, cap = epsilon.get("spent"), epsilon.get("cap")
     left = None if spent is None or cap is None else max(0.0, cap - spent)
-    contact = status.get("last_contact")
+    # A site that was never asked anything has waited since its start; without a runner's word nothing is known.
+    contact = status.get("last_contact") or (status.get("started") if "last_contact" in status else None)
     return [
         Family(
             name="fedicom_site_up", help="1 while a process of the node runs.", kind="gauge",
@@ -380,7 +381,8 @@ def families(status: Mapping[str, Any], graphics: tuple[Card, ...] = ()) -> list
             status.get("busy_s")),
         one("fedicom_site_last_visit_seconds", "Duration of the last visit.", "gauge", status.get("last_visit_s")),
         one("fedicom_site_round", "Round that was worked on last.", "gauge", status.get("round")),
-        one("fedicom_site_last_contact_timestamp_seconds", "When the coordinator's last message came.", "gauge",
+        one("fedicom_site_last_contact_timestamp_seconds",
+            "When the coordinator's last message came; before the first one, when the node started.", "gauge",
             None if contact is None else datetime.fromisoformat(contact).timestamp()),
         one("fedicom_site_epsilon_spent", "Epsilon spent on the cohort.", "gauge", spent),
         one("fedicom_site_epsilon_cap", "Most epsilon that the policy allows.", "gauge", cap),

@@ -63,6 +63,8 @@ _AT_ONCE, _PER_S = 10_000.0, 2.0
 """Events of the log: so many as fast as they come, then so many a second, about 100 MB a day."""
 _SAID, _SAID_S = 100, 3600.0
 # A coordinator asks every half minute whether a recipe is approved meanwhile; the log need not grow by that.
+_HEARD = frozenset({"question received", "plan received", "plan refused", "recipe refused"})
+"""Events of the log that a message of the coordinator leaves."""
 _SEE = "its people see why with `fedicom site status`"
 
 
@@ -494,12 +496,14 @@ def _devices(config: SiteConfig) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", number) for number in config.devices) or (torch.device("cuda"),)
 
 
-def _counted(events: tuple[Event, ...]) -> dict[str, int]:
-    """What has left and what was refused, as the log has it."""
+def _counted(events: tuple[Event, ...]) -> dict[str, Any]:
+    """What has left, what was refused and when the coordinator was heard last, as the log has it."""
     sent = [event for event in events if event.kind in ("update sent", "update sent again")]
     size = {event.facts.get("digest"): int(event.facts.get("bytes") or 0) for event in sent if "bytes" in event.facts}
     refused = ("plan refused", "recipe refused", "message refused")
+    heard = [event.time for event in events if event.kind in _HEARD]
     return {
+        "last_contact": heard[-1] if heard else None,
         "updates": len(sent),
         "bytes_sent": sum(size.get(event.facts.get("digest"), 0) for event in sent),
         "evaluations": sum(event.kind == "evaluation sent" for event in events),

@@ -142,7 +142,7 @@ def _short(value: object) -> str:
 
 def _ago(moment: str | None) -> str:
     if moment is None:
-        return "none since the node was started"
+        return "none yet"
     seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:

@@ -278,6 +278,14 @@ STATUS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_a_node_that_was_never_asked_anything_has_waited_since_its_start() -> None:
+    name = 'fedicom_site_last_contact_timestamp_seconds{site="north"}'
+    started = {"started": "2026-01-05T12:00:00+00:00"}
+    assert f"{name} 1767614400.0" in exposition(families(STATUS | started | {"last_contact": None})).decode()
+    unknown = {key: value for key, value in STATUS.items() if key != "last_contact"}  # the runner has said nothing yet
+    assert name not in exposition(families(unknown | started)).decode()
+
+
 def test_the_metrics_tell_processes_work_budget_and_gpu() -> None:
     card = Card(number=0, name="H", driver="1", used=2 << 30, total=8 << 30, utilisation=0.25)
     lines = exposition(families(STATUS, (card,))).decode().splitlines()

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +475,9 @@ def test_the_state_follows_the_work_and_its_counters_survive_a_restart(house: Ho
     assert (fresh.updates, fresh.evaluations, fresh.refusals) == (2, 1, 1)
     assert fresh.bytes_sent == state.bytes_sent
     assert fresh.epsilon == state.epsilon
+    assert fresh.last_contact is not None  # a node that is started each night must not hide two days of silence
+    before, after = (datetime.fromisoformat(each.last_contact) for each in (state, fresh) if each.last_contact)
+    assert abs(after - before) < timedelta(seconds=10)
 
 
 def test_the_same_refusal_is_logged_once_in_a_while_and_given_every_time(house: House) -> None:
