@@ -111,13 +111,18 @@ class Approvals:
         if form != FORMAT or len(plain) != 6:
             raise ConfigError(f"{what} has another format, expected {FORMAT!r}; {advice}")
         approval = Approval(signed=claimed, by=str(by), time=str(time))
+        # Before the signature, which is under the id: a version that counts a field more gives it another one, and
+        # nobody has forged anything then.
+        if approval.recipe_id != recipe_id:
+            raise ConfigError(
+                f"{what} holds another recipe, {approval.recipe_id[:12]}: it was changed, or approved under another "
+                f"version of Fedicom, with which alone its run can go on; else {advice}"
+            )
         own, name = Signer.load(self._home.signing_key).public, self._home.config.site
         if site != name or not signed_by(own, _signed_bytes(approval, name), str(signature)):
             raise ConfigError(
                 f"{what} is not signed by this site's key: it was changed, or is of another site; {advice}"
             )
-        if approval.recipe_id != recipe_id:
-            raise ConfigError(f"{what} holds another recipe, {approval.recipe_id[:12]}; {advice}")
         # Whose recipe it is, is asked anew each time: the coordinator's key may have been exchanged since.
         coordinator = self._home.registry.coordinator
         try:

@@ -11,7 +11,7 @@ import pytest
 
 from client.approvals import Approvals
 from common.audit import verify
-from common.config import Privacy
+from common.config import Privacy, Recipe, as_plain
 from common.errors import ConfigError, PrivacyError, StorageError
 from common.identity import Signer
 from common.journal import SharedLog
@@ -183,6 +183,18 @@ def test_the_record_of_one_recipe_does_not_approve_another(house: House) -> None
     (house.home.approved / f"{recipe_id}.json").rename(house.home.approved / f"{other}.json")
     with pytest.raises(ConfigError, match="holds another recipe"):
         Approvals(house.home).find(other)
+
+
+def test_an_approval_given_under_another_version_is_told_from_a_forgery(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:  # its recipes had one field more, so that it gives all of them other ids
+        fields = property(lambda recipe: json.dumps(as_plain(recipe) | {"novelty": False}, sort_keys=True).encode())
+        older.setattr(Recipe, "canonical", fields)
+        recipe_id = approve(house)
+        assert Approvals(house.home).find(recipe_id) is not None
+    with pytest.raises(ConfigError, match="approved under another version of Fedicom, with which alone its run"):
+        Approvals(house.home).find(recipe_id)
 
 
 def test_another_sites_approval_does_not_count_here(house: House, south: House) -> None:
