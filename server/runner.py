@@ -95,19 +95,26 @@ def run(
     """
     found = Run(home, name)
     order = found.order
-    with found.alone():
-        if found.status.get("state") == "finished":
-            return FINISHED
-        registry = home.registry
-        signed = read_recipe(found.recipe_file, None)
-        recipe = signed.recipe
-        if signed.coordinator not in (registry.coordinator, *registry.retired.get("coordinator", ())):
-            raise ConfigError(f"run {name}: the recipe is signed by key {signed.coordinator[:12]}, which is not ours")
-        if recipe.id != order.recipe_id:
-            raise ConfigError(f"run {name}: recipe.json holds another recipe than the one that was ordered")
-        audit = TaggedLog(SharedLog(home.audit_file, Signer.load(home.signing_key)), name)
-        status = RunStatus(found, recipe, tuple(registry.members))
-        return _told(status, audit, lambda: _work(home, found, order, recipe, connect, status, audit, sleep))
+    try:
+        with found.alone():
+            if found.status.get("state") == "finished":
+                return FINISHED
+            registry = home.registry
+            signed = read_recipe(found.recipe_file, None)
+            recipe = signed.recipe
+            if signed.coordinator not in (registry.coordinator, *registry.retired.get("coordinator", ())):
+                raise ConfigError(
+                    f"run {name}: the recipe is signed by key {signed.coordinator[:12]}, which is not ours"
+                )
+            if recipe.id != order.recipe_id:
+                raise ConfigError(f"run {name}: recipe.json holds another recipe than the one that was ordered")
+            audit = TaggedLog(SharedLog(home.audit_file, Signer.load(home.signing_key)), name)
+            status = RunStatus(found, recipe, tuple(registry.members))
+            return _told(status, audit, lambda: _work(home, found, order, recipe, connect, status, audit, sleep))
+    except ConfigError as error:  # before there was a `RunStatus` that could tell it
+        with suppress(StorageError):
+            found.settle(state="failed", eta_s=None, error=str(error)[:_LONGEST])
+        raise
 
 
 def _told(status: RunStatus, audit: Log, work: Callable[[], Mapping[str, Any]]) -> int:

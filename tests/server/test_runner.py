@@ -360,6 +360,20 @@ def test_the_estimate_is_the_rounds_left_times_their_mean_duration(house, no_exp
     assert told[2]["last_round"]["seconds"] == second
 
 
+def test_a_run_whose_recipe_this_version_does_not_read_fails_with_that_reason(house):
+    found = house.order("older")
+    found.settle(state="training", round=1)
+    plain = json.loads(found.recipe_file.read_text())
+    del plain["recipe"]["description"]  # a field that the version which signed it did not have
+    del plain["recipe"]["rounds"]  # and one whose usual value is another now
+    found.recipe_file.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match="another version of Fedicom"):
+        run(house.home, "older", connect=house.connect())
+    assert found.status["state"] == "failed"
+    assert "made by another version of Fedicom" in found.status["error"]
+    assert found.status["round"] == 1
+
+
 def test_a_recipe_of_another_key_or_another_id_than_was_ordered_is_not_run(house):
     house.order("foreign", sign_recipe(house.signed().recipe, Signer.temporary()))
     with pytest.raises(ConfigError, match="which is not ours"):
