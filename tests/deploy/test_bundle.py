@@ -24,11 +24,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def wheel(folder: Path, name: str, needs: str = "") -> Path:
+def wheel(
+    folder: Path, name: str, needs: str = "", program: str = "import sys\ndef main():\n    print(sys.argv[1])\n"
+) -> Path:
     """A small wheel whose program `name` prints its first argument."""
     info = f"{name}-1.0.dist-info"
     files = {
-        f"{name}.py": "import sys\ndef main():\n    print(sys.argv[1])\n",
+        f"{name}.py": program,
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/entry_points.txt": f"[console_scripts]\n{name} = {name}:main\n",
@@ -60,10 +62,12 @@ def seal(out: Path) -> None:
     (out / "SHA256SUMS").write_text("".join(lines))
 
 
-def install(out: Path, into: Path) -> subprocess.CompletedProcess[str]:
-    command = ["sh", str(out / "install.sh"), str(into)]
+def install(
+    out: Path, into: Path, *, python: str | Path = sys.executable, umask: int = 0o022
+) -> subprocess.CompletedProcess[str]:
+    command, environment = ["sh", str(out / "install.sh"), str(into)], {"PATH": "/usr/bin:/bin"}
     return subprocess.run(
-        command, capture_output=True, text=True, env={"FEDICOM_PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+        command, capture_output=True, text=True, env={**environment, "FEDICOM_PYTHON": str(python)}, umask=umask
     )
 
 
@@ -105,6 +109,52 @@ def test_an_installation_that_is_there_is_left_alone(bundle, tmp_path):
     done = install(bundle, tmp_path / "opt")
     assert done.returncode == 1
     assert list((tmp_path / "opt").iterdir()) == []
+
+
+def test_an_attempt_that_fails_at_its_last_step_leaves_nothing_and_the_next_one_goes_through(bundle, tmp_path):
+    broken = shutil.copytree(bundle, tmp_path / "broken")
+    wheel(broken / "wheels", "fedicom", program="def main():\n    raise SystemExit(3)\n")
+    (broken / "requirements.txt").write_text(load("hashes").requirements(broken / "wheels"))
+    seal(broken)
+    assert install(broken, tmp_path / "opt").returncode == 3  # of `fedicom version`, when all is installed
+    assert not (tmp_path / "opt").exists()
+    done = install(bundle, tmp_path / "opt")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_python_without_venv_and_a_cut_off_attempt_are_no_hindrance_to_the_next_one(bundle, tmp_path):
+    without = tmp_path / "python-without-venv"  # as Debian's is without python3-venv: it makes the folder, then fails
+    without.write_text('#!/bin/sh\nmkdir -p "$3/bin" && exit 1\n')
+    without.chmod(0o755)
+    assert install(bundle, tmp_path / "opt", python=without).returncode != 0
+    assert not (tmp_path / "opt").exists()
+    killed = tmp_path / "python-that-is-killed"  # with the shell, as by a power cut: nobody tidies up
+    killed.write_text('#!/bin/sh\nmkdir -p "$3/bin" && kill -9 $PPID\n')
+    killed.chmod(0o755)
+    assert install(bundle, tmp_path / "opt", python=killed).returncode != 0
+    assert (tmp_path / "opt" / "bin").is_dir()
+    done = install(bundle, tmp_path / "opt")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "opt").glob(".fedicom*")) == []
+
+
+def test_another_user_than_who_installs_can_run_it_whatever_the_installers_umask(bundle, tmp_path):
+    done = install(bundle, tmp_path / "opt", umask=0o077)
+    assert done.returncode == 0, done.stderr
+    for path in ("", "bin", "bin/fedicom", "bin/helper"):
+        assert (tmp_path / "opt" / path).stat().st_mode & 0o055 == 0o055, path
+
+
+def test_an_upgrade_is_installed_beside_the_old_one_and_a_link_says_which_is_in_use(bundle, tmp_path):
+    place, old, new = tmp_path / "fedicom", tmp_path / "fedicom-1", tmp_path / "fedicom-2"
+    for folder in (old, new, old):  # an upgrade, and the way back
+        if not folder.exists():
+            assert install(bundle, folder).returncode == 0
+        subprocess.run(["ln", "-sfn", folder, place], check=True)
+        done = subprocess.run([place / "bin" / "fedicom", "hello"], capture_output=True, text=True, env={})
+        assert (done.returncode, done.stdout) == (0, "hello\n")
+        assert f"#!{folder}/bin/python" in (place / "bin" / "fedicom").read_text()  # a process stays with what it began
+    assert install(bundle, place).returncode == 1
 
 
 def test_the_list_has_each_wheel_once_with_its_hash(tmp_path):
