@@ -72,6 +72,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from client.blobs import Doorbell, Remote
+from client.reach import proxy_of
 from common import inline
 from common.bell import Bell
 from common.deployment import SiteHome
@@ -319,10 +320,9 @@ def _on_change(on_state: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _spare_loopback() -> None:
-    # A proxy of the environment is for the outside world; httpx would send calls to this machine there as well.
-    names = [name for name in os.environ.get("NO_PROXY", "").split(",") if name]
-    if _HOST not in names:
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join([*names, _HOST])
+    # A proxy of the environment is for the outside world; httpx, with which this process calls nobody but this machine,
+    # would send those calls there as well.
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
 
 # The SuperNode
@@ -344,9 +344,13 @@ def supernode_child(home: SiteHome, port: int) -> Child:
     ]
     environment = {"FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     environment[_HOME] = str(home.path)
-    if config.proxy is not None:
-        # httpx, which the SuperNode calls with, takes its proxy from the environment; lower case goes before upper.
-        environment |= {"HTTPS_PROXY": config.proxy, "https_proxy": config.proxy, "NO_PROXY": "", "no_proxy": ""}
+    # httpx, which the SuperNode calls with, has rules of its own about the environment, and looks at more of it than
+    # ours do: messages would take another way than weights. Lower case goes before upper.
+    if proxy := proxy_of(config, os.environ):
+        told = {"https_proxy": proxy, "no_proxy": "", "all_proxy": ""}
+    else:
+        told = {"no_proxy": "*"}
+    environment |= told | {name.upper(): value for name, value in told.items()}
     return Child(name="supernode", command=command, environment=environment, longest_pause_s=20.0)
 
 

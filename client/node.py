@@ -429,6 +429,7 @@ def _runner(home: SiteHome, port: int) -> Child:
 def _need(home: SiteHome) -> None:
     """What would let every start fail is told now, in words."""
     home.registry  # noqa: B018 - it is checked when it is read
+    proxy_of(home.config, os.environ)
     for path, what in (
         (home.signing_key, "the site's signing key"),
         (home.node_key, "the key of its Flower node"),

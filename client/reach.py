@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from client.machine import Line
 from common.chain import TOLERANCE_S
 from common.deployment import SiteConfig, SiteHome
+from common.errors import ConfigError
 
 _CONNECT_S, _PROBE_S = 10.0, 2.0
 _CLOCK_WARN_S = 30.0
@@ -214,15 +216,41 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def proxy_of(config: SiteConfig, environment: Mapping[str, str]) -> str | None:
-    """The proxy that the connection to the gateway takes, as a URL; None for a direct one."""
-    if config.proxy is not None:
-        return config.proxy
-    proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY")
-    host = split_address(config.gateway)[0]
-    without = (environment.get("no_proxy") or environment.get("NO_PROXY") or "").replace(" ", "").split(",")
-    if not proxy or "*" in without or any(name and host.endswith(name.lstrip(".")) for name in without):
+    """The proxy that every connection to the gateway takes, as a URL; None for a direct one.
+
+    Raises:
+        ConfigError: It is no HTTP proxy.
+    """
+    proxy = config.proxy
+    if proxy is None:
+        proxy = environment.get("https_proxy") or environment.get("HTTPS_PROXY")
+        without = (environment.get("no_proxy") or environment.get("NO_PROXY") or "").replace(" ", "").lower()
+        here = ("localhost", "127.0.0.0/8", "::1")  # of this machine no proxy knows the way back
+        if any(_excepted(*split_address(config.gateway.lower()), name) for name in (*here, *without.split(","))):
+            return None
+    if not proxy:
         return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    url = proxy if "://" in proxy else f"http://{proxy}"
+    if (scheme := urlsplit(url).scheme.lower()) not in ("http", "https") or not proxy_address(url)[0]:
+        raise ConfigError(
+            f"the proxy is one of {scheme}, expected http://HOST:PORT or https://HOST:PORT; set proxy in site.yaml"
+        )
+    return url
+
+
+def _excepted(host: str, port: int, name: str) -> bool:
+    """Whether an entry of NO_PROXY means this place: `*`, an address, a network, or a name and what is below it."""
+    name = name.removesuffix(f":{port}").lstrip(".")
+    if name == "*":
+        return True
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return bool(name) and f".{host}".endswith(f".{name}")
+    try:
+        return address in ip_network(name.strip("[]"), strict=False)
+    except ValueError:
+        return False
 
 
 def proxy_address(proxy: str) -> tuple[str, int]:

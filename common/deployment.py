@@ -158,7 +158,8 @@ class SiteConfig:
     """Folder with labels.csv and the DICOM files; or, for a hospital in several studies, a folder for each recipe's
     name."""
     proxy: str | None = None
-    """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment."""
+    """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment, unless NO_PROXY
+    excepts the gateway."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: tuple[Annotated[int, Ge(0)], ...] = ()
     """Numbers of the GPUs that share each batch, for example [0, 1]; on CPUs, as many processes. Empty: one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -14,16 +15,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from client.approvals import Approvals
 from client.ledger import Ledger
+from client.link import supernode_child
 from client.machine import Line, parse_cards, unlike_lock
+from client.node import start
 from client.policy import ledger_policy
 from client.preflight import preflight
 from client.reach import ask_gateway, proxy_of, split_address
 from common.accounting import Event
+from common.errors import ConfigError
 from common.supervise import free_port
 from server.gateway import Gateway, GatewayConfig
 from tests.client.conftest import House, recipe_of
@@ -408,6 +413,12 @@ def test_a_proxy_that_refuses_is_told(house: House, peer: Callable[..., Peer]) -
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "localhost, .example.org"}, None),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}, None),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "other.org"}, "http://p:1"),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "ample.org,gateway.example,,."}, "http://p:1"),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "gateway.example.org:443"}, "http://p:1"),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "gateway.example.org:8443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "Gateway.Example.ORG"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "other.org", "no_proxy": "example.org"}, None),
+        ({"ALL_PROXY": "socks5://p:1", "HTTP_PROXY": "http://p:1"}, None),  # of HTTPS_PROXY alone the page speaks
     ],
 )
 def test_the_proxy_of_the_environment_counts_unless_the_host_is_excepted(
@@ -415,6 +426,67 @@ def test_the_proxy_of_the_environment_counts_unless_the_host_is_excepted(
 ) -> None:
     house.configure(gateway="gateway.example.org:8443")
     assert proxy_of(house.home.config, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("gateway", "without", "spared"),
+    [
+        ("10.1.2.3:8443", "10.0.0.0/8", True),
+        ("10.1.2.3:8443", "2.3", False),
+        ("10.1.2.3:8443", "10.1.2.3", True),
+        ("[2001:db8::1]:8443", "2001:db8::/32", True),
+        ("[2001:db8::1]:8443", "[2001:db8::1]:8443", True),
+        ("[2001:db8::1]:8443", "10.0.0.0/8", False),
+        ("127.0.0.1:8443", "", True),  # a rehearsal
+        ("localhost:8443", "", True),
+    ],
+)
+def test_addresses_and_networks_are_excepted_and_this_machine_always(
+    house: House, gateway: str, without: str, spared: bool
+) -> None:
+    house.configure(gateway=gateway)
+    found = proxy_of(house.home.config, {"HTTPS_PROXY": "http://p:1", "NO_PROXY": without})
+    assert found == (None if spared else "http://p:1")
+
+
+@pytest.mark.parametrize("proxy", ["socks5://p:1", "http://", "ftp://p:1"])
+def test_a_proxy_that_is_none_of_http_is_refused_before_anything_is_started(house: House, proxy: str) -> None:
+    house.configure(gateway="gateway.example.org:8443", proxy=proxy)
+    assert "expected http://HOST:PORT" in one(run(house, images=False), "gateway", "FAIL").says
+    with pytest.raises(ConfigError, match="expected http://HOST:PORT"):
+        start(house.home, lambda line, style: None, allow_root=True)
+    house.configure(proxy="p:1")
+    assert proxy_of(house.home.config, {}) == "http://p:1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"HTTPS_PROXY": "http://p:1"},
+        {"HTTPS_PROXY": "http://p:1", "no_proxy": "gateway.example.org:8443"},
+        {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "ample.org"},
+        {"https_proxy": "http://p:1", "ALL_PROXY": "socks5://p:1"},
+        {"ALL_PROXY": "http://p:1"},
+        {"ALL_PROXY": "socks5://p:1"},
+        {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8,.example.org"},
+    ],
+)
+def test_messages_take_the_way_of_the_weights_whatever_the_environment_says(
+    house: House, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    house.configure(gateway="gateway.example.org:8443")
+    weights = proxy_of(house.home.config, os.environ)
+    for name, value in supernode_child(house.home, 1).environment.items():
+        monkeypatch.setenv(name, value)
+    with httpx.Client() as client:  # as the SuperNode has one
+        pool = client._transport_for_url(httpx.URL("https://gateway.example.org:8443/"))._pool  # type: ignore[attr-defined]
+    assert getattr(pool, "_proxy_url", None) is None if weights is None else pool._proxy_url.host == b"p"
+    assert proxy_of(house.home.config, os.environ) == weights  # and so its bell
 
 
 def test_what_else_can_be_reached_is_a_warning(house: House) -> None:
