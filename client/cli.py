@@ -337,11 +337,9 @@ def _status(home: SiteHome) -> dict[str, Any]:
     config = home.config
     status = read_status(home.status_file) or {}
     fixed = {"site": config.site, "federation": config.federation, "gateway": config.gateway}
-    if not status:
-        return {**fixed, "state": "stopped"}
     updated = datetime.fromisoformat(str(status.get("updated", "1970-01-01T00:00:00+00:00")))
     old = abs((datetime.now(UTC) - updated).total_seconds()) > FRESH_S  # of the future: the clock went back since
-    if old and status.get("state") != "stopped":
+    if old:  # also none, or one that says stopped: a full disk may have kept a node that runs from ever saying so
         status["state"] = "stopped" if running(home) is None else "silent"
     return {**status, **fixed}
 

@@ -120,7 +120,7 @@ def running(home: SiteHome) -> int | None:
     path = _lock_file(home)
     if not path.exists():
         return None
-    with storing("the lock of the node"), path.open("r+") as file:
+    with storing("the lock of the node"), path.open() as file:  # to read alone: the disk may be read-only by now
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

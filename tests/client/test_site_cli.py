@@ -27,6 +27,7 @@ from common.config import Evaluation, ModelConfig
 from common.epsilon import rounded_down, rounded_up
 from common.identity import Signer
 from common.signed import sign_recipe
+from common.storage import private_folder
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
 
 EVENT = Event(noise_multiplier=1.0, sampling_rate=0.3, steps=4)
@@ -344,12 +345,15 @@ def test_an_old_status_is_no_sign_of_life_and_a_failed_runner_is_exit_1(site: Si
     assert "the log is broken" in site("status", code=1)
 
 
-def test_a_node_that_cannot_write_its_status_is_not_said_to_be_stopped(site: Site) -> None:
-    write_status(site, age_s=3600, state="ready")
+@pytest.mark.parametrize("before", ["ready", "stopped", None])
+def test_a_node_that_cannot_write_its_status_is_not_said_to_be_stopped(site: Site, before: str | None) -> None:
+    if before is not None:
+        write_status(site, age_s=3600, state=before)
+    private_folder(site.house.home.run)
     with only_one(site.house.home):
         said = site("status", code=1)
         assert "is the disk full?" in said
-        assert "runner 8" in said
+        assert before is None or "runner 8" in said
         assert json.loads(site("status", "--json", code=1))["state"] == "silent"
     assert "not running" in site("status", code=1)
 
