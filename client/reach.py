@@ -23,6 +23,10 @@ from common.errors import ConfigError
 
 _CONNECT_S, _PROBE_S = 10.0, 2.0
 _CLOCK_WARN_S = 30.0
+_DATES = (9, 10)
+"""OpenSSL's codes for a certificate that is not valid yet, and for one that has expired."""
+_NAMES = (62, 64)
+"""For one of another host name, or of another address."""
 _ROUTE = "/v1/fleet/pull-messages"
 _REFUSALS = (401, 403, 429)
 _OTHER_PORTS = (22, 80, 443, 8000, 8080, 9091, 9092, 9093)
@@ -61,11 +65,19 @@ def gateway(home: SiteHome) -> Iterator[Line]:
     try:
         line, status, date = ask_gateway(host, port, home.ca, proxy)
     except ssl.SSLCertVerificationError as error:
+        fix = "if the network inspects TLS, exempt the gateway; else ask the coordinator: somebody may stand between"
+        if error.verify_code in _DATES:
+            fix = (
+                f"look whether {datetime.now(UTC):%Y-%m-%d %H:%M} UTC is right, and set this machine's clock; else ask "
+                "the coordinator, who renews it with `fedicom provision rotate gateway`"
+            )
+        elif error.verify_code in _NAMES:
+            fix = f"gateway in site.yaml is {config.gateway}: ask the coordinator for the name that it is reached by"
         yield Line(
             level="FAIL",
             what="gateway",
             says=f"its certificate does not hold against this federation's authority ({error.verify_message})",
-            fix="if the network inspects TLS, exempt the gateway; else ask the coordinator: somebody may stand between",
+            fix=fix,
         )
         return
     except ssl.SSLError as error:

@@ -126,7 +126,7 @@ def _status(words: Sequence[str]) -> int:
     parser = _asking(
         "status",
         "How the coordinator, its runs and their sites stand. Exit code 1 where no site can reach it: it does not run, "
-        "or its gateway or SuperLink is down.",
+        "its gateway or SuperLink is down or has a certificate that ran out, or nobody could be asked for two minutes.",
     )
     parser.add_argument("--watch", action="store_true", help="live, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -141,7 +141,7 @@ def _status(words: Sequence[str]) -> int:
     else:
         _console().print(_table(plain))
     reachable = not _REACHED_BY & set(plain["server"].get("down", ()))
-    return 0 if plain["server"]["state"] == "running" and reachable else 1
+    return 0 if plain["server"]["state"] == "running" and reachable and not plain["server"].get("silent") else 1
 
 
 def _runs(words: Sequence[str]) -> int:

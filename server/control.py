@@ -23,7 +23,7 @@ from common.deployment import ServerConfig, ServerHome
 from common.enrolment import warnings
 from common.errors import ConfigError, ExchangeError, FedicomError, StorageError
 from common.exchange import NAME_PATTERN
-from common.identity import Signer
+from common.identity import Signer, expiring
 from common.installed import code_hashes
 from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
@@ -40,7 +40,9 @@ _TICK_S = 0.3
 _LOOK_S = 5.0
 """Between two looks at who is connected."""
 _STEADY_S, _LONGEST_PAUSE_S = 60.0, 60.0
-_WARNINGS_S = 3600.0
+_SILENT_S = 120.0
+"""Without one successful look at the nodes, nobody is taken for connected."""
+_WARNINGS_S = 60.0
 _DONE, _STOPPED, _FAILED = 0, 3, 4
 """Exit codes of `server.runner` after which it is not started again."""
 _GRACE_S = {"run": 8.0, "gateway": 3.0, "superlink": 3.0}
@@ -174,6 +176,7 @@ class Control:
         self._seen = _Seen()
         self._supervisor = Supervisor(private_folder(home.run / "logs"), self._event)
         self._warnings: tuple[str, ...] = ()
+        self._expired: Mapping[str, str] = {}
         self._warned_at = -_WARNINGS_S
         self._written = b""
 
@@ -258,6 +261,7 @@ class Control:
                     del self._untold[name]
         if time.monotonic() - self._warned_at >= _WARNINGS_S:
             self._warned_at, self._warnings = time.monotonic(), warnings(self.home)
+            self._expired = _expired(self.home)
         self._write_status()
 
     def _event(self, name: str, what: str) -> None:
@@ -279,6 +283,8 @@ class Control:
         """How the coordinator stands, as `run/status.json` has it."""
         seen, children = self._seen, dict(self._supervisor.children)
         registry = seen.registry
+        silent = self._ready.is_set() and time.monotonic() - seen.looked_at > _SILENT_S
+        down = {name: seen.events.get(name, "not started yet") for name, pid in children.items() if pid is None}
         with self._lock:
             active = sorted(self._working)
         return {
@@ -290,9 +296,10 @@ class Control:
             "updated": utc_now(),
             "port": self.config.port,
             "children": children,
-            "down": {name: seen.events.get(name, "not started yet") for name, pid in children.items() if pid is None},
+            "down": {**self._expired, **down},
             "registry": {"version": registry.version, "sites": list(registry.members)} if registry else None,
-            "online": list(seen.online),
+            "online": [] if silent else list(seen.online),
+            "silent": silent,
             "trouble": seen.trouble,
             "warnings": list(self._warnings),
             "active": active,
@@ -562,6 +569,16 @@ def changes(old: Registry | None, new: Registry) -> Iterator[tuple[str, dict[str
             yield "key rotated", {"site": name, "which": which, "public_key": after[name].signing}
     if old.coordinator != new.coordinator:
         yield "key rotated", {"site": "coordinator", "which": ["signing"], "public_key": new.coordinator}
+
+
+def _expired(home: ServerHome) -> dict[str, str]:
+    """Processes whose certificate opens nothing any more, or not yet, and why."""
+    found = {}
+    for name, path in (("gateway", home.gateway_certificate), ("superlink", home.superlink_certificate)):
+        with suppress(FedicomError):  # a file that cannot be read is in the warnings
+            if sentence := expiring(path, days=0):
+                found[name] = sentence
+    return found
 
 
 @contextmanager

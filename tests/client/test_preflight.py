@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -350,6 +351,31 @@ def test_a_certificate_of_another_authority_fails_as_somebody_between(house: Hou
     line = one(run(house, images=False), "gateway", "FAIL")
     assert "does not hold" in line.says
     assert "somebody may stand between" in line.fix
+
+
+@pytest.mark.parametrize(
+    ("names", "life_s", "says", "fix"),
+    [
+        (("127.0.0.1",), 1, "expired", "provision rotate gateway"),
+        (("localhost",), 86_400, "IP address mismatch", "the name that it is reached by"),
+    ],
+)
+def test_a_certificate_that_ran_out_or_is_of_another_name_accuses_nobody(
+    house: House, tmp_path: Path, names: tuple[str, ...], life_s: int, says: str, fix: str
+) -> None:
+    from server.certificates import CertificateAuthority
+
+    authority = house.kits / "authority"
+    ca = CertificateAuthority.load((authority / "ca.key").read_bytes(), (authority / "ca.crt").read_bytes())
+    made = ca.server("gateway", "trial", names, life_s / 86_400)
+    for path, data in zip(("gateway.crt", "gateway.key"), made, strict=True):
+        (tmp_path / path).write_bytes(data)
+    time.sleep(1.2 if life_s == 1 else 0)
+    with embedded(house, certificate=tmp_path / "gateway.crt", key=tmp_path / "gateway.key"):
+        line = one(run(house, images=False), "gateway", "FAIL")
+    assert says in line.says
+    assert fix in line.fix
+    assert "somebody" not in line.fix
 
 
 def test_an_older_tls_fails(house: House, peer: Callable[..., Peer]) -> None:

@@ -22,6 +22,7 @@ from common.enrolment import install_registry
 from common.errors import ConfigError, ExchangeError
 from common.identity import Signer
 from common.signed import sign_recipe
+from server.certificates import CertificateAuthority
 from server.control import Control, alone, gateway_child, runner_child
 from server.gateway import serve
 from server.gateway_rules import GatewayConfig
@@ -644,3 +645,30 @@ def test_the_gateway_is_configured_from_server_yaml(house):
 def test_a_process_that_was_never_started_is_down_and_the_status_says_why(running, monkeypatch):
     monkeypatch.setattr("server.control.Supervisor.children", {"superlink": 7, "run-new": None})
     assert running.control.status["down"] == {"run-new": "not started yet"}
+
+
+def test_a_certificate_that_ran_out_is_a_way_in_that_is_down_until_a_newer_one_is_there(running, monkeypatch):
+    monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
+    home, authority = running.house.home, running.house.kits / "authority"
+    whole = home.gateway_certificate.read_bytes()
+    ca = CertificateAuthority.load((authority / "ca.key").read_bytes(), (authority / "ca.crt").read_bytes())
+    home.gateway_certificate.write_bytes(ca.server("Fedicom gateway", "trial", ("localhost",), 1 / 86_400)[0])
+    running.until(lambda: running.control.status["down"])
+    assert list(running.control.status["down"]) == ["gateway"]
+    assert "gateway.crt ran out on" in running.control.status["down"]["gateway"]
+    home.gateway_certificate.write_bytes(whole)
+    running.until(lambda: not running.control.status["down"])
+
+
+def test_who_was_connected_two_minutes_before_the_superlink_fell_silent_counts_as_away(running, monkeypatch):
+    running.online.append("east")
+    running.until(lambda: running.control.status["online"] == ["east"])
+    assert running.control.status["silent"] is False
+
+    def silent(home, port):
+        raise ExchangeError("the SuperLink did not answer")
+
+    monkeypatch.setattr(running.control, "_parts", replace(running.control._parts, online=silent))
+    running.control._seen.looked_at -= 121.0
+    running.until(lambda: running.control.status["trouble"])
+    assert (running.control.status["online"], running.control.status["silent"]) == ([], True)

@@ -176,6 +176,8 @@ def test_the_exit_code_of_status_tells_a_health_check_whether_sites_can_reach_th
     monkeypatch.setattr("server.cli._Asking.status", lambda self: plain)
     assert said("status", "--json")[0] == code
     assert said("status")[0] == code
+    plain["server"] |= {"down": {}, "silent": True}
+    assert said("status", "--json")[0] == 1
 
 
 def test_a_text_that_a_site_sent_cannot_dress_up_the_table(asking, said):
