@@ -21,7 +21,7 @@ from common.composition import config_root
 from common.config import validate_json
 from common.deployment import ServerHome, SiteConfig, SiteHome, policy_names
 from common.errors import ConfigError, FedicomError
-from common.identity import NodeKey, Signer, expiring, node_signed_by, signed_by
+from common.identity import AUTHORITY_ENDS, NodeKey, Signer, expiring, node_signed_by, signed_by
 from common.journal import SharedLog
 from common.printable import number_of
 from common.registry import COORDINATOR, Name, PublicKey, Registry, Time, parse_registry
@@ -240,7 +240,7 @@ def warnings(home: SiteHome | ServerHome, days: float = WARN_DAYS) -> tuple[str,
     found = []
     for path in certificates:
         try:
-            sentence = expiring(path, days)
+            sentence = expiring(path, days, then=AUTHORITY_ENDS) if path == home.ca else expiring(path, days)
         except FedicomError as error:
             sentence = f"{path.name}: {error}"
         if sentence:

@@ -233,8 +233,20 @@ class Certificate:
             raise ConfigError(f"{name} holds no certificate in PEM form; take it from the kit again") from None
 
 
-def expiring(path: Path, days: float = 30, now: datetime | None = None) -> str | None:
+AUTHORITY_ENDS = "no command renews it: before that the federation is provisioned anew"
+"""What `expiring` says of an authority's own certificate."""
+
+
+def expiring(
+    path: Path,
+    days: float = 30,
+    now: datetime | None = None,
+    then: str = "the coordinator renews it with `fedicom provision rotate gateway`",
+) -> str | None:
     """A sentence when the certificate of this file ends within so many days, has ended or has not begun; else None.
+
+    Args:
+        then: What is to be done.
 
     Raises:
         ConfigError: The file holds no certificate.
@@ -245,7 +257,7 @@ def expiring(path: Path, days: float = 30, now: datetime | None = None) -> str |
     if now < certificate.begins:
         return f"{path.name} is valid only from {certificate.begins:%Y-%m-%d %H:%M} UTC; check this machine's clock"
     if now >= certificate.ends:
-        return f"{path.name} ran out on {ends}; the coordinator renews it with `fedicom provision rotate`"
+        return f"{path.name} ran out on {ends}; {then}"
     if certificate.ends - now < timedelta(days=days):
-        return f"{path.name} runs out on {ends}, in {(certificate.ends - now).days} days; have it renewed"
+        return f"{path.name} runs out on {ends}, in {(certificate.ends - now).days} days; {then}"
     return None

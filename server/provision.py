@@ -19,7 +19,7 @@ from common.config import validate_json
 from common.deployment import FederationPlan, read_yaml
 from common.enrolment import PublicKeys, login, now, read_public
 from common.errors import ConfigError, StorageError
-from common.identity import Certificate, NodeKey, Signer, expiring, new_signing_key, read_private
+from common.identity import AUTHORITY_ENDS, Certificate, NodeKey, Signer, expiring, new_signing_key, read_private
 from common.kit import NODE, SIGNING, Files, new_folder, pack, put, signed_kit
 from common.registry import COORDINATOR, Member, Registry, read_registry
 from common.storage import commit, locked, storing, write_whole
@@ -230,7 +230,7 @@ def members(authority: Path) -> tuple[str, ...]:
             state = f"since {member.since}" if member.revoked is None else f"revoked {member.revoked}: {member.why}"
             lines.append(f"{name}: key {member.signing[:16]}, {state}")
         lines += [f"auditor {name}" for name in registry.auditors]
-        lines += [sentence for sentence in (expiring(authority / "ca.crt", 365),) if sentence]
+        lines += [sentence for sentence in (expiring(authority / "ca.crt", 365, then=AUTHORITY_ENDS),) if sentence]
     return tuple(lines)
 
 

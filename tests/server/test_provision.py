@@ -959,6 +959,15 @@ def test_what_runs_out_within_thirty_days_is_warned_about(made, tmp_path):
     assert expiring(made / "authority/ca.crt", 3651)
 
 
+def test_what_runs_out_is_told_with_what_renews_it_and_of_an_authority_that_nothing_does(made):
+    authority, gateway, superlink = warnings(ServerHome(made / "coordinator"), days=3651)
+    assert "provision rotate gateway" in gateway
+    assert "provision rotate gateway" in superlink
+    assert authority.startswith("ca.crt runs out on")
+    assert authority.endswith("no command renews it: before that the federation is provisioned anew")
+    assert warnings(SiteHome(made / "north"), days=3651) == (authority,)
+
+
 # --- the command ----------------------------------------------------------------------------------------------
 
 
