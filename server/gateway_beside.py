@@ -187,7 +187,7 @@ class Beside:
         """Answers a request for weights."""
         shelf, found = self._gateway.shelf, BLOB_ROUTE.fullmatch(request.target.decode("ascii"))
         if shelf is None:  # said to members alone: by this a site's preflight sees that it is one
-            raise Refused(404, "route")
+            raise Refused(404, "no such round")
         assert found is not None
         ticket, name = found.groups()
         if request.method == b"PUT":

@@ -150,7 +150,7 @@ def test_an_upgrade_is_installed_beside_the_old_one_and_a_link_says_which_is_in_
     for folder in (old, new, old):  # an upgrade, and the way back
         if not folder.exists():
             assert install(bundle, folder).returncode == 0
-        subprocess.run(["ln", "-sfn", folder, place], check=True)
+        subprocess.run(["ln", "-sfT", folder, place], check=True)
         done = subprocess.run([place / "bin" / "fedicom", "hello"], capture_output=True, text=True, env={})
         assert (done.returncode, done.stdout) == (0, "hello\n")
         assert f"#!{folder}/bin/python" in (place / "bin" / "fedicom").read_text()  # a process stays with what it began
