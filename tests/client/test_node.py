@@ -153,7 +153,7 @@ def test_what_the_runner_writes_is_shown_and_that_of_an_earlier_one_is_not(
     status = wait(lambda: (found := read_status(home.status_file) or {}).get("updates") and found, "the report")
     assert (status["state"], status["updates"], status["pid"]) == ("ready", 7, os.getpid())
     assert status["children"][RUNNER] == runner
-    assert "Ready; waiting for the coordinator" in running_node.told
+    wait(lambda: "Ready; waiting for the coordinator" in running_node.told, "the word to the console")
 
 
 PROGRAM = """

@@ -32,7 +32,7 @@ RECIPE = Recipe(
     data=Preprocessing(size=(8, 8)),
     model=ModelConfig(family="monai", name="resnet10", width=0.125, stem="small"),
     training=Training(batch_size=8, local_epochs=1.0, lr=3e-3),
-    federation=Federation(sites=3, quorum=2, timeout_s=2.0),
+    federation=Federation(sites=3, quorum=2, timeout_s=20.0),
     evaluation=Evaluation(bootstraps=100, min_cell=3),
     privacy=SEEDED,
 )
