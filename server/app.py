@@ -44,6 +44,8 @@ _REFUSED_S = 30.0
 """After this a site that would not work on the recipe is asked once more: somebody may have approved it meanwhile."""
 _PAUSE_S = (1.0, 30.0)
 """Before a site that answered with an error is asked again: the first pause, and the longest."""
+_NAMED = 8
+"""Sites that a message names where all have the same to say."""
 _NODE_UNAVAILABLE = 5
 """Flower's own error code for a node that is not connected."""
 
@@ -149,12 +151,7 @@ class FlowerTransport:
                 self._net.pause(began, deadline)
         found = self._told()
         if len(found) < self._quorum:
-            excuses = "".join(f". {site} {state}: {why}" for site, (state, why) in sorted(self._excuses.items()))
-            waited_s = min(time.monotonic() - began, federation.timeout_s)
-            raise QuorumError(
-                f"{len(found)} of {federation.sites} sites take part after {waited_s:.0f} s, quorum is "
-                f"{self._quorum}; start the missing nodes and run again{excuses}"
-            )
+            raise QuorumError(self._too_few(len(found), min(time.monotonic() - began, federation.timeout_s)))
         return found
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
@@ -319,6 +316,19 @@ class FlowerTransport:
     def _excuse(self, site: str, state: State, why: str) -> None:
         self._excuses[site] = (state, why)
         self._watch(site, state, why)
+
+    def _too_few(self, found: int, waited_s: float) -> str:
+        excused: dict[tuple[State, str], list[str]] = {}
+        for site, excuse in sorted(self._excuses.items()):
+            excused.setdefault(excuse, []).append(site)
+        sites, after = self._federation.sites, f" after {waited_s:.0f} s" if self._patient else ""
+        text = f"{found} of {sites} sites take part{after}, quorum is {self._quorum}"
+        if self._patient and found + len(self._excuses) < sites:  # in one process nobody is missing
+            text += "; start the missing nodes and run again"
+        for (state, why), names in excused.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            text += f". {', '.join(names[:_NAMED])}{more} {state}: {why}"
+        return text
 
     def _told(self) -> dict[str, Hello]:
         new, self._new = self._new, {}

@@ -14,7 +14,7 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -45,6 +45,7 @@ _FIRST_NODE = 1000
 _CLIENT_FAILED = 2
 """Flower's own error code for a ClientApp that raised."""
 
+_WHERE = "; simulation.log in the folder of the run says why"
 _STOP_S = 0.2
 
 _MOST_BYTES = 1 << 30
@@ -110,6 +111,10 @@ class InProcessGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self._sites)
+
+    def presence(self) -> Mapping[int, tuple[str, str]]:
+        """Every node, its site and a mark that never changes, as `server.link` tells it; a failure then has a name."""
+        return {node: (site, "") for node, site in self._sites.items()}
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Has the sites begin.
@@ -226,7 +231,7 @@ class InProcessGrid(Grid):
             return self._app(message, self._contexts.setdefault(node, context(self._sites[node], node)))
         except Exception as error:  # as the real runtimes: an error reply, never a raise
             log.exception("a site failed")
-            return Message(Error(code=_CLIENT_FAILED, reason=type(error).__name__), reply_to=message)
+            return _failed(message, f"{type(error).__name__}{_WHERE}")
 
 
 class _StoppedError(BaseException):
@@ -273,7 +278,7 @@ class Worker:
         except (EOFError, OSError):
             self.stop()
             return _failed(message, "worker process died")
-        return _failed(message, "the site failed") if answer is None else Message(answer, reply_to=message)
+        return _failed(message, f"the site failed{_WHERE}") if answer is None else Message(answer, reply_to=message)
 
     def stop(self, *, for_good: bool = False) -> None:
         """Kills the process, which all that a site does must survive anyway; safe to call twice and from any thread.

@@ -293,7 +293,29 @@ def test_sites_that_hold_another_recipe_refuse(simulate: Fedicom, monkeypatch: p
     monkeypatch.setattr(
         run, "coordinate", lambda recipe, *parts, **more: real(replace(recipe, seed=77), *parts, **more)
     )
-    clear(simulate(), 1, "0 of 3 sites take part", "quorum is 2", "east refused", "not approved here")
+    err = clear(simulate(), 1, "0 of 3 sites take part, quorum is 2. east, north, south refused: recipe ")
+    assert err.count("not approved here") == 1
+    assert "start the missing nodes" not in err
+
+
+def test_where_all_sites_refuse_the_message_says_what_and_starts_no_node(simulate: Fedicom, tmp_path: Path) -> None:
+    make_phantoms(tmp_path / "large", Phantom(patients=480, size=24), 3)  # 1 / 120 is less than .009
+    words = ("privacy.delta=0.009", "model.norm=group")
+    err = clear(simulate(*words, hospitals=tmp_path / "large", privacy="dp_sgd"), 1, "refused: delta: got 0.009")
+    assert "nodes" not in err
+
+
+def test_a_site_that_fails_before_the_first_round_is_told_by_its_name(
+    simulate: Fedicom, tmp_path: Path, hospitals: Path
+) -> None:
+    words = ("simulation.workers=2", "federation.quorum=3")
+    assert simulate(*words, hospitals=hospitals)[0] == 0
+    log = tmp_path / "run" / "audit" / "north.jsonl"
+    log.write_text(log.read_text().replace('"site started"', '"site stopped"'))
+    for file in (tmp_path / "run" / "checkpoints").iterdir():
+        file.unlink()
+    told = simulate(*words, "resume=true", hospitals=hospitals)
+    clear(told, 1, "2 of 3 sites take part, quorum is 3. north failed: ", "simulation.log")
 
 
 def test_a_site_that_crashes_tells_its_kind_of_error_and_the_log_has_the_rest(
