@@ -116,7 +116,7 @@ def run(case: str, abreast: int, device: str, ends: Path) -> dict[str, Any]:
         recipe=recipe, simulation=Simulation(device=device, threads=1, abreast=abreast), out=str(folder)  # type: ignore[arg-type]
     )  # fmt: skip
     audit, show = simulation._audit(folder, "server"), moments()
-    federated = simulation._federate(settings, folder, names, cohorts, audit, torch.device(device), show)
+    federated, _ = simulation._federate(settings, folder, names, cohorts, audit, torch.device(device), show)
     weights = federated.state.weights
     np.savez(ends, **weights, **{"start/" + name: value for name, value in start.items()})  # type: ignore[arg-type]
     chosen = folder / "abreast.json"

@@ -191,7 +191,7 @@ def run(root: Path, sites: int) -> dict[str, Any]:
     audit, show = simulation._audit(folder, "server"), moments()
     began, busy = time.perf_counter(), time.process_time()
     cpu = torch.device("cpu")
-    federated = simulation._federate(settings, folder, names, Counted(names), audit, cpu, show)
+    federated, _ = simulation._federate(settings, folder, names, Counted(names), audit, cpu, show)
     cpu_s = time.process_time() - busy
     questions = training.calls + 2 * sites  # all are asked who they are, and for the closing evaluation
     begin, *rounds, end = show.ends

@@ -86,6 +86,10 @@ class Terminal:
         for site, why in report.refused.items():
             self.say(f"  {site} refused: {why}", style="yellow")
 
+    def absent(self, site: str, why: str) -> None:
+        """Prints which site takes no part."""
+        self.say(f"{site} takes no part: {why}", style="yellow")
+
     def say(self, line: str, style: str | None = None) -> None:
         """Prints one line, however long."""
         self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 
 from common.config import Settings, Simulation, as_plain
 from common.errors import ConfigError
-from server.app import State, server_app
+from server.app import State, Watch, server_app
 from server.rounds import Transport
 
 PARTITION = "partition-id"
@@ -56,6 +56,7 @@ def federate(
     names: Sequence[str],
     *,
     done: Callable[[str], None],
+    watch: Watch,
 ) -> None:
     """Runs a whole federation; returns when `main` has.
 
@@ -65,6 +66,7 @@ def federate(
         out: Folder of the run.
         names: Of the sites, in the order of Flower's partitions.
         done: Told the site's name after each of its answers.
+        watch: As for `FlowerTransport`.
 
     Raises:
         FedicomError: Whatever `main` raised.
@@ -79,7 +81,8 @@ def federate(
         except BaseException as error:
             failed.append(error)
 
-    def watch(site: str, state: State, why: str) -> None:
+    def told(site: str, state: State, why: str) -> None:
+        watch(site, state, why)
         if state == "answered":
             done(site)
 
@@ -90,7 +93,7 @@ def federate(
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     run_simulation(
-        server_app=server_app(guarded, watch=watch),
+        server_app=server_app(guarded, watch=told),
         client_app=_app(make_app, text, tuple(names)),
         num_supernodes=len(names),
         backend_config={

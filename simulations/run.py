@@ -40,7 +40,7 @@ from common.privacy_audit import PrivacyAudit
 from common.samples import Samples, prepare_folder
 from common.shard import Storage, read_secret
 from common.storage import Flush, all_to_disk, storing, to_disk, to_system
-from server.app import server_app
+from server.app import State, server_app
 from server.conclude import Circumstances, Conclusion, conclude
 from server.coordinator import Federated, coordinate
 from server.report import Baselines
@@ -85,12 +85,16 @@ class Show(Protocol):
     def round(self, state: ServerState, report: RoundReport) -> None:
         """A round is over."""
 
+    def absent(self, site: str, why: str) -> None:
+        """A site takes no part in the rounds."""
+
 
 class Silent:
     """Shows nothing."""
 
     def step(self, what: str, done: int, total: int) -> None: ...
     def round(self, state: ServerState, report: RoundReport) -> None: ...
+    def absent(self, site: str, why: str) -> None: ...
 
 
 def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
@@ -128,7 +132,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
         test = _central(settings, hospitals, show)
         take_folder(settings, out)
         audit = _audit(out, "server")
-        federated = _federate(settings, out, names, cohorts, audit, device, show, workers)
+        federated, absent = _federate(settings, out, names, cohorts, audit, device, show, workers)
         compared = _compare(settings, cohorts, behind(federated.state), test, device, show)
         show.step("Evaluating and exporting", 0, 1)
         circumstances = Circumstances(
@@ -141,6 +145,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             notes=(
                 *(("The baselines were trained without privacy.",) if compared and recipe.privacy.active else ()),
                 *divided,
+                *_left_out(names, federated, absent),
             ),
         )
         conclusion = conclude(
@@ -206,9 +211,10 @@ def _federate(
     device: torch.device,
     show: Show,
     workers: Sequence[Worker] = (),
-) -> Federated:
+) -> tuple[Federated, Mapping[str, str]]:
+    """The finished federation, and why some of the sites took no part in it."""
     result: list[Federated] = []
-    shown = _Shown(show, settings.recipe.rounds, out)
+    shown = _Shown(show, settings.recipe.rounds, out, names)
 
     def main(transport: Transport) -> None:
         shown.transport = transport
@@ -220,8 +226,8 @@ def _federate(
         )  # fmt: skip
 
     if settings.simulation.backend == "ray":
-        on_ray.federate(main, worker_app, settings, out, names, done=shown.answered)
-        return result[0]
+        on_ray.federate(main, worker_app, settings, out, names, done=shown.answered, watch=shown.watch)
+        return result[0], shown.absent
     app, ahead, abreast = None, 1, None
     if not workers:
         model = _network(settings.recipe)
@@ -233,8 +239,22 @@ def _federate(
             site_of(name)  # now: what is wrong with a site's own files is told in its own words, not as silence
         app = client_app(lambda context: site_of(str(context.node_config["site"])))
     with closing(InProcessGrid(names, app, workers=workers, done=shown.answered, ahead=ahead, abreast=abreast)) as grid:
-        server_app(main)(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={}))
-    return result[0]
+        server_app(main, watch=shown.watch)(
+            grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
+        )
+    return result[0], shown.absent
+
+
+def _left_out(names: Sequence[str], federated: Federated, absent: Mapping[str, str]) -> tuple[str, ...]:
+    """Notes on the sites that said no hello, now or in the part of the run that was resumed."""
+    notes = []
+    for name in names:
+        when = " after the run was resumed" if name in federated.hellos else ""
+        if name in absent:
+            notes.append(f"{name} took no part{when}: {absent[name]}")
+        elif name not in federated.hellos:
+            notes.append(f"{name} took no part.")
+    return tuple(notes)
 
 
 class _Shown:
@@ -244,8 +264,11 @@ class _Shown:
 
     transport: Transport
 
-    def __init__(self, show: Show, rounds: int, out: Path) -> None:
-        self._show, self._rounds, self._out = show, rounds, out
+    def __init__(self, show: Show, rounds: int, out: Path, names: Sequence[str]) -> None:
+        self._show, self._rounds, self._out, self._names = show, rounds, out, names
+        self._whys: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
+        """Sites that said no hello, and why."""
         self._what, self._done, self._total, self._quiet = "Calling the sites", 0, 0, False
 
     def hello(
@@ -255,7 +278,16 @@ class _Shown:
         self._show.step(self._what, 0, self._total)
         found = self.transport.hello(recipe, audit_head, before, quorum=quorum)
         all_to_disk(self._out)
+        unknown = "it gave no answer; simulation.log may say why"
+        self.absent = {name: self._whys.get(name, unknown) for name in self._names if name not in found}
+        for site, why in self.absent.items():
+            self._show.absent(site, why)
         return found
+
+    def watch(self, site: str, state: State, why: str) -> None:
+        """Told by the transport what becomes of every site."""
+        if state in ("refused", "failed"):
+            self._whys[site] = why
 
     def joined(self, recipe: Recipe, audit_head: str) -> Mapping[str, Hello]:
         return self.transport.joined(recipe, audit_head)

@@ -244,6 +244,33 @@ def test_other_strategies_run_and_move_the_model(
     assert weights_of(settings).finite
 
 
+def test_a_site_that_refuses_is_told_at_once_and_in_the_notes_while_the_others_train(
+    tmp_path: Path, hospitals: Path
+) -> None:
+    large = tmp_path / "large"
+    make_phantoms(large, Phantom(patients=140, central_patients=20, size=24), 3)
+    recipe = {
+        "federation": Federation(sites=3, quorum=1),
+        "rounds": 1,
+        "model": ModelConfig(family="scattering", name="linear"),
+    }
+    settings = settings_of(tmp_path / "run", large, privacy=replace(SEEDED, delta=0.009), **recipe)  # 1 / 111
+    told: list[tuple[str, str]] = []
+
+    class Show(run.Silent):
+        def absent(self, site: str, why: str) -> None:
+            told.append((site, why))
+
+    summary = simulate(settings, Show()).summary
+    (refusal,) = told
+    assert refusal[0] == "north"
+    assert refusal[1].startswith("delta: got 0.009, expected less than 1 / (training patients of this site)")
+    assert f"north took no part: {refusal[1]}" in summary["notes"]
+    assert list(summary["sites"]) == ["east", "south"]
+    again = simulate(replace(settings, resume=True)).summary  # all is behind it: nobody is asked
+    assert "north took no part." in again["notes"]
+
+
 def test_progress_grows_to_its_total_and_starts_where_a_resumed_run_stands(
     tmp_path: Path, hospitals: Path, no_export: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
