@@ -373,10 +373,7 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
     """
     source = {"format": 1, **source}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        try:
-            present = json.loads((out / "hospitals.json").read_text(encoding="utf-8"))["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            present = None
+        present = source_of(out)
         if present != json.loads(json.dumps(source)):
             raise ConfigError(
                 f"{out} holds other {'hospitals' if present else 'files'}; nothing was written; choose another folder"
@@ -394,6 +391,14 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def source_of(folder: Path) -> Any:
+    """What `hospitals_folder` made it of; None where it did not."""
+    try:
+        return json.loads((folder / "hospitals.json").read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 _PATIENT_ID = re.compile(r"[^\\\x00-\x1f\x7f]{1,64}")  # VR LO

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
@@ -476,7 +476,8 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
                 f"baselines=true compares on a central test set, but {simulation.hospitals} holds no folder {CENTRAL}/"
             )
         return Path(simulation.hospitals)
-    from simulations.phantoms import CLASSES, make_phantoms  # DICOM is written for these alone
+    from simulations.hospitals import source_of  # DICOM is written for these alone
+    from simulations.phantoms import CLASSES, make_phantoms
 
     recipe = settings.recipe
     if recipe.task.classes != CLASSES:
@@ -491,9 +492,11 @@ def _hospitals(settings: Settings, out: Path, show: Show) -> Path:
             f"{recipe.task.dimensions}; say simulation=phantom_{recipe.task.dimensions}d, or "
             "simulation.hospitals=FOLDER for images of your own"
         )
-    earlier = earlier_record(out) or {}
-    if settings.overwrite and earlier.get("simulation") != record_of(settings)["simulation"]:
-        with storing("the earlier hospitals"), suppress(FileNotFoundError):
+    earlier, made = earlier_record(out) or {}, source_of(out / "hospitals") or {}
+    # Only what is drawn again: somebody's own hospitals may lie there.
+    drawn = made.get("kind") == "phantom"
+    if settings.overwrite and drawn and earlier.get("simulation") != record_of(settings)["simulation"]:
+        with storing("the earlier hospitals"):
             shutil.rmtree(out / "hospitals")
     make_phantoms(
         out / "hospitals",
