@@ -69,14 +69,14 @@ def images_folder(folder: Path) -> Path:
     return folder / "dicom" if (folder / "dicom").is_dir() else folder
 
 
-def must_lie_beside(cache: Path, folder: Path) -> None:
-    """Refuses a cache among the images of a data folder.
+def must_lie_beside(place: Path, folder: Path, what: str = "the cache") -> None:
+    """Refuses a place among the images of a data folder, which what is written there would become a part of.
 
     Raises:
         ConfigError: It lies there.
     """
-    if cache.resolve().is_relative_to(images_folder(folder).resolve()):
-        raise ConfigError("the cache lies inside the folder of images; choose a folder beside it")
+    if place.resolve().is_relative_to(images_folder(folder).resolve()):
+        raise ConfigError(f"{what} lies inside the folder of images; choose a place beside it")
 
 
 def make_room(cache: Path, keep: Path | None = None) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.cache import must_lie_beside
 from common.config import Settings, as_plain
 from common.errors import ConfigError, StorageError
 from common.privacy_audit import FILE as AUDIT_FILE
@@ -41,6 +42,10 @@ def check_folder(settings: Settings, out: Path) -> None:
         raise ConfigError("resume and overwrite: one goes on with the run, the other removes it; say only one of them")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out: {out} is a file; choose a folder")
+    if settings.simulation.hospitals is not None:
+        for hospital in Path(settings.simulation.hospitals).glob("*/"):
+            if (hospital / "labels.csv").exists() or (hospital / "dicom").is_dir():
+                must_lie_beside(out, hospital, "the folder of the run (out)")
     earlier = earlier_record(out)
     if earlier is None:
         with storing("the folder of the run"):

@@ -253,6 +253,35 @@ def test_a_run_that_is_there_needs_resume_or_overwrite_and_is_not_touched_before
     assert content().keys() == before.keys()
 
 
+def test_overwrite_removes_no_hospitals_that_fedicom_did_not_draw(
+    simulate: Fedicom, hospitals: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "run" / "hospitals"
+    own.parent.mkdir()
+    hospitals.rename(own)
+    (own / "hospitals.json").unlink()  # as hospitals of one's own have none
+    assert simulate(hospitals=own)[0] == 0
+    before = sorted(own.rglob("*"))
+    told = simulate("overwrite=true", "simulation.hospitals=null", "simulation.phantom.patients=24")
+    clear(told, 2, "run/hospitals holds other files; nothing was written")
+    assert sorted(own.rglob("*")) == before
+
+
+@pytest.mark.parametrize("inside", ["north/dicom", "north/dicom/runs/mine", "central/dicom/x"])
+def test_a_run_writes_nothing_among_the_images_of_a_hospital(simulate: Fedicom, hospitals: Path, inside: str) -> None:
+    before = sorted(hospitals.rglob("*"))
+    clear(simulate(f"out={hospitals / inside}", hospitals=hospitals), 2, "lies inside the folder of images")
+    assert sorted(hospitals.rglob("*")) == before
+
+
+def test_a_run_writes_nothing_among_images_that_lie_beside_their_table(simulate: Fedicom, hospitals: Path) -> None:
+    for patient in (hospitals / "north" / "dicom").iterdir():
+        patient.rename(hospitals / "north" / patient.name)
+    (hospitals / "north" / "dicom").rmdir()
+    clear(simulate(f"out={hospitals / 'north' / 'run'}", hospitals=hospitals), 2, "lies inside the folder of images")
+    assert not (hospitals / "north" / "run").exists()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "\0"])
 def test_a_damaged_run_json(simulate: Fedicom, tmp_path: Path, text: str) -> None:
     (tmp_path / "run").mkdir()

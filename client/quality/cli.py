@@ -57,8 +57,12 @@ def report_verb(words: Sequence[str]) -> int:
     from client.quality.report import make_report
     from client.quality.survey import fingerprint, survey
     from client.quality.table import read_table
+    from common.cache import must_lie_beside
 
-    out = page_with_json(arguments.out or Path("quality.html"), "quality.html")
+    out = arguments.out or Path("quality.html")
+    if arguments.out is not None or not arguments.json:
+        must_lie_beside(out, arguments.folder, "the page (--out)")
+    out = page_with_json(out, "quality.html")
     cache, key = _place(arguments, arguments.folder)
     path = arguments.labels or arguments.folder / "labels.csv"
     if not path.is_file():

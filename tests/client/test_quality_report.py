@@ -332,6 +332,14 @@ def test_a_folder_without_images_or_labels_is_refused(small: Path, run: Run, tmp
         run(small)
 
 
+def test_a_page_is_not_laid_among_the_images(small: Path, tmp_path: Path) -> None:
+    before = sorted(small.rglob("*"))
+    for out in ("dicom/quality.html", "dicom/pages"):
+        with pytest.raises(ConfigError, match=r"the page \(--out\) lies inside the folder of images"):
+            cli.report_verb([str(small), "--cache", str(tmp_path / "cache"), "--out", str(small / out)])
+    assert sorted(small.rglob("*")) == before
+
+
 # Again, and back to the files
 
 
@@ -478,4 +486,4 @@ def test_vendors_are_known_by_their_usual_names() -> None:
 
 def test_a_page_that_would_take_its_jsons_place_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ConfigError, match=r"give x\.html"):
-        cli.report_verb([str(tmp_path), "--out", str(tmp_path / "x.json")])
+        cli.report_verb([str(tmp_path / "images"), "--out", str(tmp_path / "x.json")])
