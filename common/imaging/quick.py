@@ -287,21 +287,21 @@ def _end_of_items(head: bytes, at: int, implicit: bool, depth: int) -> int | Non
             return at
         if (group, element) != (0xFFFE, 0xE000):
             return None
-        if length != _UNDEFINED:
-            at += length
-            continue
-        inside = _end_of_item(head, at, implicit, depth)
+        inside = _end_of_item(head, at, implicit, depth, None if length == _UNDEFINED else at + length)
         if inside is None:
             return None
         at = inside
     return None
 
 
-def _end_of_item(head: bytes, at: int, implicit: bool, depth: int) -> int | None:
-    while True:
+def _end_of_item(head: bytes, at: int, implicit: bool, depth: int, end: int | None) -> int | None:
+    """Where an item ends: at `end`, or with its delimiter. The parser reads what is in it, and so refuses the file
+    where it is not well made, also if nothing in it is needed.
+    """
+    while end is None or at < end:
         group, element, length = _IMPLICIT(head, at)
         if (group, element) == (0xFFFE, 0xE00D):
-            return at + 8
+            return at + 8 if end is None else None
         nested = implicit
         start = at + 8
         if not implicit:
@@ -314,12 +314,13 @@ def _end_of_item(head: bytes, at: int, implicit: bool, depth: int) -> int | None
         if group >= 0x7FE0:
             return None
         if length == _UNDEFINED:
-            end = _end_of_items(head, start, nested, depth + 1)
-            if end is None:
+            after = _end_of_items(head, start, nested, depth + 1)
+            if after is None:
                 return None
-            at = end
+            at = after
         else:
             at = start + length
+    return at if at == end else None
 
 
 def _own(regular: _Regular, like: Header) -> dict[str, object] | None:

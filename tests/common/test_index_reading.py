@@ -256,6 +256,31 @@ def test_a_series_is_the_same_with_and_without_index(tmp_path: Path, name: str) 
     assert list(differences(root, tmp_path / "cache")) == []
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        b"\x08\x00\x50\x11UI\xa0\x0f1.2\0",  # longer than its item
+        b"\x08\x00\x50\x11OB\0\0\xff\xff\xff\xffabcd",  # without an end
+        b"\x08\x00\x50\x11??\x04\x001.2\0",  # of no VR
+        b"\x08\x00\x50\x11U",
+    ],
+)
+def test_a_sequence_whose_item_is_damaged_is_refused_with_and_without_index(tmp_path: Path, item: bytes) -> None:
+    """Nobody needs the sequence and its length is right, but the file is damaged."""
+    root = write(tmp_path / "dicom", *(ct(z) for z in range(SLICES)))
+    for file in root.iterdir():
+        inside = item if file.name == "003.dcm" else b"\x08\x00\x50\x11UI\x04\x001.2\0"
+        framed = b"\xfe\xff\x00\xe0" + len(inside).to_bytes(4, "little") + inside
+        sequence = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff" + framed + b"\xfe\xff\xdd\xe0\0\0\0\0"
+        content = file.read_bytes()
+        at = content.index(b"\x10\x00\x20\x00LO")
+        file.write_bytes(content[:at] + sequence + content[at:])
+    time.sleep(0.03)
+    assert list(differences(root, tmp_path / "cache")) == []
+    codes = {found.path.name: found.code for found in read_folder(root).refused}
+    assert codes["003.dcm"] == RefusalCode.CORRUPT
+
+
 def test_a_tilted_series_is_corrected_the_same(tmp_path: Path) -> None:
     root = series(tmp_path / "dicom", "tilt")
     assert list(differences(root, tmp_path / "cache", correct_tilt=True)) == []
