@@ -156,6 +156,66 @@ def test_a_header_with_giant_voxels_does_not_fill_the_memory() -> None:
         )
 
 
+def _as_the_page_says(values: NDArray[np.float64], spacing_mm: list[float], data: Preprocessing) -> NDArray[np.float64]:
+    """The steps of docs/data.md, written from the page alone; of an image that lies as `orientation` says."""
+    low, high = data.low, data.high
+    if data.intensity == "percentile":
+        low, high = np.percentile(values, [low, high])
+    values = np.clip((values - low) / (high - low), 0, 1)
+
+    def smoothed(axis: int, sigma: float) -> NDArray[np.float64]:
+        tail, root = int(4 * sigma + 0.5), sigma * math.sqrt(2)
+        taps = [(math.erf((k + 0.5) / root) - math.erf((k - 0.5) / root)) / 2 for k in range(-tail, tail + 1)]
+        return ndimage.correlate1d(values, taps, axis, mode="constant")
+
+    def interpolated(axis: int, at: NDArray[np.float64]) -> NDArray[np.float64]:
+        lines = values.shape[axis]
+        return np.apply_along_axis(lambda line: np.interp(at, np.arange(lines), line), axis, values)
+
+    def sampled(ratios: list[float], places: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        nonlocal values
+        smooth = max((ratio - 1) / 2 for ratio in ratios) >= 0.1
+        for axis, (ratio, at) in enumerate(zip(ratios, places, strict=True)):
+            if smooth and ratio > 1:
+                values = smoothed(axis, (ratio - 1) / 2)
+            values = interpolated(axis, at)
+        return values
+
+    if data.spacing_mm is not None:
+        r = [float(wanted) / given for wanted, given in zip(data.spacing_mm, spacing_mm, strict=True)]  # type: ignore[arg-type]
+        made = [round((n - 1) / k + 1) for n, k in zip(values.shape, r, strict=True)]
+        values = sampled(r, [np.arange(m) * k for m, k in zip(made, r, strict=True)])
+    if data.fit == "resize":
+        r = [n / m for n, m in zip(values.shape, data.size, strict=True)]
+        values = sampled(r, [(np.arange(m) + 0.5) * k - 0.5 for m, k in zip(data.size, r, strict=True)])
+    else:
+        for axis, m in enumerate(data.size):
+            n = values.shape[axis]
+            wide = np.pad(
+                values, [((m - n) // 2, m) if each == axis and n < m else (0, 0) for each in range(values.ndim)]
+            )
+            start = max(0, n // 2 - m // 2)
+            values = wide.take(range(start, start + m), axis)
+    return (values - data.mean) / data.std
+
+
+@pytest.mark.parametrize(
+    ("shape", "data"),
+    [
+        ((50, 37), Preprocessing(size=(28, 28), low=2, high=97, mean=0.5, std=0.25)),
+        ((20, 41), Preprocessing(size=(32, 32), intensity="window", low=-1, high=1)),
+        ((50, 37), Preprocessing(size=(40, 16), fit="crop_pad", mean=0.1)),
+        ((12, 30, 33), Preprocessing(size=(16, 16, 16), spacing_mm=(2.0, 1.5, 0.7))),
+        ((12, 30, 33), Preprocessing(size=(20, 15, 33), spacing_mm=(2.0, 1.7, 1.0), fit="crop_pad", std=0.3)),
+    ],
+)
+def test_a_program_that_follows_the_page_gives_the_same_input(shape: tuple[int, ...], data: Preprocessing) -> None:
+    values = np.random.default_rng(3).normal(size=shape)
+    found = prepare(image(values) if len(shape) == 2 else volume(values, lps((2.5, 1.0, 1.0))), data)
+    expected = _as_the_page_says(values.astype(np.float32).astype(float), [2.5, 1.0, 1.0][-len(shape) :], data)
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+
+
 # --- augmentation
 
 
