@@ -143,12 +143,15 @@ class Remote:
         A member gets 404.
 
         Raises:
-            HTTPError: There was no answer.
+            LostError: There was no answer.
         """
         path = f"{PATH}{'0' * 32}"
         found = []
         for headers in ({}, self._signed("GET", path)):
-            answer = self._answer("GET", path, headers)
+            try:
+                answer = self._answer("GET", path, headers)
+            except HTTPError as error:
+                raise LostError(f"the gateway did not answer a signed request ({type(error).__name__})") from None
             found.append(answer.status)
             answer.close()
         return found[0], found[1]

@@ -11,10 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
-from urllib3.exceptions import HTTPError
-
 from client.approvals import Approval, Approvals
-from client.blobs import Remote
+from client.blobs import LostError, Remote
 from client.budget import trouble
 from client.ledger import Ledger
 from client.machine import Level, Line, disk, gpu, packages, user
@@ -320,9 +318,9 @@ def _member(home: SiteHome) -> Line:
     """Whether the coordinator knows this node's key; the certificate alone says nothing about that."""
     try:
         stranger, node = Remote(home, threading.Event()).statuses()
-    except HTTPError as error:
+    except LostError as error:
         return Line(
-            level="FAIL", what="key", says=f"the gateway did not answer a signed request ({type(error).__name__})",
+            level="FAIL", what="key", says=str(error),
             fix="run preflight again; if it stays so, ask the people of the network, or of the proxy",
         )  # fmt: skip
     if node in (401, 403, 429):

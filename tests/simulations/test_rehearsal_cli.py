@@ -52,6 +52,7 @@ def test_a_site_is_killed_and_comes_back_also_when_there_is_one_alone(done, tmp_
 def test_a_rehearsal_that_is_told_to_end_stops_its_processes_also_when_it_is_told_twice(
     done, tmp_path, monkeypatch, number
 ):
+    signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     monkeypatch.setattr(rehearsal_cli, "_train", lambda *_, **__: os.kill(os.getpid(), number))
     with pytest.raises(KeyboardInterrupt):
         rehearsal_cli.rehearse_verb(["--out", str(tmp_path / "out")])
