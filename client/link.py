@@ -205,7 +205,7 @@ def _pull(client: RuntimeHttpClient) -> tuple[Message, Context, bytes]:
     # Flower's Message takes run and sender from here.
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, context.node_id
     end = time.monotonic() + _STALLED_S
-    while not (found := client.PullMessages(PullAppMessagesRequest())).messages_list:
+    while not (found := client.PullMessages(inline.asking(PullAppMessagesRequest()))).messages_list:
         # The SuperNode makes the task before it has the message.
         if time.monotonic() > end:
             raise ExchangeError("a task without a message")
@@ -446,10 +446,10 @@ def _watch_pulls(client: Any) -> tuple[threading.Event, _Given]:
     """Has a client's class note, in what it gives, that a look for messages failed, and what came with a message."""
     failed, given, pull = threading.Event(), _Given(), client.PullMessages
 
-    def watched(*words: Any) -> Any:
+    def watched(self: Any, request: Any) -> Any:
         given.came, given.whole = {}, False
         try:
-            answer = pull(*words)
+            answer = pull(self, inline.asking(request))
         except httpx.HTTPError:
             failed.set()
             raise

@@ -2,8 +2,9 @@
 
 Flower cuts every message into objects, each named by its SHA-256, and moves each with a call of its own: three for the
 smallest one, on each of its four legs. Between our two ends the small ones travel in a field of the calls for messages
-that Flower's own have not. Protobuf keeps unknown fields, and whoever does not look for them finds what he expects:
-either end may be one without this, and what did not go along is moved by Flower as ever.
+that Flower's own have not. Protobuf keeps unknown fields, and whoever does not look for them finds what he expects.
+Who pulls says so by the same field if he does: either end may be one without this, and what did not go along is moved
+by Flower as ever.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def add(call: Any, look: Look) -> set[str]:
         room -= len(content)
         if room < 0:
             break
-        call.MergeFromString(_varint(_FIELD << 3 | _BYTES) + _varint(len(content)) + content)
+        call.MergeFromString(_field(content))
         added.add(key)
     return added
 
@@ -50,9 +51,13 @@ def add(call: Any, look: Look) -> set[str]:
 def read(call: Any) -> dict[str, bytes]:
     """The objects that came with a call or its answer, by id."""
     # The id is computed, never read: an object cannot pass for another one.
-    fields = (field for field in islice(UnknownFieldSet(call), _MOST) if field.field_number == _FIELD)
-    found = [field.data for field in fields if field.wire_type == _BYTES]
-    return {hashlib.sha256(content).hexdigest(): content for content in found}
+    return {hashlib.sha256(content).hexdigest(): content for content in _fields(call)}
+
+
+def asking(request: Any) -> Any:
+    """The request for messages, which says now that it is of one who reads what comes along."""
+    request.MergeFromString(_field(b""))
+    return request
 
 
 def whole(tree: Any, came: Container[str]) -> bool:
@@ -95,8 +100,8 @@ def install(handlers: Any, *, once: bool) -> None:
 
     Args:
         handlers: Module with Flower's `push_messages` and `pull_messages`, of its Fleet or its Runtime API.
-        once: It gives a message out once, whether it arrives or not, as a SuperLink does: what went whole is deleted
-            at once, and nobody needs to confirm it.
+        once: It gives a message out once, whether it arrives or not, as a SuperLink does: what went whole, to one who
+            asked for that, is deleted at once, and nobody needs to confirm it.
     """
     push, pull = handlers.push_messages, handlers.pull_messages
 
@@ -117,7 +122,7 @@ def install(handlers: Any, *, once: bool) -> None:
     def pull_messages(request: Any, state: Any, *others: Any, **named: Any) -> Any:
         with getattr(state, "session", nullcontext)():
             answer = pull(request, state, *others, **named)
-            if answer.messages_list:
+            if answer.messages_list and _fields(request):
                 run_id = answer.messages_list[0].metadata.run_id
                 added = add(answer, lambda key: state.get_object(run_id, key))
                 for tree in answer.message_object_trees:
@@ -132,6 +137,15 @@ def _ids(trees: Iterable[Any]) -> Iterator[str]:
     for tree in trees:
         yield tree.object_id
         yield from _ids(tree.children)
+
+
+def _fields(call: Any) -> list[bytes]:
+    fields = (field for field in islice(UnknownFieldSet(call), _MOST) if field.field_number == _FIELD)
+    return [field.data for field in fields if field.wire_type == _BYTES]
+
+
+def _field(content: bytes) -> bytes:
+    return _varint(_FIELD << 3 | _BYTES) + _varint(len(content)) + content
 
 
 def _varint(number: int) -> bytes:

@@ -312,7 +312,7 @@ class _RunGrid(HttpGrid):
         self._mark = self._answered.mark
         coming = {reply.asked for reply in self._arriving.values()}
         if wanted := sorted({*message_ids, *self._forgotten} - coming):
-            found = self.client.PullMessages(PullAppMessagesRequest(message_ids=wanted))
+            found = self.client.PullMessages(inline.asking(PullAppMessagesRequest(message_ids=wanted)))
             came_along = inline.read(found)
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 key, data = head.metadata.message_id, head.metadata

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 
 from common import inline
 
+ASKING = PullMessagesRequest.FromString(inline.asking(PullMessagesRequest()).SerializeToString())
 HEAD, BODY, REST = b"head", b"body" * 100, b"rest" * 50_000
 
 
@@ -78,7 +79,7 @@ def handlers(*contents: bytes, once: bool = True) -> Any:
     def push_messages(request: PushMessagesRequest, state: State) -> PushMessagesResponse:
         return PushMessagesResponse(objects_to_push=[key(content) for content in contents], session_id="session")
 
-    def pull_messages(request: None, state: State, store: None) -> PullMessagesResponse:
+    def pull_messages(request: PullMessagesRequest, state: State, store: None) -> PullMessagesResponse:
         answer = PullMessagesResponse(message_object_trees=[tree(*contents)])
         answer.messages_list.add().metadata.run_id = 7
         return answer
@@ -126,7 +127,7 @@ def test_an_object_has_the_name_of_its_bytes_whatever_it_was_sent_for():
 
 def test_a_pulled_message_comes_with_the_objects_that_are_there_and_is_kept_for_the_others():
     state = State(store(HEAD, REST))
-    answer = over_the_wire(handlers(HEAD, BODY, REST).pull_messages(None, state, None))
+    answer = over_the_wire(handlers(HEAD, BODY, REST).pull_messages(ASKING, state, None))
     assert inline.read(answer) == store(HEAD, REST)
     assert not inline.whole(answer.message_object_trees[0], inline.read(answer))
     assert not state.deleted
@@ -135,7 +136,7 @@ def test_a_pulled_message_comes_with_the_objects_that_are_there_and_is_kept_for_
 @pytest.mark.parametrize(("once", "deleted"), [(True, [key(HEAD)]), (False, [])])
 def test_a_message_that_went_whole_is_deleted_where_it_is_given_out_once(once, deleted):
     state = State(store(HEAD, BODY))
-    answer = over_the_wire(handlers(HEAD, BODY, once=once).pull_messages(None, state, None))
+    answer = over_the_wire(handlers(HEAD, BODY, once=once).pull_messages(ASKING, state, None))
     assert inline.whole(answer.message_object_trees[0], inline.read(answer))
     assert state.deleted == deleted
 
@@ -143,7 +144,14 @@ def test_a_message_that_went_whole_is_deleted_where_it_is_given_out_once(once, d
 def test_where_there_is_no_message_nothing_is_looked_up():
     made = SimpleNamespace(push_messages=None, pull_messages=lambda request, state: PullMessagesResponse())
     inline.install(made, once=True)
-    assert made.pull_messages(None, SimpleNamespace()) == PullMessagesResponse()
+    assert made.pull_messages(ASKING, SimpleNamespace()) == PullMessagesResponse()
+
+
+def test_one_who_does_not_read_what_comes_along_pulls_as_ever_and_finds_everything_there():
+    state = State(store(HEAD, BODY))
+    answer = handlers(HEAD, BODY).pull_messages(PullMessagesRequest(), state, None)
+    assert (inline.read(answer), state.deleted) == ({}, [])
+    assert [found.object_id for found in answer.message_object_trees] == [key(HEAD)]
 
 
 @pytest.mark.parametrize(("most", "carried"), [(203, 0), (204, 1), (1_203, 1), (1_204, 2)])
