@@ -113,8 +113,9 @@ class Sums:
         Raises:
             SecureAggregationError: Another list was opened for this update, or `Member.agree` refuses.
         """
+        member = self._member(ask)
         self._unopened(ask)
-        return self._member(ask).agree(ask.session, ask.masked)
+        return member.agree(ask.session, ask.masked)
 
     def open(self, ask: Opening) -> Shares:
         """Shares of one secret of every site.
@@ -123,8 +124,8 @@ class Sums:
             SecureAggregationError: Another list was opened for this update, or `Member.open` refuses.
             StorageError: The list cannot be written down, so nothing is opened.
         """
-        record = self._unopened(ask)
-        seeds, keys = self._member(ask).open(ask.session, ask.masked, ask.signatures)
+        member, record = self._member(ask), self._unopened(ask)
+        seeds, keys = member.open(ask.session, ask.masked, ask.signatures)
         self._write(ask, {**record, "opened": sorted(ask.masked)})
         return Shares(
             site=self._site, recipe_id=ask.recipe_id, round=ask.round, session=ask.session, seeds=seeds, keys=keys

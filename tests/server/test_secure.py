@@ -315,7 +315,7 @@ def test_a_step_that_names_a_session_of_another_round_or_other_weights_is_not_ta
     for ask in asks:
         for change in ({"round": 3 - ask.round}, {"base": "e" * 64}, {"recipe_id": "f" * 64}):
             wards.kept["s1", 3 - ask.round] = wards.kept["s1", ask.round]
-            with pytest.raises(SecureAggregationError, match=r"no keys of that session|opened over other weights"):
+            with pytest.raises(SecureAggregationError, match="no keys of that session"):
                 wards.answer("s1", replace(ask, **change))
     assert {path.name: path.read_text() for path in (tmp_path / "s1").iterdir()} == remembered
 
