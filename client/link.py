@@ -467,7 +467,8 @@ def _inlining(push: Callable[..., None], client: Any) -> Callable[..., None]:
 
     def pushing(*, object_store: Any, **others: Any) -> None:
         def push_whole(self: Any, request: Any) -> Any:
-            return inline.pushing(partial(push_messages, self), object_store.get)(request)
+            inline.add(request, object_store.get)
+            return push_messages(self, request)
 
         client.PushMessages = push_whole
         push(object_store=object_store, **others)
@@ -492,11 +493,8 @@ def _connected(
     from flwr.supernode.fleet_http_client import FleetHttpClient
     from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-    address, file, bell = (
-        (server_address, insecure, root_certificates),
-        folder / _NODE_ID_FILE,
-        Bell(folder / _BELL_FILE),
-    )
+    address = (server_address, insecure, root_certificates)
+    file, bell = folder / _NODE_ID_FILE, Bell(folder / _BELL_FILE)
     keys: list[Any] = [
         RuntimeVersionHttpInterceptor(component_name="SuperNode"),
         NodeAuthHttpInterceptor(*authentication_keys),

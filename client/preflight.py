@@ -17,7 +17,7 @@ from client.budget import trouble
 from client.ledger import Ledger
 from client.machine import Level, Line, disk, gpu, packages, user
 from client.policy import ledger_policy, objections
-from client.reach import elsewhere, gateway
+from client.reach import REFUSALS, elsewhere, gateway
 from common import kit
 from common.chain import TOLERANCE_S, parts, verify
 from common.deployment import QualityGate, SiteConfig, SiteHome
@@ -323,7 +323,7 @@ def _member(home: SiteHome) -> Line:
             level="FAIL", what="key", says=str(error),
             fix="run preflight again; if it stays so, ask the people of the network, or of the proxy",
         )  # fmt: skip
-    if node in (401, 403, 429):
+    if node in REFUSALS:
         return Line(
             level="FAIL", what="key",
             says=f"the gateway refuses this node's key ({node}, expected 404): the site was revoked, another kit has "
@@ -336,7 +336,7 @@ def _member(home: SiteHome) -> Line:
             level="warn", what="key", says=f"could not be tried: the gateway answered {node}, expected 404",
             fix="ask the coordinator whether the server runs, and run preflight again",
         )  # fmt: skip
-    if stranger not in (401, 403, 429):
+    if stranger not in REFUSALS:
         return Line(
             level="warn", what="key", says=f"could not be tried: the gateway answers a stranger as it does members "
             f"({stranger})", fix="look at `fedicom site status` whether the coordinator is reached",

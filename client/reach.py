@@ -28,7 +28,8 @@ _DATES = (9, 10)
 _NAMES = (62, 64)
 """For one of another host name, or of another address."""
 _ROUTE = "/v1/fleet/pull-messages"
-_REFUSALS = (401, 403, 429)
+REFUSALS = (401, 403, 429)
+"""What the gateway answers those whose key it does not know."""
 _OTHER_PORTS = (22, 80, 443, 8000, 8080, 9091, 9092, 9093)
 """Of the gateway's host: shells, web servers, and Flower's own ports."""
 _OTHER_HOSTS = (("1.1.1.1", 443), ("8.8.8.8", 53), ("9.9.9.9", 853))
@@ -102,7 +103,7 @@ def gateway(home: SiteHome) -> Iterator[Line]:
 
 
 def _refusal(status: int) -> Line:
-    if status in _REFUSALS:
+    if status in REFUSALS:
         return Line(level="ok", what="gateway", says=f"refuses a stranger ({status})")
     if status in (502, 503, 504):
         return Line(

@@ -317,10 +317,8 @@ class _RunGrid(HttpGrid):
             for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
                 key, data = head.metadata.message_id, head.metadata
                 objects = [part.object_id for part in iterate_object_tree(tree)]
-                self._arriving[key] = _Arriving(
-                    data.reply_to_message_id, data.src_node_id, objects, inline.whole(tree, came_along),
-                    {part: came_along[part] for part in objects if part in came_along},
-                )  # fmt: skip
+                at_hand = {part: came_along[part] for part in objects if part in came_along}
+                self._arriving[key] = _Arriving(data.reply_to_message_id, data.src_node_id, objects, at_hand)
         came: list[Message] = []
         half: dict[int, str] = {}
         for key, reply in list(self._arriving.items()):
@@ -386,7 +384,8 @@ class _RunGrid(HttpGrid):
 
     def _free(self, key: str) -> None:
         """Ends a reply, here and at the SuperLink, which would keep what it has of it until the run ends."""
-        if not self._arriving[key].whole:
+        reply = self._arriving[key]
+        if set(reply.objects) - reply.at_hand.keys():  # of one that came whole the SuperLink has nothing left
             self.client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(node=self.node, run_id=self.run.run_id, message_object_id=key)
             )
@@ -403,8 +402,6 @@ class _Arriving:
     """Id of the message that this one answers."""
     node: int
     objects: list[str]
-    whole: bool
-    """All came with the message, and the SuperLink has none of it left."""
     at_hand: dict[str, bytes]
     """Those that came with the message."""
     contents: dict[str, bytes] = field(default_factory=dict)
