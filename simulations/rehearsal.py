@@ -140,8 +140,16 @@ class Rehearsal:
         Returns:
             The process id that was killed.
         """
-        pid = self.child(name, child)
-        os.kill(pid, signal.SIGKILL)
+
+        def killed() -> int | None:
+            pid = self.child(name, child)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # it ended by itself, and the status file is from before
+                return None
+            return pid
+
+        pid: int = wait_for(killed, f"child {child} of {name}", 300)
         return pid
 
     def child(self, name: str, child: str) -> int:

@@ -141,10 +141,13 @@ class Running:
         if name.startswith("runner-") and what.startswith("ended"):
             self.supervisor.start(self.children[name.removeprefix("runner-")])
 
+    def pid(self, name: str) -> int:
+        """The process of a child, which may just be ending by itself and come back."""
+        return int(eventually(lambda: self.supervisor.children[name]))
+
     def kill(self, name: str) -> None:
-        pid = self.supervisor.children[name]
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid(name), signal.SIGKILL)
 
     def notes(self, site: str) -> list[str]:
         file = self.sites[site].path / "notes"
@@ -440,7 +443,7 @@ def test_a_superlink_that_is_killed_is_back_and_the_round_goes_on_without_a_seco
     transport = running.transport(grid)
     transport.hello(RECIPE, "")
     asking = ask_while_busy(running, transport, "east", 6)
-    before = running.supervisor.children["superlink"]
+    before = running.pid("superlink")
     running.kill("superlink")
     eventually(lambda: running.supervisor.children["superlink"] not in (None, before))
     link.wait_until_up(running.server, running.port, _LONG_S)
@@ -451,8 +454,7 @@ def test_a_superlink_that_is_killed_is_back_and_the_round_goes_on_without_a_seco
 def test_a_question_that_is_lost_on_its_way_to_a_site_is_asked_again(running, grid, proxy):
     transport = running.transport(grid)
     transport.hello(RECIPE, "")
-    node = running.supervisor.children["node-north"]
-    assert node is not None
+    node = running.pid("node-north")
     os.kill(node, signal.SIGSTOP)
     time.sleep(0.5)  # a look that was on its way is answered: there is nothing
     try:
