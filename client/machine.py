@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.deployment import SiteConfig, SiteHome
-from common.printable import number_of
+from common.printable import number_of, printable
 from common.storage import private_folder, storing
 
 Level = Literal["ok", "warn", "FAIL"]
@@ -191,6 +191,36 @@ def gpu(config: SiteConfig) -> Iterator[Line]:
     elif not seen:
         count = len(os.sched_getaffinity(0))
         yield Line(level="ok", what="GPU", says=f"none; trains on {number_of(count, 'CPU core')}")
+    elif config.device == "cpu":
+        yield Line(level="ok", what="GPU", says="not used: device is cpu in site.yaml")
+    else:
+        for number in config.devices or (0,):
+            yield _computes(number)
+
+
+def _computes(number: int) -> Line:
+    """Whether a GPU that torch sees does a convolution forwards and backwards; an old card may have no kernel for it,
+    and a full one no room."""
+    import torch
+
+    device, expected = torch.device("cuda", number), 2 * 4 * 14 * 14 * 9
+    trouble = ""
+    try:
+        weight = torch.ones(4, 1, 3, 3, device=device).requires_grad_()
+        total = torch.nn.functional.conv2d(torch.ones(2, 1, 16, 16, device=device), weight).sum()
+        total.backward()
+        if total.item() != expected:
+            trouble = f"{total.item():g} in place of {expected:g}"
+    except (RuntimeError, AssertionError) as error:  # torch's own, of more than one class
+        trouble = printable(str(error).partition("\n")[0])
+    if not trouble:
+        return Line(level="ok", what="GPU", says=f"torch {torch.__version__} computes on GPU {number}")
+    return Line(
+        level="FAIL",
+        what="GPU",
+        says=f"torch {torch.__version__} sees GPU {number} and cannot compute on it: {trouble}",
+        fix="install the torch build for this card and driver, free its memory, or say device: cpu",
+    )
 
 
 def disk(home: SiteHome) -> Iterator[Line]:

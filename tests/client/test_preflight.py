@@ -33,6 +33,7 @@ from common.errors import ConfigError
 from common.supervise import free_port
 from server.gateway import Gateway, GatewayConfig
 from tests.client.conftest import House, recipe_of
+from tests.pretend_gpu import pretending
 
 
 def run(house: House, **given: Any) -> list[Line]:
@@ -329,6 +330,27 @@ def test_a_gpu_that_is_demanded_and_not_there_fails(house: House) -> None:
     assert "none that torch can use" in one(run(house, images=False), "GPU", "FAIL").says
     house.configure(device="auto")
     assert "CPU core" in one(run(house, images=False), "GPU", "ok").says
+
+
+def test_a_gpu_that_torch_sees_and_cannot_compute_on_fails(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    house.configure(device="auto")
+    with pretending():
+        assert "computes on GPU 0" in one(run(house, images=False), "GPU", "ok").says
+        conv2d = torch.nn.functional.conv2d
+        monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, weight: conv2d(x, weight * 2))
+        assert "28224 in place of 14112" in one(run(house, images=False), "GPU", "FAIL").says
+
+        def none(*_: object) -> torch.Tensor:
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+
+        monkeypatch.setattr(torch.nn.functional, "conv2d", none)
+        line = one(run(house, images=False), "GPU", "FAIL")
+        assert line.says.endswith(
+            "cannot compute on it: CUDA error: no kernel image is available for execution on the device"
+        )
+        assert "device: cpu" in line.fix
+        house.configure(device="cpu")
+        assert one(run(house, images=False), "GPU", "ok").says == "not used: device is cpu in site.yaml"
 
 
 # Network
