@@ -231,7 +231,8 @@ def _timm(recipe: Recipe) -> nn.Module:
     )
     embedding = getattr(model, "patch_embed", None)
     patch = getattr(embedding, "patch_size", None)
-    if isinstance(patch, tuple) and not getattr(embedding, "dynamic_img_pad", False):
+    cuts = getattr(getattr(embedding, "proj", None), "stride", patch) == patch  # some overlap, as pvt_v2's
+    if isinstance(patch, tuple) and cuts and not getattr(embedding, "dynamic_img_pad", False):
         _check_patch(patch, recipe.data.size)  # timm would drop the rows and columns that are left over
     if config.stem == "small":
         first = getattr(model, "conv1", None) if isinstance(model, ResNet) else None

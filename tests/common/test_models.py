@@ -353,6 +353,11 @@ def test_a_patch_of_seven_lets_a_timm_transformer_take_28_pixels():
     assert model.pos_embed.shape[1] == 17  # 4 x 4 patches and the class token
 
 
+def test_patches_that_overlap_need_not_divide_an_image():
+    model = models.build(recipe("timm", "pvt_v2_b0", (32, 32)))  # 7 wide, a stride of 4
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, len(CLASSES))
+
+
 # Weights from a file
 
 
