@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import itertools
 import json
 import logging
 import logging.handlers
@@ -56,12 +57,14 @@ from server.gateway_rules import (
     TIMESTAMP,
     Answers,
     Buckets,
+    Connections,
     GatewayConfig,
     GatewayLimits,
     GatewayStats,
     RegistryKeys,
     flower_header,
     holds_key,
+    less,
     network,
     server_tls,
     stamp,
@@ -74,6 +77,10 @@ __all__ = ["Gateway", "GatewayConfig", "GatewayLimits", "GatewayStats", "Registr
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 _CHUNK_BYTES = 1 << 16
 _LINGER_S, _LINGER_BYTES = 1.0, 1 << 18
+_ACCEPTS = 64
+"""Connections that are taken in one turn of the loop."""
+_RESET, _NO_RESET = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
+"""Of SO_LINGER."""
 _STATS_EVERY_S = 5.0
 _REPEAT_S = 60.0
 
@@ -107,8 +114,7 @@ class Gateway:
         self._tls_stamp = (stamp(config.certificate), stamp(config.key))
         self._tls = server_tls(config)
         self._upstream_tls = upstream_tls(config)
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._addresses: Counter[str] = Counter()
+        self.connections = Connections(limits)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -169,11 +175,11 @@ class Gateway:
             listener.close()
             for task in (stop, *helpers, *self.idle):
                 task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=self.limits.stop_s)
-            for task in self._tasks:
+            if tasks := self.connections.all():
+                await asyncio.wait(tasks, timeout=self.limits.stop_s)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(stop, *helpers, *self._tasks, return_exceptions=True)
+            await asyncio.gather(stop, *helpers, *tasks, return_exceptions=True)
             self._save_stats()
             self.requests.tell()
 
@@ -217,7 +223,9 @@ class Gateway:
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        for number in itertools.count(1):
+            if number % _ACCEPTS == 0:
+                await asyncio.sleep(0)  # `sock_accept` lets nobody else have a turn while one more waits
             try:
                 sock, name = await loop.sock_accept(listener)
             except OSError as error:  # out of file handles, mostly
@@ -225,27 +233,34 @@ class Gateway:
                 await asyncio.sleep(0.1)
                 continue
             address = network(name[0])
-            full = len(self._tasks) >= self.limits.connections
-            if full or self._addresses[address] >= self.limits.connections_per_address:
-                self.stats.refused("connections" if full else "connections of the address")
-                # Reset, before the costly handshake: Flower's nodes retry that, but give up after a TLS error.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Until the handshake is done a close is a reset: Flower's nodes retry that, but give up after a TLS error.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            if not self._room(address):
                 sock.close()
                 continue
             # asyncio does this for sockets that it accepts itself; without it an answer may wait 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             task = loop.create_task(self._connection(sock, address))
-            self._addresses[address] += 1
+            self.connections.add(task, address)
             self.stats.connection(+1)
-            self._tasks.add(task)
             self.idle.add(task)
-            task.add_done_callback(partial(self._closed, address))
+            task.add_done_callback(partial(self._closed, sock))
 
-    def _closed(self, address: str, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
+    def _room(self, address: str) -> bool:
+        """Whether one more connection is taken; where there is no room, a stranger has to go for it."""
+        if (why := self.connections.full(address)) is None:
+            return True
+        self.stats.refused(why)
+        if (stranger := self.connections.to_go(address)) is None:
+            return False
+        stranger.cancel()
+        return True
+
+    def _closed(self, sock: socket.socket, task: asyncio.Task[Any]) -> None:
+        sock.close()  # of one that had to go before its first turn
+        self.connections.remove(task)
         self.idle.discard(task)
         self.stats.connection(-1)
-        _less(self._addresses, address)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.stats.refused("internal")
             self.say(f"a connection ended with {type(error).__name__}; please report it")
@@ -262,11 +277,16 @@ class Gateway:
         except OSError:  # ssl.SSLError and timeouts are of this family
             self.stats.refused("handshake")
             return
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_RESET)
         transport.set_write_buffer_limits(high=4 * _CHUNK_BYTES)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         conversation = _Conversation(self, address, reader, writer)
         try:
             await conversation.run()
+        except asyncio.CancelledError:
+            if not self.stopping:  # it made room for another one: there is no time for a farewell
+                transport.abort()
+            raise
         finally:
             conversation.release()
             writer.close()
@@ -330,7 +350,7 @@ class _Conversation(Beside):
     def release(self) -> None:
         """Gives the connection back to its node's share."""
         if self._node is not None:
-            _less(self._gateway.nodes, self._node)
+            less(self._gateway.nodes, self._node)
             self._node = None
 
     async def _turn(self) -> bool:
@@ -346,6 +366,7 @@ class _Conversation(Beside):
                 return False
             entry.began = time.monotonic()
             fields = self._admit(request, entry)
+            self._gateway.connections.know(task)
             if entry.route == PATH:
                 await self._blob(request, fields, entry)
             elif entry.route == BELL_PATH:
@@ -507,12 +528,6 @@ class _Conversation(Beside):
                         data = await self._reader.read(_CHUNK_BYTES)
                         left -= len(data)
                         self._http.receive_data(data)
-
-
-def _less(counts: Counter[str], key: str) -> None:
-    counts[key] -= 1
-    if counts[key] <= 0:
-        del counts[key]
 
 
 def serve(config: GatewayConfig) -> None:

@@ -7,6 +7,7 @@ import re
 import ssl
 import threading
 import time
+from asyncio import Task
 from base64 import b64decode, b64encode
 from collections import Counter
 from collections.abc import Mapping
@@ -311,6 +312,62 @@ class Answers:
             self._pushed[key] += received
         elif route == QUESTIONS and sent:
             del self._pushed[key]
+
+
+class Connections:
+    """All connections by address, and which of them are strangers': no member has asked for anything there yet."""
+
+    def __init__(self, limits: GatewayLimits) -> None:
+        self._limits = limits
+        self._all: dict[Task[Any], str] = {}
+        self._by_address = Counter[str]()
+        self._strangers: dict[Task[Any], str] = {}
+        """Oldest first."""
+
+    def all(self) -> set[Task[Any]]:
+        """Those that are open now."""
+        return set(self._all)
+
+    def full(self, address: str) -> str | None:
+        """The limit that one more of this address would pass, if any."""
+        if self._by_address[address] >= self._limits.connections_per_address:
+            return "connections of the address"
+        return "connections" if len(self._all) >= self._limits.connections else None
+
+    def to_go(self, address: str) -> Task[Any] | None:
+        """The stranger's connection that ends for one more of this address; None where all are members'.
+
+        Whoever opens many that ask for nothing makes room with his own: it is the oldest one of this address where its
+        share is taken, and else of the address with most of them.
+        """
+        if self._by_address[address] < self._limits.connections_per_address:
+            crowds = Counter(self._strangers.values())
+            address = max(crowds, key=crowds.__getitem__, default="")
+        oldest = next((each for each, where in self._strangers.items() if where == address), None)
+        if oldest is not None:
+            del self._strangers[oldest]
+        return oldest
+
+    def add(self, connection: Task[Any], address: str) -> None:
+        """A new one, of a stranger."""
+        self._all[connection] = self._strangers[connection] = address
+        self._by_address[address] += 1
+
+    def know(self, connection: Task[Any]) -> None:
+        """A member has asked for something there."""
+        self._strangers.pop(connection, None)
+
+    def remove(self, connection: Task[Any]) -> None:
+        """It has ended."""
+        self.know(connection)
+        less(self._by_address, self._all.pop(connection))
+
+
+def less(counts: Counter[str], key: str) -> None:
+    """One less; what has none is not kept."""
+    counts[key] -= 1
+    if counts[key] <= 0:
+        del counts[key]
 
 
 def network(address: str) -> str:

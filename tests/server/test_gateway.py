@@ -964,19 +964,73 @@ def test_a_whole_body_has_a_deadline_however_fast_its_pieces(open_door, upstream
     assert upstream.seen == []
 
 
-def test_idle_connections_beyond_the_share_of_an_address_are_reset_before_the_handshake(open_door, upstream):
-    door = open_door("embedded", upstream.port, replace(LOOSE, connections_per_address=3, handshake_s=0.5))
-    plain = [socket.create_connection(("127.0.0.1", door.port), 20) for _ in range(3)]
-    until(lambda: door.gateway.stats.snapshot()["open_connections"] == 3)
+def silent(door: Door, source: str, *, handshake: bool) -> socket.socket:
+    """A stranger's connection on which nothing is asked."""
+    if handshake:
+        return door.connect(source)
+    return socket.create_connection(("127.0.0.1", door.port), 20, source_address=(source, 0))
+
+
+def has_ended(sock: socket.socket) -> bool:
+    sock.settimeout(0.2)
+    try:
+        return sock.recv(1) == b""
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("handshake", [False, True])
+def test_strangers_who_take_all_connections_and_ask_nothing_lock_no_member_out(open_door, upstream, handshake):
+    door = open_door("embedded", upstream.port, replace(LOOSE, connections=6, header_s=60.0, handshake_s=60.0))
+    member = under_way(door, "127.0.0.5")
+    one = silent(door, "127.0.0.2", handshake=handshake)
+    many = [silent(door, "127.0.0.3", handshake=handshake) for _ in range(4)]
+    until(lambda: door.gateway.stats.snapshot()["open_connections"] == 6)
+    for _ in range(3):
+        assert tried(door, "127.0.0.4", "south") == 200
+        until(lambda: door.gateway.stats.snapshot()["open_connections"] < 6)
+        many.append(silent(door, "127.0.0.3", handshake=handshake))
+        until(lambda: door.gateway.stats.snapshot()["open_connections"] == 6)
+    # the oldest of the address that has most of them had to go, and nobody else
+    assert [has_ended(sock) for sock in many] == [True] * 3 + [False] * 4
+    assert not has_ended(one)
+    assert finish(member) == 200
+    assert door.gateway.stats.snapshot()["refused"] == {"connections": 3}
+    for sock in (one, *many):
+        sock.close()
+
+
+def test_strangers_of_a_members_address_who_ask_nothing_do_not_lock_it_out(open_door, upstream):
+    strict = replace(LOOSE, connections_per_address=3, header_s=60.0, handshake_s=60.0)
+    door = open_door("embedded", upstream.port, strict)
+    with silent(door, "127.0.0.2", handshake=False) as elsewhere:
+        many = [silent(door, "127.0.0.1", handshake=bool(number % 2)) for number in range(3)]
+        until(lambda: door.gateway.stats.snapshot()["open_connections"] == 4)
+        assert door.call().status_code == 200
+        assert [has_ended(sock) for sock in (*many, elsewhere)] == [True, False, False, False]
+        assert door.gateway.stats.snapshot()["refused"] == {"connections of the address": 1}
+    for sock in many:
+        sock.close()
+
+
+def test_a_connection_for_which_no_member_has_room_is_reset_before_the_handshake(open_door, upstream):
+    door = open_door("embedded", upstream.port, replace(LOOSE, connections_per_address=3))
+    members = [under_way(door) for _ in range(3)]
     with pytest.raises(httpx.ConnectError) as refused:
         door.call()
     # Flower's nodes give up after an error that speaks of these
     assert not any(word in str(refused.value).lower() for word in ("certificate", "ssl", "tls"))
     assert door.gateway.stats.snapshot()["refused"] == {"connections of the address": 1}
-    until(lambda: door.gateway.stats.snapshot()["open_connections"] == 0)  # no handshake came: cut
-    assert door.call().status_code == 200
-    for sock in plain:
-        sock.close()
+    assert [finish(sock) for sock in members] == [200, 200, 200]
+
+
+def test_a_handshake_that_takes_too_long_ends_with_a_reset(open_door, upstream):
+    """An end without one is a TLS error to Flower's nodes, after which they do not come back."""
+    door = open_door("embedded", upstream.port, replace(LOOSE, handshake_s=0.2))
+    with silent(door, "127.0.0.1", handshake=False) as sock, pytest.raises(ConnectionResetError):
+        sock.recv(1)
 
 
 @pytest.mark.parametrize("defect", ["missing", "half", "not signed", "older", "raises"])
