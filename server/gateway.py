@@ -537,7 +537,8 @@ def serve(config: GatewayConfig) -> None:
         ConfigError: A certificate cannot be used, the address is taken, or too few files may be open.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = 2 * config.limits.connections + 64  # each connection may have one to the SuperLink
+    # Each connection may have one to the SuperLink, and those of strangers who make room end a little later.
+    need = 3 * config.limits.connections + 64
     if hard != resource.RLIM_INFINITY and hard < need:
         raise ConfigError(f"{hard} files may be open, {need} are needed; raise `ulimit -n` or lower `connections`")
     if soft != resource.RLIM_INFINITY and soft < need:
