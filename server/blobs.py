@@ -147,7 +147,7 @@ class Shelf:
     @contextmanager
     def writing(self, ticket: str, site: str, name: str, size: int) -> Iterator[Writing | int]:
         """Room for a piece, or the status that refuses it: 404 no such round for this site, 413 too large or too many,
-        200 it is here already."""
+        503 as long as others are being written, 200 it is here already."""
         limit, key = self._limit(ticket, site), (ticket, site)
         if limit is None or not DIGEST.fullmatch(name):
             yield 404
@@ -156,10 +156,13 @@ class Shelf:
         if name in entries:
             yield 200
             return
-        used = sum(size_ for piece, size_ in entries.items() if DIGEST.fullmatch(piece))
-        many = len(entries) >= limit // PIECE_BYTES + _SPARE_PIECES
-        if many or not 0 < size <= PIECE_BYTES or used + self._coming.get(key, 0) + size > limit:
+        held = [size_ for piece, size_ in entries.items() if DIGEST.fullmatch(piece)]
+        most = limit // PIECE_BYTES + _SPARE_PIECES
+        if len(held) >= most or not 0 < size <= PIECE_BYTES or sum(held) + size > limit:
             yield 413
+            return
+        if len(entries) >= most or sum(held) + self._coming.get(key, 0) + size > limit:
+            yield 503  # one that its line has left for dead ends soon, and the site sends it anew
             return
         self._coming[key] = self._coming.get(key, 0) + size
         folder = self._folder / ticket / "from" / site

@@ -229,7 +229,7 @@ class Beside:
             async for _ in self._body(entry):
                 pass  # a node, or nginx for it, that is cut off while it sends would come again
             if room != 200:  # it is here already
-                raise Refused(room, "no such round" if room == 404 else "weights size")
+                raise Refused(room, {404: "no such round", 503: "weights under way"}.get(room, "weights size"))
             return
         block, kept = list[bytes](), 0
         try:

@@ -110,7 +110,7 @@ def test_pieces_that_are_written_at_the_same_time_share_the_room(tmp_path):
         shelf.writing(round_.ticket, "north", name_of(b"2"), 1_000_000) as two,
     ):
         assert not isinstance(one, int)
-        assert two == 413
+        assert two == 503  # it may come again: the other one may be of a line that is dead
 
 
 def test_many_tiny_pieces_are_too_many(tmp_path):

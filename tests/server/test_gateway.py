@@ -1415,6 +1415,22 @@ def test_a_piece_that_was_cut_is_not_there_and_can_be_sent_again(weights):
     assert weights.ask("PUT", path, body=weights.piece).status_code == 200
 
 
+def test_a_piece_for_which_there_is_room_but_for_those_under_way_is_put_off_and_not_refused(weights):
+    """A line that died unseen in the middle of a piece: the site sends it anew, on another one."""
+    path = weights.path(weights.piece)
+    headers = weights.door.sites.keys["north"].beside("PUT", path) | {"content-length": "3000000"}
+    dead = [weights.door.connect() for _ in range(2)]
+    for sock in dead:  # 2 * 3,000,000 of the 2 * 3,000,000 + 1,048,576 bytes
+        sock.sendall(head(line=f"PUT {path} HTTP/1.1", headers=headers) + weights.piece[:1_000_000])
+    coming = weights.round_.folder / "from" / "north"
+    until(lambda: len(list(coming.iterdir())) == 2 or weights.door.kind == "nginx")  # which first reads all of a body
+    answer = weights.ask("PUT", path, body=weights.piece)
+    assert answer.status_code == (200 if weights.door.kind == "nginx" else 503)  # a site comes again after 503
+    for sock in dead:
+        sock.close()
+    until(lambda: weights.ask("PUT", path, body=weights.piece).status_code == 200)
+
+
 @pytest.mark.parametrize("cut", [1, 700, 1_500_000])
 def test_requests_that_come_together_with_a_piece_are_each_answered(weights, cut):
     """The bytes of a piece go past the parser: nothing of the next request may go with them, and none may stay."""
