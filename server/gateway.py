@@ -509,8 +509,8 @@ class _Conversation(Beside):
                 return
 
     async def _refuse(self, refused: Refused, entry: Entry) -> None:
-        stranger = entry.site == "-" and refused.answer and refused.status < 500
-        status = 429 if stranger and not self._gateway.refusals.take(self._address) else refused.status
+        entry.counted = entry.site == "-" and not self._gateway.refusals.take(self._address)
+        status = 429 if entry.counted and refused.status != 503 else refused.status  # 503: a member may be meant
         entry.status, entry.refused = entry.status or status, refused.why
         if not refused.answer or self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self._writer.transport.abort()

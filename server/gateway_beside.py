@@ -59,6 +59,8 @@ class Entry:
     """For the body."""
     sent: int = 0
     refused: str | None = None
+    counted: bool = False
+    """Only: a stranger's beyond their rate."""
     began: float = 0.0
 
 
@@ -79,7 +81,7 @@ class Requests:
         if entry.refused is not None:
             self._stats.refused(entry.refused)
             line["refused"] = entry.refused
-        if entry.status == 429:
+        if entry.counted:
             self._untold += 1
         else:
             log.info(json.dumps(line))
@@ -87,7 +89,7 @@ class Requests:
     def tell(self) -> None:
         """Logs how many were counted alone since the last call."""
         if self._untold:
-            message = f"{self._untold} more requests without a member's credentials were answered 429"
+            message = f"{self._untold} more requests without a member's credentials were refused"
             log.warning(json.dumps({"time": utc_now("milliseconds"), "message": message}))
             self._untold = 0
 

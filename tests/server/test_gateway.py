@@ -891,6 +891,33 @@ def test_requests_of_strangers_beyond_their_rate_cost_no_line_each(kind, open_do
 # --- what only the embedded gateway does ---------------------------------------------------------------------------
 
 
+def test_strangers_who_ask_nothing_cost_no_line_each_beyond_their_rate(open_door, upstream):
+    strict = replace(LOOSE, header_s=0.3, refusals_per_s_per_address=0.001, refusal_burst_per_address=3)
+    door = open_door("embedded", upstream.port, strict)
+    for sock in [door.connect() for _ in range(8)]:
+        with sock:
+            assert rest(sock) == b""
+    door.stop()
+    lines = door.log()
+    assert [line["status"] for line in lines if "status" in line] == [408, 408, 408]
+    assert [line["message"].split()[0] for line in lines if "more requests" in line.get("message", "")] == ["5"]
+    assert door.gateway.stats.snapshot()["refused"] == {"slow headers": 8}
+
+
+@pytest.mark.parametrize("case", ["a coding that is unknown", "no registry"])
+def test_no_kind_of_a_strangers_request_costs_a_line_each(open_door, upstream, case):
+    strict = replace(LOOSE, refusals_per_s_per_address=0.001, refusal_burst_per_address=3)
+    door = open_door("embedded", upstream.port, strict)
+    headers, first, more = {"transfer-encoding": "unknown"}, 501, 429
+    if case == "no registry":
+        door.sites.path.unlink()
+        headers, first, more = {"content-length": "0"}, 503, 503  # a member that is not known just now comes again
+    answers = [status(door.raw(head(headers=headers))) for _ in range(8)]
+    assert answers == [first] * 3 + [more] * 5
+    door.stop()
+    assert [line["status"] for line in door.log() if "status" in line] == [first] * 3
+
+
 @pytest.fixture
 def embedded(open_door, upstream) -> Door:
     return open_door("embedded", upstream.port)
