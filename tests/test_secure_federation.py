@@ -402,6 +402,19 @@ def test_the_estimate_of_the_noises_norm_is_above_what_torch_makes_of_it_and_not
     assert made < estimate < 2 * made
 
 
+def test_a_gradient_clip_bounds_the_estimate_of_the_noises_norm() -> None:
+    # 4 steps of 0.1 over 10,000 numbers: 0.1 * 2 * (100 + 6) = 21.2, twice that with momentum 0.5.
+    training = Training(optimizer="sgd", lr=0.1, momentum=0.5, batch_size=1, gradient_clip=None)
+    recipe = replace(small(training=training), privacy=replace(SECURE, clip_norm=1.0))
+    assert noise_norm(recipe, 1.0, 4, 10_000) == pytest.approx(42.4)
+    # No gradient is longer than 0.5, so four of them move by 0.1 * 4 * 0.5 = 0.2 at most.
+    clipped = replace(recipe, training=replace(training, gradient_clip=0.5))
+    assert noise_norm(clipped, 1.0, 4, 10_000) == pytest.approx(0.4)
+    assert noise_norm(clipped, 0.001, 4, 10_000) == pytest.approx(0.0424)  # the noise is smaller than the clip
+    adam = replace(recipe, training=replace(training, optimizer="adamw"))
+    assert noise_norm(adam, 5.0, 4, 10_000) == pytest.approx(1.2 * 21.2)  # whatever the noise
+
+
 def test_a_site_that_requires_secure_sums_greets_and_trains_no_other_recipe(tmp_path: Path) -> None:
     secure, plain = small(), replace(small(), privacy=Privacy())
     for recipe, refused in ((secure, False), (plain, True)):

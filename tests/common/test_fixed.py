@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from common.config import Federation
 from common.errors import SecureAggregationError
-from common.fixed import RANGE, FixedPoint, Residues, fewest
+from common.fixed import RANGE, FixedPoint, Residues, fewest, secure_objection
 from common.weights import Weights
 
 SHAPES = {"a": (2, 3), "b": (), "c": (4,)}
@@ -46,6 +49,16 @@ def test_all_sites_at_the_limit_at_once_do_not_wrap_and_one_more_bit_would(sites
     point = FixedPoint(sites=sites, limit=limit, max_weight=most)
     assert sites * point._bound(point.bits) <= RANGE
     assert point.bits == 40 or sites * most * limit * 2.0 ** (point.bits + 2) > RANGE
+
+
+def test_a_thousand_sites_whose_numbers_are_rounded_up_do_not_wrap():
+    # With 10 places each sends 2147484, rounded up from 2147483.5; a thousand of them are 353 above 2^31 - 1.
+    point = FixedPoint(sites=1000, limit=2147483.5 / 2**10)
+    assert point.bits == 9
+    words = point.encode(weights([point.limit, *[0.0] * 10]), 1)  # of exactly the limit
+    assert int(words[0]) == point._bound(9) == 1073742
+    mean, _ = point.decode(words * np.uint32(1000), 1000, SHAPES)
+    assert mean["a"][0, 0] == pytest.approx(point.limit, abs=2.0**-10)
 
 
 def test_the_steps_can_be_worked_out_by_hand():
@@ -99,6 +112,48 @@ def test_a_sum_that_honest_sites_cannot_give_is_refused():
 
 def test_more_than_two_thirds_are_the_fewest():
     assert {sites: fewest(sites) for sites in (3, 4, 5, 6, 10, 100)} == {3: 3, 4: 3, 5: 4, 6: 5, 10: 7, 100: 67}
+
+
+def federation(**fields) -> Federation:
+    return Federation(**{"sites": 4, "quorum": 3, "max_update_norm": 100.0} | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sites": 3},
+        {"sites": 1000, "quorum": 667, "max_update_norm": 2.0},
+        {"strategy": "fedadam"},
+        {"site_weights": "patients", "max_patients": 50},
+    ],
+    ids=str,
+)
+def test_what_fits_into_a_secure_sum_is_not_objected_to(fields):
+    assert secure_objection(federation(**fields)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"sites": 2, "quorum": 2}, "needs 3 to 1000"),
+        ({"sites": 1001, "quorum": 900, "max_update_norm": 1.0}, "needs 3 to 1000"),
+        ({"strategy": "fedmedian"}, "looks at single updates"),
+        ({"compression": "bfloat16"}, "rounds single updates"),
+        ({"fraction": 0.9}, "a secure sum is over all sites"),
+        ({"quorum": 2}, "it is at least 3"),
+        ({"site_weights": "patients"}, "federation.max_patients is needed"),
+        ({"max_update_norm": 512.0}, "federation.max_update_norm is 512: .* at most 511"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_into_a_secure_sum_is_named(fields, why):
+    assert re.search(why, secure_objection(federation(**fields)) or "")
+
+
+def test_a_recipes_largest_weight_is_that_of_patients_and_one_where_sites_count_alike():
+    assert FixedPoint.of(federation(site_weights="patients", max_patients=50)).max_weight == 50
+    assert FixedPoint.of(federation(site_weights="equal", max_patients=50)).max_weight == 1
 
 
 def test_residues_are_flat_words_that_nobody_changes():

@@ -24,7 +24,6 @@ from common.exchange import Offer
 from common.fixed import Residues, fewest
 from common.identity import Signer
 from common.secagg import Aggregator, Member, Subject, add_mask
-from common.shamir import split
 
 SUBJECT = Subject(recipe_id="a" * 64, round=3, base="b" * 64)
 NUMBERS = 50
@@ -321,14 +320,15 @@ def test_a_box_for_another_holder_or_of_another_session_is_refused():
         circle.members["s1"].mask(server.session, earlier, circle.updates["s1"])
 
 
-@pytest.mark.parametrize(("gone", "secret"), [([], "_seed"), (["s3"], "_mask_key")])
-def test_a_dealer_whose_shares_fit_their_commitments_but_not_its_secret_is_named(monkeypatch, gone, secret):
+@pytest.mark.parametrize(("gone", "secret"), [([], "seed"), (["s3"], "key")])
+@pytest.mark.parametrize("value", [0, 2**256, 2**264 - 1], ids=["zero", "no 32 bytes", "no share"])
+def test_a_dealer_whose_shares_fit_their_commitments_but_not_its_secret_is_named(monkeypatch, gone, secret, value):
     circle = Circle(4)
     server = circle.offered()
     for site in circle.names:
-        if site == "s3":  # shares of zeros instead of its own secrets
+        if site == "s3":  # the same number to everybody, which would be the secret itself
             with monkeypatch.context() as patch:
-                patch.setattr("common.secagg.split", lambda secret, *rest: split(bytes(32), *rest))
+                patch.setattr("common.secagg.split", lambda _, holders, *rest: [value.to_bytes(33, "little")] * holders)
                 dealing = circle.members[site].deal(server.offers)
         else:
             dealing = circle.members[site].deal(server.offers)
@@ -340,7 +340,7 @@ def test_a_dealer_whose_shares_fit_their_commitments_but_not_its_secret_is_named
         server.sign(site, server.session, circle.members[site].agree(server.session, server.masked))
     for site in server.masked:
         server.open(site, server.session, *circle.members[site].open(server.session, server.masked, server.signatures))
-    with pytest.raises(SecureAggregationError, match=r"site s3 has dealt shares of another (seed|key)"):
+    with pytest.raises(SecureAggregationError, match=f"site s3 has dealt shares of another {secret}"):
         server.total()
 
 
@@ -565,6 +565,7 @@ def test_the_coordinator_refuses_what_is_not_for_its_sum():
         (lambda: server.deal("s1", "f" * 64, *dealing[1:]), "another session"),
         (lambda: server.deal("s1", *dealing[:2], {"s1": dealing[2]["s1"]}), "not one for each site"),
         (lambda: server.sign("s1", "f" * 64, ""), "another session"),
+        (lambda: server.open("s1", "f" * 64, {}, {}), "another session"),
         (lambda: server.open("s1", server.session, {}, {}), "not of the seeds in the sum"),
         (lambda: server.open("s1", server.session, dict.fromkeys(server.masked, "0" * 66), {}), "keys of those who"),
         (lambda: Aggregator(SUBJECT, {}, threshold=3, numbers=1), "0 offers of keys, expected at least 3"),
@@ -572,3 +573,10 @@ def test_the_coordinator_refuses_what_is_not_for_its_sum():
         with pytest.raises(SecureAggregationError, match=why):
             call()
     assert hashlib.sha256(circle.sent["s1"].words.tobytes()).hexdigest() == server.masked["s1"]
+
+
+def test_the_coordinator_goes_on_with_no_fewer_sites_than_the_threshold():
+    with pytest.raises(SecureAggregationError, match="2 sites have shared out their secrets, expected at least 3"):
+        Circle(4).dealt(without=["s2", "s4"]).boxes()
+    with pytest.raises(SecureAggregationError, match="0 masked updates have come, expected at least 3"):
+        Circle(4).dealt().total()

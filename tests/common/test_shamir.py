@@ -77,8 +77,26 @@ def test_a_changed_share_gives_another_secret_and_too_few_do_as_well():
 def test_what_is_no_share_is_refused(share):
     with pytest.raises(ValueError, match="out of range"):
         join({1: bytes(33), 2: share})
-    with pytest.raises(ValueError, match="out of range"):
-        join({0: bytes(33)})
+
+
+@pytest.mark.parametrize("holder", [0, -1, PRIME])  # PRIME is 0 once more, where the secret itself lies
+def test_what_is_no_holder_is_refused_also_beside_one_that_is(holder):
+    for shares in ({holder: bytes(33)}, {1: bytes(33), holder: bytes(33)}):
+        with pytest.raises(ValueError, match="out of range"):
+            join(shares)
+
+
+def test_shares_of_a_value_that_32_bytes_do_not_hold_have_no_secret():
+    # Threshold 1: every share is the value itself. The prime is 297 above 2^256, and a dealer may share out any of it.
+    assert join({1: _bytes(2**256 - 1)}) == b"\xff" * 32
+    for value in (2**256, PRIME - 1):
+        assert join({1: _bytes(value)}) is None
+
+
+def test_every_coefficient_is_drawn_from_48_bytes():
+    sizes: list[int] = []
+    split(bytes(32), 5, 4, lambda size: sizes.append(size) or os.urandom(size))
+    assert sizes == [48] * 3
 
 
 @pytest.mark.parametrize(("size", "holders", "threshold"), [(31, 3, 2), (32, 3, 4), (32, 3, 0)])

@@ -241,9 +241,10 @@ def test_who_opened_a_list_opens_no_other_one_ever_after_and_the_same_one_again(
     with pytest.raises(QuorumError):
         run(wards)
     wards.sums = {site: wards.opened(site) for site in wards.names}  # all are started again
-    wards.hook = away("s4", at=Masking)
+    wards.hook, before = away("s4", at=Masking), len(wards.seen)
     with pytest.raises(QuorumError, match="was opened for another list of sites"):
         run(wards)
+    assert {answer.site for answer in wards.seen[before:] if isinstance(answer, Agreement)} == {"s3"}  # none signs it
     wards.hook = None
     state, _ = run(wards)[0]
     assert close(state.weights - START, wards.mean(wards.names))
@@ -530,6 +531,58 @@ def test_a_mean_beyond_the_norm_of_any_site_is_refused():
     assert sum_refusal(START * 0.5, recipe) is None
     assert "norm 1.732, above federation.max_update_norm 1" in str(sum_refusal(START, recipe))
     assert "NaN" in str(sum_refusal(START * float("nan"), recipe))
+
+
+def test_the_newest_head_that_came_with_a_step_of_the_sum_is_the_sites(tmp_path):
+    heads = {Gathering: "1" * 64, Masking: "2" * 64, Survivors: "3" * 64, Opening: "4" * 64}
+    told = lambda site, ask: heads[type(ask)] if site != "s2" or isinstance(ask, Gathering) else ""  # noqa: E731
+    hook = lambda site, ask, follow: replace(follow(), audit_head=told(site, ask))  # noqa: E731
+    _, report = run(Wards(recipe_of(), tmp_path, hook))[0]
+    assert report.heads == {"s1": "4" * 64, "s2": "1" * 64, "s3": "4" * 64, "s4": "4" * 64}
+
+
+def test_no_masked_update_is_held_once_it_is_in_the_sum(tmp_path):
+    held: list[int] = []
+
+    class Holding(Wards):
+        def step(self, asks, timeout_s, take):
+            replies = super().step(asks, timeout_s, take)
+            held.extend(len(reply.values) for reply in replies.values() if isinstance(reply, MaskedUpdate))
+            return replies
+
+    assert len(run(Holding(recipe_of(), tmp_path))) == 3
+    assert held == [0] * 8  # of four sites in two rounds
+
+
+def test_a_site_keeps_the_keys_of_its_eight_newest_sums(tmp_path):
+    wards = Wards(recipe_of(), tmp_path)
+    plan = RoundPlan(recipe_id=wards.recipe.id, round=1, work="train", weights=START)
+    asks = [
+        Gathering(
+            recipe_id=plan.recipe_id, round=1, base=START.digest,
+            offers={update.site: update.offer for update in wards.ask(plan, wards.names, 1.0)},
+        )
+        for _ in range(9)
+    ]  # fmt: skip
+    with pytest.raises(SecureAggregationError, match="start anew"):
+        wards.answer("s1", asks[0])
+    assert [wards.answer("s1", ask).site for ask in asks[1:]] == ["s1"] * 8
+
+
+def test_keys_that_a_site_never_made_or_made_for_another_update_are_not_dealt_for(tmp_path):
+    wards = Wards(recipe_of(), tmp_path)
+    plan = RoundPlan(recipe_id=wards.recipe.id, round=1, work="train", weights=START)
+    offers = {update.site: update.offer for update in wards.ask(plan, wards.names, 1.0)}
+    about = {"recipe_id": plan.recipe_id, "round": 1, "base": START.digest}
+    assert wards.answer("s1", Gathering(**about, offers=offers))
+    wards.sums["s2"] = wards.opened("s2")  # started again
+    for site, ask in (
+        ("s1", Gathering(**about | {"round": 2}, offers=offers)),
+        ("s1", Gathering(**about, offers={site: offer for site, offer in offers.items() if site != "s1"})),
+        ("s2", Gathering(**about, offers=offers)),
+    ):
+        with pytest.raises(SecureAggregationError, match="not among those that it has; start anew"):
+            wards.answer(site, ask)
 
 
 def test_a_site_that_its_registry_does_not_hold_offers_nothing(tmp_path):
