@@ -91,6 +91,12 @@ def test_any_other_byte_anywhere_is_found(log, data):
         (lambda rows: [*rows, rows[0]], 5),
         (lambda rows: [*rows[:2], b"\n", *rows[2:]], 2),
         (lambda rows: [*rows[:2], b"[]\n", *rows[2:]], 2),
+        (lambda rows: [*rows[:2], b"[1]\n", *rows[2:]], 2),
+        (lambda rows: [*rows[:2], b"5\n", *rows[2:]], 2),
+        (lambda rows: [b"true\n", *rows], 0),
+        (lambda rows: [*rows[:2], rows[2].replace(b'"number":2', b'"number":"2"'), *rows[3:]], 2),
+        (lambda rows: [rows[0], rows[1].replace(b'"number":1', b'"number":true'), *rows[2:]], 1),
+        (lambda rows: [*rows[:2], line_of(json.loads(rows[2]) | {"facts": ["a"]}) + b"\n", *rows[3:]], 2),
         (lambda rows: [*rows[:2], b"[" * 100_000 + b"\n", *rows[2:]], 2),
         (lambda rows: [*rows[:2], rows[2].replace(b'"kind"', b' "kind"'), *rows[3:]], 2),
         (lambda rows: [*rows[:2], rows[2].replace(b'"facts"', b'"facts":{"round":9},"facts"', 1), *rows[3:]], 2),
@@ -104,6 +110,12 @@ def test_any_other_byte_anywhere_is_found(log, data):
         "appended",
         "blank",
         "list",
+        "filled list",
+        "number",
+        "first a word",
+        "number as text",
+        "number as truth",
+        "facts as list",
         "deep",
         "space",
         "twice",
@@ -180,8 +192,10 @@ def test_junk_as_key_verifies_nothing(log, key):
 
 def test_an_empty_log_proves_nothing(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(b"")
-    with pytest.raises(AuditError, match="proves nothing"):
+    with pytest.raises(AuditError) as caught:
         verify(tmp_path / "empty.jsonl")
+    assert str(caught.value) == "empty.jsonl: no event; an empty log proves nothing"
+    assert (caught.value.number, caught.value.kind) == (None, None)
 
 
 def test_a_log_that_is_not_there_is_a_storage_error(tmp_path):
@@ -280,12 +294,14 @@ def test_a_coordinators_log_cut_or_written_anew_by_its_own_key_is_found_by_the_s
     anchors = verify(site)
     whole = server.read_bytes()
     server.write_bytes(b"".join(lines(server)[:2]))
-    with pytest.raises(AuditError, match=r"event 3 of the other side .* which this log has not"):
+    with pytest.raises(AuditError, match=r"event 3 of the other side .* it was cut, this event is missing$") as caught:
         verify_against(verify(server, KEY.public), anchors)
+    assert (caught.value.number, caught.value.kind) == (2, None)
     server.write_bytes(whole)
     rewritten(server, 1, KEY, facts={"heads": {}})
-    with pytest.raises(AuditError, match="event 1 of the other side"):
+    with pytest.raises(AuditError, match=r"event 1 of the other side .* \(kind: log started\)$") as caught:
         verify_against(verify(server, KEY.public), anchors)
+    assert (caught.value.number, caught.value.kind) == (0, "log started")
 
 
 def late_answer(folder: Path) -> tuple[Path, Path]:

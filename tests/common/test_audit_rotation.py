@@ -95,6 +95,20 @@ def test_a_log_over_its_limit_goes_on_in_a_new_file_and_stays_one_chain(log):
         assert first["before"] == before["hash"]
 
 
+def test_a_log_that_its_writer_rotates_while_it_is_read_is_read_whole(log, monkeypatch):
+    writer, parts, read = AuditLog(log, OWN, rotate_bytes=SMALL), len(files(log)), Path.read_bytes
+
+    def late(path: Path) -> bytes:
+        while len(files(log)) == parts:  # after the look into the folder, before the first byte is read
+            writer.append("late")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    found = verify(log, OWN.public)
+    assert found[-1].hash == writer.head
+    assert [event.number for event in found] == list(range(len(found)))
+
+
 def test_a_rotated_log_is_opened_again_and_goes_on(log):
     head = verify(log)[-1].hash
     again = AuditLog(log, OWN, rotate_bytes=SMALL)
@@ -486,6 +500,16 @@ def test_a_key_cannot_be_brought_in_without_its_owner(tmp_path):
         AuditLog(path, OWN).append(KEY, public_key=new.public, proof=proof)
         for key in (new.public, None):
             assert fault(path, key) == ("foreign key", path.name, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [("plan received", {"proof": ""}), (KEY, {"of": {"proof": ""}})],
+    ids=["no hand-over", "no proof"],
+)
+def test_a_stranger_who_writes_the_expected_key_down_is_not_taken_for_its_owner(tmp_path, kind, facts):
+    AuditLog(tmp_path / "north.jsonl", Signer.temporary()).append(kind, public_key=OWN.public, **facts)
+    assert fault(tmp_path / "north.jsonl") == ("foreign key", "north.jsonl", 0)
 
 
 def test_the_coordinator_may_note_a_sites_new_key_without_giving_its_log_away(tmp_path):

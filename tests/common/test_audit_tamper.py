@@ -200,6 +200,37 @@ def test_the_first_event_that_remembers_a_head_bounds_all_that_stood_before_it(t
     assert (caught.value.fault, caught.value.number) == ("time contradicted", 0)
 
 
+def test_a_coordinator_whose_time_is_before_a_head_that_it_holds_is_named(tmp_path):
+    pair(tmp_path, server=Clock(timedelta(hours=-1)))
+    server, north = (verify(tmp_path / f"{side}.jsonl", SIGNERS[side].public) for side in ("server", "north"))
+    with pytest.raises(AuditError, match="was written after event 0 of the other side") as caught:
+        verify_against(server, north)
+    assert (caught.value.fault, caught.value.number) == ("time contradicted", 1)
+
+
+@pytest.mark.parametrize("late", ["an older head", "a head of nobody", "no head"])
+def test_a_head_that_is_remembered_late_loosens_no_bound(tmp_path, late):
+    # North remembers what the server wrote at 13:00, so 12:52 is 8 minutes too early, whatever it remembers then. Its
+    # owner signed that time: it is 4 minutes before the event ahead of it, which its own chain allows.
+    noon = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    hers, his = (iter([noon + timedelta(minutes=at) for at in minutes]) for minutes in ((0, 0, 60), (0, 56, 56)))
+    server = AuditLog(tmp_path / "server.jsonl", SIGNERS["server"], clock=lambda: next(hers))
+    north = AuditLog(tmp_path / "north.jsonl", SIGNERS["north"], clock=lambda: next(his))
+    first = server.append("sites present", heads={"north": north.head})
+    north.append("plan received", server_head=server.append("round aggregated"))
+    heads: dict[str, object] = {"an older head": first, "a head of nobody": "f" * 64, "no head": ["f"]}
+    north.append("plan received", server_head=heads[late])
+    path = tmp_path / "north.jsonl"
+
+    def dated(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*events[:2], events[2] | {"time": events[2]["time"].replace("12:56", "12:52")}]
+
+    path.write_bytes(b"".join(resigned(path.read_bytes().splitlines(keepends=True), "north", dated)))
+    with pytest.raises(AuditError, match="was written after event 2 of the other side") as caught:
+        verify_against(verify(path, SIGNERS["north"].public), verify(tmp_path / "server.jsonl"), name="north")
+    assert (caught.value.fault, caught.value.number) == ("time contradicted", 2)
+
+
 @pytest.mark.parametrize("side", ["server", "north"])
 @pytest.mark.parametrize("year", ["0001", "9999"])
 def test_a_time_at_an_end_of_the_calendar_is_a_bad_event_and_no_traceback(tmp_path, side, year, capsys):
