@@ -143,6 +143,12 @@ def rewritten(path: Path, number: int, signer: Signer | None, **changes) -> None
     path.write_bytes(b"".join(rows))
 
 
+@pytest.mark.parametrize("change", [{"time": 5}, {"time": None}, {"kind": 5}], ids=str)
+def test_a_signed_field_that_is_no_text_is_a_bad_event(log, change):
+    rewritten(log, 2, KEY, **change)
+    assert first_bad(log) == 2
+
+
 def test_new_facts_with_new_hashes_but_no_key_are_named(log):
     rewritten(log, 2, None, facts={"round": 99})
     assert first_bad(log) == 2
