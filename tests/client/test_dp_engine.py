@@ -275,6 +275,23 @@ def test_the_physical_batch_changes_memory_and_not_the_result(fast: bool) -> Non
 
 
 @pytest.mark.parametrize("fast", [True, False])
+def test_no_more_records_than_the_physical_batch_are_taken_at_once_and_no_patient_is_split(fast: bool) -> None:
+    taken: list[int] = []
+
+    def noted(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        taken.append(len(y))
+        return cross_entropy(y, t)
+
+    for views, physical, chunks in ((2, 5, [4, 4, 4]), (2, 12, [12]), (3, 2, [3, 3, 3, 3])):
+        private = engine(small(), loss=noted, views=views, physical_batch=physical, fast=fast)
+        private.tested_with(*batch(12))
+        taken.clear()
+        private.step(*batch(12))
+        # torch.func sees one patient's records at a time, once for each chunk
+        assert taken == (chunks if fast else [views] * len(chunks))
+
+
+@pytest.mark.parametrize("fast", [True, False])
 def test_the_views_of_a_patient_are_averaged_before_the_clip(fast: bool) -> None:
     # gradients of w * x: patient one has (3 + 5) / 2 = 4, clipped to 1; patient two (1 - 0.6) / 2 = 0.2
     model = nn.Linear(1, 1, bias=False)
@@ -374,6 +391,22 @@ def test_a_batch_norm_that_would_mix_patients_is_refused_by_name(norm: nn.Module
         engine(model)
 
 
+def test_a_batch_norm_of_which_a_part_is_trained_is_not_taken_for_a_frozen_one() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.weight.requires_grad_(False)
+    with pytest.raises(PrivacyError, match="'1' is a batch norm"):
+        engine(nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3)))
+
+
+def test_an_instance_norm_that_keeps_statistics_is_refused_by_name_unless_they_are_fixed() -> None:
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(PrivacyError, match="'1' keeps running statistics of its patients"):
+        engine(model)
+    norm.eval()
+    engine(model).step(*batch(4))
+
+
 def test_a_batch_norm_put_back_into_training_later_is_refused_too() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
     private = engine(model)
@@ -446,6 +479,15 @@ def test_the_comparison_runs_once_for_each_kind_of_model_and_again_for_another_o
         with pytest.raises(PrivacyError, match="differ by"):
             engine(Mixing()).step(x, target)
     assert seen[5:] == ["Mixing", "Mixing"]
+
+
+def test_the_self_test_leaves_gradients_as_they_were_and_needs_a_record() -> None:
+    model, (x, target) = small(), batch(4)
+    private = engine(model, noise_multiplier=1.0)
+    with pytest.raises(PrivacyError, match="the self-test needs a record"):
+        private.self_test(x[:0], target[:0])
+    private.self_test(x, target)
+    assert gradients(model) == []
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 0, 1]])
@@ -599,6 +641,22 @@ def test_a_record_with_a_gradient_that_is_not_finite_contributes_exactly_zero(po
     assert all((gradient == 0).all() for gradient in gradients(lonely))
 
 
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("method", ["norms", "gram"])
+def test_a_patient_who_is_not_finite_is_in_no_sum_that_is_formed_after_the_norms(
+    method: str, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = method if views == 1 else "norms"  # a Gram matrix is of one view alone
+    monkeypatch.setattr(layers, "convolution_method", lambda *_, **__: given)
+    x, target = batch(6)
+    x[2] = math.nan
+    sums, norms = bookkeeping.clipped_sum(small(), cross_entropy, x, target, 0.01, views)
+    assert norms.isfinite().tolist() == [patient != 2 // views for patient in range(6 // views)]
+    rest = [record for record in range(6) if record // views != 2 // views]
+    expected, _ = loop(small(), cross_entropy, x[rest], target[rest], 0.01, views)
+    assert distance(sums, expected) < 1e-4
+
+
 @pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 5, 4, 3)])
 def test_group_norm_is_booked_for_any_number_of_axes(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
@@ -698,6 +756,17 @@ def test_a_parameter_that_neither_way_can_take_is_refused_by_name() -> None:
         engine(Deciding()).step(*batch(4))
 
 
+def test_an_error_that_is_not_for_want_of_a_rule_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model, fast, error in ((small(), False, ValueError("odd")), (Twice(), True, torch.OutOfMemoryError("full"))):
+
+        def fails(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(dp_engine, "vectorised", fails)
+        with pytest.raises(type(error), match=str(error)):
+            engine(model, fast=fast).step(*batch(4))
+
+
 class TimeFirst(nn.Module):
     """Puts the records on the second axis: eight steps of B records, as recurrent code does."""
 
@@ -743,6 +812,19 @@ class Product(nn.Module):
         return self.head(y * torch.exp(self.gain)).mean(1)  # type: ignore[no-any-return]
 
 
+class Halves(nn.Module):
+    """A parameter that is cut into two tensors, which are put together again in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.head = nn.Parameter(torch.randn(6, 8)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        upper, lower = self.whole.chunk(2)
+        y = torch.tanh(F.linear(x[:, 0], torch.cat([lower, upper])))
+        return self.head(4 * y).mean(1)  # type: ignore[no-any-return]
+
+
 def timm_layer(name: str) -> nn.Module:
     from common.timm_shim import ensure_light_timm
 
@@ -771,8 +853,9 @@ def with_head(first: nn.Module) -> nn.Module:
         lambda: with_head(timm_layer("StdConv2d")),
         lambda: with_head(timm_layer("ScaledStdConv2d")),
         Product,
+        Halves,
     ],
-    ids=["by hand", "StdConv2d", "ScaledStdConv2d", "product"],
+    ids=["by hand", "StdConv2d", "ScaledStdConv2d", "product", "halves"],
 )
 def test_a_weight_that_is_made_of_parameters_alone_is_booked_and_right(
     make: Callable[[], nn.Module], views: int, kept: bool, monkeypatch: pytest.MonkeyPatch
@@ -887,10 +970,22 @@ LOW = [
     lambda: nn.Sequential(nn.Flatten(2), nn.Linear(64, 8), nn.LayerNorm(8), nn.GELU(), nn.Flatten(), nn.Linear(8, 3)),
     lambda: with_head(Standardised(1, 4, 3)),
     lambda: build(recipe("monai", "vit", (8, 8))),
+    Product,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit"])
+def test_in_bfloat16_the_loss_is_of_float32() -> None:
+    seen: list[torch.dtype] = []
+
+    def noted(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(y.dtype)
+        return cross_entropy(y, t)
+
+    bookkeeping.clipped_sum(small(), noted, *batch(4), 1.0, low=torch.bfloat16)
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit", "product"])
 def test_in_bfloat16_the_bound_holds_in_float32(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make()
@@ -905,7 +1000,7 @@ def test_in_bfloat16_the_bound_holds_in_float32(make: Callable[[], nn.Module]) -
         assert {total.dtype for total in sums} == {torch.float32}
 
 
-@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit"])
+@pytest.mark.parametrize("make", LOW, ids=["convolutions", "linear", "standardised", "vit", "product"])
 def test_in_bfloat16_norms_and_sums_are_those_of_the_same_numbers_in_float64(
     make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,15 @@ def test_the_state_of_os_noise_holds_far_more_than_the_32_bits_that_a_seed_gives
     assert sum(drawn) == 4 * 624
 
 
+def test_a_torch_that_keeps_its_state_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if what is written to the state changed nothing: the words that a seed of 0 gives are those that are drawn.
+    state = torch.Generator().manual_seed(0).get_state().numpy()[24 : 24 + 8 * 624]
+    same = state.view("<u8").astype("<u4").tobytes()
+    monkeypatch.setattr("client.dp.noise.os.urandom", lambda size: same[:size])
+    with pytest.raises(PrivacyError, match="the noise would be guessable"):
+        os_noise().normal(torch.empty(1))
+
+
 def test_the_keystream_is_that_of_rfc_8439() -> None:
     # RFC 8439, appendix A.1, test vector 1: key, nonce and counter zero
     expected = "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
@@ -126,6 +135,7 @@ def test_rate_one_draws_everyone_and_rate_zero_nobody() -> None:
         (500, 32, 20, 0.064, 313),  # 20 * 15.625 = 312.5, up
         (30, 10, 3, 1 / 3, 9),  # no step too many through rounding
         (10, 32, 2, 1.0, 2),  # a small site takes everyone
+        (1, 32, 2, 1.0, 2),
         (1000, 10, 0.001, 0.01, 1),
     ],
 )
@@ -141,12 +151,14 @@ def test_no_patients_and_a_delta_of_one_in_the_patients_are_refused() -> None:
     with pytest.raises(PrivacyError, match="no training patients"):
         sampling(0, 32, 1)
     check_delta(1e-3, 500)
-    with pytest.raises(PrivacyError, match="delta"):
-        check_delta(1e-3, 1000)
+    for delta, patients in ((1e-3, 1000), (1.0, 0), (0.0, 500), (-1e-3, 500)):
+        with pytest.raises(PrivacyError, match="delta"):
+            check_delta(delta, patients)
 
 
-def test_the_last_number_of_the_grid_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_numbers_of_the_grid_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = keystream_noise()
-    for value in (0.0, 1 - 2.0**-53):
+    for value, share in ((0.0, 2.0**-54), (1 - 2.0**-53, 1 - 2.0**-53)):
         monkeypatch.setattr(type(noise), "uniform", lambda self, count, value=value: np.full(count, value))
-        assert torch.isfinite(noise.normal(torch.empty(3, dtype=torch.float64))).all()
+        found = noise.normal(torch.empty(3, dtype=torch.float64)).numpy()
+        assert found == pytest.approx(stats.norm.ppf(share))  # -8.3 and 8.2
