@@ -305,7 +305,7 @@ def test_a_coordinators_log_cut_or_written_anew_by_its_own_key_is_found_by_the_s
     assert (caught.value.number, caught.value.kind) == (2, None)
     server.write_bytes(whole)
     rewritten(server, 1, KEY, facts={"heads": {}})
-    with pytest.raises(AuditError, match=r"event 1 of the other side .* \(kind: log started\)$") as caught:
+    with pytest.raises(AuditError, match=r"event 1 of .* written anew from here on \(kind: log started\)$") as caught:
         verify_against(verify(server, KEY.public), anchors)
     assert (caught.value.number, caught.value.kind) == (0, "log started")
 
