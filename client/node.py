@@ -191,6 +191,7 @@ class _Node:
             self._hear()
             if (keys := self._fingerprint()) != self._keys:
                 self._keys = keys
+                warned = -_DAY_S
                 self._say("Keys or certificates have changed; starting again with the new ones", "")
                 for name in self._children_of:
                     self._launch(name)

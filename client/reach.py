@@ -20,6 +20,7 @@ from client.machine import Line
 from common.chain import TOLERANCE_S
 from common.deployment import SiteConfig, SiteHome
 from common.errors import ConfigError
+from common.identity import AUTHORITY_ENDS, expiring
 
 _CONNECT_S, _PROBE_S = 10.0, 2.0
 _CLOCK_WARN_S = 30.0
@@ -72,6 +73,8 @@ def gateway(home: SiteHome) -> Iterator[Line]:
                 f"look whether {datetime.now(UTC):%Y-%m-%d %H:%M} UTC is right, and set this machine's clock; else ask "
                 "the coordinator, who renews it with `fedicom provision rotate gateway`"
             )
+            if ended := expiring(home.ca, 0, then=AUTHORITY_ENDS):  # then a new one of the gateway's would not help
+                fix = f"{fix}. {ended}"
         elif error.verify_code in _NAMES:
             fix = f"gateway in site.yaml is {config.gateway}: ask the coordinator for the name that it is reached by"
         yield Line(

@@ -21,7 +21,7 @@ from common.composition import config_root
 from common.config import validate_json
 from common.deployment import ServerHome, SiteConfig, SiteHome, policy_names
 from common.errors import ConfigError, FedicomError
-from common.identity import AUTHORITY_ENDS, NodeKey, Signer, expiring, node_signed_by, signed_by
+from common.identity import AUTHORITY_ENDS, Certificate, NodeKey, Signer, expiring, node_signed_by, signed_by
 from common.journal import SharedLog
 from common.printable import number_of
 from common.registry import COORDINATOR, Name, PublicKey, Registry, Time, parse_registry
@@ -203,6 +203,7 @@ def install_kit(
             done.append(f"authority {manifest.authority}{told}")
         elif _read(home.ca) != files.get("trust/ca.crt"):
             kits.put({path: files[path] for path in ("trust/ca.crt",) if path in files}, home.path)
+            done.append(f"ca.crt of the authority is in use; it runs out on {Certificate.load(home.ca).ends:%Y-%m-%d}")
         _take_registry(home, files[kits.REGISTRY], registry)
         done.append(f"registry of version {registry.version}, {number_of(len(registry.members), 'site')}")
         done += _take_keys(home, files, signer, node)

@@ -233,7 +233,7 @@ class Certificate:
             raise ConfigError(f"{name} holds no certificate in PEM form; take it from the kit again") from None
 
 
-AUTHORITY_ENDS = "no command renews it: before that the federation is provisioned anew"
+AUTHORITY_ENDS = "the coordinator renews it with `fedicom provision rotate authority` and sends each site a kit to join"
 """What `expiring` says of an authority's own certificate."""
 
 

@@ -43,24 +43,21 @@ class CertificateAuthority:
         Raises:
             ConfigError: A host is neither a DNS name nor an IP address.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("Fedicom authority", federation)
-        now = datetime.now(UTC).replace(microsecond=0)
         names = _general_names((*hosts, *LOOPBACK))
         permitted: list[x509.GeneralName] = [
             x509.IPAddress(ipaddress.ip_network(entry.value)) if isinstance(entry, x509.IPAddress) else entry
             for entry in names
         ]
-        builder = (
-            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-            .not_valid_before(now - _CLOCKS_DIFFER)
-            .not_valid_after(now + timedelta(days=_AUTHORITY_DAYS))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(authority=True), critical=True)
-            .add_extension(x509.NameConstraints(permitted, None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        )
-        return cls(key, builder.sign(key, hashes.SHA256()))
+        key = ec.generate_private_key(ec.SECP256R1())
+        return cls(key, _of_itself(key, _name("Fedicom authority", federation), x509.NameConstraints(permitted, None)))
+
+    def renewed(self) -> CertificateAuthority:
+        """The same authority, key, name and permitted hosts, for ten years from now.
+
+        What it signed before holds against the new certificate, and what it signs from now on against the old one
+        while that lasts: a chain is built by name and key.
+        """
+        return CertificateAuthority(self._key, _of_itself(self._key, self._certificate.subject, self._constraints))
 
     @classmethod
     def load(cls, key: bytes, certificate: bytes) -> CertificateAuthority:
@@ -99,7 +96,9 @@ class CertificateAuthority:
         now = datetime.now(UTC).replace(microsecond=0)
         ends = min(now + timedelta(days=days), self._certificate.not_valid_after_utc)
         if ends <= now:
-            raise ConfigError("the authority's certificate has run out; provision the federation anew")
+            raise ConfigError(
+                "the authority's certificate has run out; `fedicom provision rotate authority` renews it, and this one"
+            )
         builder = (
             x509.CertificateBuilder(
                 self._certificate.subject, _name(subject, federation), key.public_key(), x509.random_serial_number()
@@ -115,9 +114,12 @@ class CertificateAuthority:
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM), _key_pem(key)
 
+    @property
+    def _constraints(self) -> x509.NameConstraints:
+        return self._certificate.extensions.get_extension_for_class(x509.NameConstraints).value
+
     def _permits(self, names: Sequence[x509.GeneralName]) -> None:
-        constraints = self._certificate.extensions.get_extension_for_class(x509.NameConstraints).value
-        permitted = constraints.permitted_subtrees or []
+        permitted = self._constraints.permitted_subtrees or []
         domains = [entry.value for entry in permitted if isinstance(entry, x509.DNSName)]
         networks = [entry.value for entry in permitted if isinstance(entry, x509.IPAddress)]
         for name in names:
@@ -130,6 +132,21 @@ class CertificateAuthority:
                     f"{name.value} is none of the hosts that this federation's authority may sign for "
                     f"({', '.join(map(str, (*domains, *networks)))}); they are fixed when a federation is provisioned"
                 )
+
+
+def _of_itself(key: ec.EllipticCurvePrivateKey, name: x509.Name, constraints: x509.NameConstraints) -> x509.Certificate:
+    """An authority's own certificate."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    builder = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - _CLOCKS_DIFFER)
+        .not_valid_after(now + timedelta(days=_AUTHORITY_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(authority=True), critical=True)
+        .add_extension(constraints, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return builder.sign(key, hashes.SHA256())
 
 
 def _general_names(hosts: Sequence[str]) -> list[x509.GeneralName]:

@@ -30,6 +30,7 @@ from server.tokens import new_token
 
 AUTHORITY, GATEWAY = "authority", "gateway"
 
+_NO_FILES: Files = {}
 _Sealing = Callable[[str], Secret]
 """Kit name -> what seals it."""
 
@@ -156,14 +157,14 @@ def rotate(
     passphrase: Secret | bytes | None = None,
     by: str = "",
 ) -> tuple[str, ...]:
-    """New keys for a site, for the `coordinator`, or a new certificate for the `gateway`.
+    """New keys for a site or the `coordinator`; new certificates for the `gateway`, or the `authority` and the gateway.
 
     Old signing keys stay in the registry as retired: what they signed can still be verified, and they open nothing.
     The certificate follows `authority/federation.yaml`, which may be edited before.
 
     Args:
         public: As in `add`.
-        out: As in `add`; the kit is called `<name>-<version of the registry>`.
+        out: As in `add`; a kit is called `<name>-<version of the registry>`.
 
     Returns:
         What to give to whom, a sentence each.
@@ -174,6 +175,8 @@ def rotate(
     """
     with _Authority.opened(authority) as house:
         sealing = _sealing(authority, encrypt, passphrase)
+        if name == AUTHORITY:
+            return house.renew_authority(out, sealing, by)
         if name == GATEWAY:
             return house.renew_gateway(out, sealing, by)
         if name == COORDINATOR:
@@ -267,14 +270,27 @@ class _Authority:
         plain |= {"version": registry.version + 1, "issued": now()}
         return validate_json(Registry, json.dumps(plain))
 
-    def commit(self, registry: Registry, plan: FederationPlan, action: str, by: str, **facts: str) -> None:
-        """Log first, registry last: a registry without its event cannot be."""
+    def commit(
+        self,
+        registry: Registry,
+        plan: FederationPlan,
+        action: str,
+        by: str,
+        files: Files = _NO_FILES,
+        /,
+        **facts: str,
+    ) -> None:
+        """Log first, registry last: a registry without its event cannot be.
+
+        Args:
+            files: Of the authority's folder, to be replaced.
+        """
         AuditLog(self.path / "audit.jsonl", self.signer).append(
             "operator action", who=by or login(), action=action, version=registry.version, **facts
         )
         if plan != self.plan:
             put({"federation.yaml": _plan_yaml(plan)}, self.path)
-        put({"registry.json": registry.signed(self.signer)}, self.path)
+        put({**files, "registry.json": registry.signed(self.signer)}, self.path)
 
     def enrol(
         self,
@@ -338,9 +354,34 @@ class _Authority:
         new = self.changed(self.registry)
         what = "new certificates"
         where = self._for_coordinator(what, files, new, "certificates renewed", out, sealing, by)
-        return (
+        told = [
             f"{where} to the coordinator: `fedicom provision install KIT --home DIR`, then a restart",
             "the sites have nothing to do: they trust the authority, not the certificate",
+        ]
+        # No certificate outlives the authority's: this one would be shorter than planned.
+        soon = expiring(self.path / "ca.crt", self.plan.valid_days, then=AUTHORITY_ENDS)
+        return (*told, soon) if soon else tuple(told)
+
+    def renew_authority(self, out: Path | None, sealing: _Sealing | None, by: str) -> tuple[str, ...]:
+        old, ca = Certificate.load(self.path / "ca.crt"), self.ca().renewed()
+        new, pem = self.changed(self.registry), ca.certificate_pem
+        takes = {COORDINATOR: "fedicom provision install KIT", **dict.fromkeys(new.members, "fedicom site join KIT")}
+        folder = (out if out is not None else self.path.parent) / f"certificates-{new.version}"
+        with new_folder(folder) as part:
+            for owner, verb in takes.items():
+                what = "a new certificate of the authority"
+                files: Files = join_files(self.plan.name, owner, what, verb, self.signer.public)
+                if owner == COORDINATOR:  # what it has ends with the old one
+                    files = {**files, **certificates(self.plan, ca)}
+                kit = signed_kit({**files, "trust/ca.crt": pem}, new, owner, new.issued, self.signer)
+                _hand_out(f"{owner}-{new.version}", kit, part, sealing)
+            done, fingerprint = "authority's certificate renewed", Certificate.parse(pem).fingerprint
+            self.commit(new, self.plan, done, by, {"ca.crt": pem}, ca=fingerprint)
+        return (
+            f"{folder}: {COORDINATOR}-{new.version} to the coordinator: `fedicom provision install KIT --home DIR`, "
+            "then a restart; the gateway's certificate is renewed with it",
+            "the kit of each site to that site, nothing in it is secret: `fedicom site join KIT`",
+            f"in any order, before {old.ends:%Y-%m-%d %H:%M} UTC; a site without its kit cannot connect from then on",
         )
 
     def ca(self) -> CertificateAuthority:

@@ -16,7 +16,8 @@ _EPILOG = """verbs:
   fedicom provision --example                          print a federation.yaml to edit
   fedicom provision add SITE [--public FILE]           a new site; with --public, under keys that it made itself
   fedicom provision revoke SITE --why TEXT             end a site's membership
-  fedicom provision rotate WHO [--public FILE]         new keys for a site, the coordinator or the gateway
+  fedicom provision rotate WHO [--public FILE]         new keys for a site or the coordinator; new certificates for
+                                                       the gateway, or the authority itself
   fedicom provision list                               who takes part, and what runs out
 on the coordinator's server:
   fedicom provision registry FILE --home DIR           take a newer registry
@@ -73,9 +74,11 @@ def _add(words: Sequence[str]) -> int:
 
 def _rotate(words: Sequence[str]) -> int:
     parser = _in_authority(
-        "rotate", "New keys for a site or the coordinator, or a new certificate for the gateway. Old keys are retired."
+        "rotate",
+        "New keys for a site or the coordinator, which retires the old ones; new certificates for the gateway; or a "
+        "new certificate for the authority itself, under the key that it has, with a kit for everybody.",
     )
-    parser.add_argument("who", metavar="WHO", help="a site's name, coordinator, or gateway")
+    parser.add_argument("who", metavar="WHO", help="a site's name, coordinator, gateway, or authority")
     _kit(parser)
     arguments = parser.parse_args(words)
     from server.provision import rotate

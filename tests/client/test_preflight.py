@@ -400,6 +400,19 @@ def test_a_certificate_that_ran_out_or_is_of_another_name_accuses_nobody(
     assert "somebody" not in line.fix
 
 
+def test_when_the_authority_itself_ran_out_its_kit_is_asked_for(
+    house: House, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.certificates import CertificateAuthority
+
+    monkeypatch.setattr("server.certificates._AUTHORITY_DAYS", -1 / 48)  # half an hour ago
+    key, certificate = ((house.kits / "authority" / name).read_bytes() for name in ("ca.key", "ca.crt"))
+    house.home.ca.write_bytes(CertificateAuthority.load(key, certificate).renewed().certificate_pem)
+    lines = run(house, images=False)
+    for what in ("certificates", "gateway"):
+        assert "`fedicom provision rotate authority`" in one(lines, what, "FAIL").fix
+
+
 def test_an_older_tls_fails(house: House, peer: Callable[..., Peer]) -> None:
     peer(newest=False)
     assert "no TLS 1.3" in one(run(house, images=False), "gateway", "FAIL").says

@@ -646,6 +646,87 @@ def test_a_new_certificate_follows_the_plan_within_what_the_authority_may_sign(k
     assert registry(kits / "authority").version == 2
 
 
+def test_a_renewed_authority_and_its_old_certificate_both_hold_with_old_and_new_gateways(kits):
+    authority, server, north = kits / "authority", ServerHome(kits / "coordinator"), SiteHome(kits / "north")
+    before = contents(kits / "south") | {"keys": (authority / "ca.key").read_bytes()}
+    old = [(server.gateway_certificate, server.gateway_key), (server.superlink_certificate, server.superlink_key)]
+    said = "\n".join(rotate(authority, "authority", by="eve"))
+    assert {path.name for path in (kits / "certificates-2").iterdir()} == {"coordinator-2", "north-2", "south-2"}
+    assert "fedicom site join" in said
+    new = [kits / f"certificates-2/coordinator-2/keys/{name}" for name in ("gateway", "superlink")]
+    for ca in (kits / "south/trust/ca.crt", kits / "certificates-2/north-2/trust/ca.crt"):
+        for host, (certificate, key), renewed in zip((HOST, "127.0.0.1"), old, new, strict=True):
+            assert handshake(certificate, key, ca, host) == "TLSv1.3"
+            assert handshake(renewed.with_suffix(".crt"), renewed.with_suffix(".key"), ca, host) == "TLSv1.3"
+    assert "ca.crt of the authority is in use" in " ".join(
+        install_kit(north, read_folder(kits / "certificates-2/north-2"))
+    )
+    install_kit(server, read_folder(kits / "certificates-2/coordinator-2"))
+    assert check_kit(north.path) == check_kit(server.path) == ()
+    assert handshake(server.gateway_certificate, server.gateway_key, north.ca, HOST) == "TLSv1.3"
+    assert Certificate.load(north.ca).ends > datetime.now(UTC) + timedelta(days=3649)
+    assert Certificate.load(north.ca).fingerprint != Certificate.load(kits / "south/trust/ca.crt").fingerprint
+    # No other key has changed, and who has not joined yet has lost nothing.
+    assert contents(kits / "south") | {"keys": (authority / "ca.key").read_bytes()} == before
+    assert registry(authority).members == read_registry(kits / "south/trust/registry.json", north.authority).members
+    event = verify(authority / "audit.jsonl")[-1]
+    assert event.facts["action"] == "authority's certificate renewed"
+    assert event.facts["ca"] == Certificate.load(north.ca).fingerprint
+    add(authority, "west")
+    assert (kits / "west/trust/ca.crt").read_bytes() == north.ca.read_bytes()
+
+
+def test_a_site_gets_nothing_secret_with_a_renewed_authority_and_sealed_kits_open(kits, tmp_path):
+    rotate(kits / "authority", "authority")
+    assert files(kits / "certificates-2/north-2") == TRUST
+    assert secrets_of(kits / "certificates-2/south-2") == []
+    rotate(kits / "authority", "authority", encrypt=True, out=tmp_path / "sent")
+    words = (kits / "authority/passphrases/north-3.passphrase").read_bytes().strip()
+    sealed = kit.read_sealed(tmp_path / "sent/certificates-3/north-3.kit", Secret.passphrase(words))
+    install_kit(SiteHome(kits / "north"), sealed)
+    assert check_kit(kits / "north") == ()
+
+
+def test_after_the_authoritys_certificate_ran_out_its_renewal_brings_everybody_back(kits, monkeypatch):
+    authority, server, north = kits / "authority", ServerHome(kits / "coordinator"), SiteHome(kits / "north")
+    with monkeypatch.context() as patch:
+        patch.setattr("server.certificates._AUTHORITY_DAYS", -1 / 48)  # it ended half an hour ago
+        key, certificate = ((authority / name).read_bytes() for name in ("ca.key", "ca.crt"))
+        ended = CertificateAuthority.load(key, certificate).renewed().certificate_pem
+    for place in (authority / "ca.crt", server.ca, north.ca):
+        place.write_bytes(ended)
+    assert "ca.crt ran out" in provisioning.members(authority)[-1]
+    with pytest.raises(ConfigError, match="`fedicom provision rotate authority` renews it"):
+        rotate(authority, "gateway")
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        handshake(server.gateway_certificate, server.gateway_key, north.ca, HOST)
+    rotate(authority, "authority")
+    install_kit(server, read_folder(kits / "certificates-2/coordinator-2"))
+    with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
+        handshake(server.gateway_certificate, server.gateway_key, north.ca, HOST)
+    install_kit(north, read_folder(kits / "certificates-2/north-2"))
+    assert handshake(server.gateway_certificate, server.gateway_key, north.ca, HOST) == "TLSv1.3"
+    assert warnings(server) == warnings(north) == ()
+
+
+def test_a_renewed_authority_may_sign_for_the_hosts_of_before_and_no_others(kits):
+    rotate(kits / "authority", "authority")
+    plan = kits / "authority/federation.yaml"
+    plan.write_text(plan.read_text().replace(f"host: {HOST}", "host: other.example.org"))
+    for what in ("gateway", "authority"):
+        with pytest.raises(ConfigError, match=r"other.example.org is none of the hosts"):
+            rotate(kits / "authority", what)
+    assert registry(kits / "authority").version == 2
+    assert {path.name for path in kits.iterdir() if path.name.startswith("cert")} == {"certificates-2"}
+
+
+def test_a_new_gateway_that_the_authoritys_end_cuts_short_says_so(kits, monkeypatch):
+    assert len(rotate(kits / "authority", "gateway")) == 2
+    monkeypatch.setattr("server.certificates._AUTHORITY_DAYS", 396)
+    rotate(kits / "authority", "authority")
+    assert "`fedicom provision rotate authority`" in rotate(kits / "authority", "gateway")[-1]
+
+
 def test_a_kit_for_somebody_else_or_from_another_authority_is_not_put_in(kits, made):
     rotate(kits / "authority", "north")
     rotate(kits / "authority", "coordinator")
@@ -959,12 +1040,12 @@ def test_what_runs_out_within_thirty_days_is_warned_about(made, tmp_path):
     assert expiring(made / "authority/ca.crt", 3651)
 
 
-def test_what_runs_out_is_told_with_what_renews_it_and_of_an_authority_that_nothing_does(made):
+def test_what_runs_out_is_told_with_what_renews_it(made):
     authority, gateway, superlink = warnings(ServerHome(made / "coordinator"), days=3651)
     assert "provision rotate gateway" in gateway
     assert "provision rotate gateway" in superlink
     assert authority.startswith("ca.crt runs out on")
-    assert authority.endswith("no command renews it: before that the federation is provisioned anew")
+    assert "; the coordinator renews it with `fedicom provision rotate authority`" in authority
     assert warnings(SiteHome(made / "north"), days=3651) == (authority,)
 
 
@@ -992,6 +1073,8 @@ def test_the_command_makes_a_federation_from_its_own_example_and_says_nothing_se
     home = out / "coordinator"
     said += run(capsys, "registry", out / "authority/registry.json", "--home", home)
     said += run(capsys, "install", out / "coordinator-5", "--home", home)
+    said += run(capsys, "rotate", "authority", "--authority", out / "authority")
+    said += run(capsys, "install", out / "certificates-6/coordinator-6", "--home", home)
     said += run(capsys, "token", "bob", "--role", "operator", "--home", home)
     said += run(capsys, "token", "bob", "--role", "operator", "--home", home, "--remove")
     said += run(capsys, "key", home / "checkpoint.key")
