@@ -30,6 +30,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from common import blobs
+from common.chain import TOLERANCE_S
 from common.deployment import Host, Port
 from common.errors import ConfigError, FedicomError
 from common.registry import PublicKey, read_registry
@@ -65,7 +66,6 @@ RESPONSE_HEADERS = (
 """All that reaches a node of a response's headers."""
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-_CLOCK_S = 600.0  # coarser than the SuperLink's own check: bounds how long a signature that was overheard is good
 _BUCKETS = 10_000
 
 Seconds = Annotated[float, Gt(0)]
@@ -208,7 +208,7 @@ def holds_key(header: str, timestamp: bytes, signature: bytes, blob: tuple[str, 
     """
     try:
         age_s = (datetime.now(UTC) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
-        if abs(age_s) > _CLOCK_S:
+        if abs(age_s) > TOLERANCE_S:
             return False
         signed = blobs.signed_request(*blob, timestamp.decode("ascii")) if blob else timestamp
         _public_key(header).verify(b64decode(signature, validate=True), signed, ec.ECDSA(hashes.SHA256()))

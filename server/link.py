@@ -72,6 +72,7 @@ from flwr.superlink.grid import HttpGrid
 from common import inline
 from common.bell import Bell
 from common.blobs import PIECE_BYTES
+from common.chain import TOLERANCE_S
 from common.deployment import ServerHome
 from common.errors import ExchangeError, FedicomError, StorageError
 from common.registry import Registry
@@ -558,13 +559,17 @@ def main() -> None:
     """Runs Flower's SuperLink in this process, with the options of `flower-superlink`, behind its key.
 
     There each call passes nine layers, and writes to the database what has expired. Here it passes the layers of its
-    own API, what has expired is looked for once a second, and small objects go with their message.
+    own API, what has expired is looked for once a second, and small objects go with their message. A node's clock may
+    be ahead by as much as behind.
     """
     extensions: Any = importlib.import_module("flwr.superlink.extensions")
     program: Any = importlib.import_module("flwr.superlink.cli.flower_superlink")
     layers: Any = importlib.import_module("flwr.superlink.main")
     state: Any = importlib.import_module("flwr.supercore.corestate.sql_corestate").SqlCoreState
     middleware: Any = importlib.import_module("starlette.middleware").Middleware
+    clocks: Any = importlib.import_module("flwr.superlink.routers.fleet.node_auth")
+    # As wrong as gateway, logs and preflight let a clock be; Flower itself takes 5 s ahead, and 305 s behind.
+    clocks.SYSTEM_TIME_TOLERANCE, clocks.TIMESTAMP_TOLERANCE = TOLERANCE_S, 5.0
     key = key_of(Path(sys.argv[sys.argv.index(_KEY_OPTION) + 1]))
     extensions.get_middleware = lambda: (middleware(Locked, key=key),)  # the outermost: nothing is read before it
     stack = layers._get_middleware

@@ -5,6 +5,7 @@ The gateway is left out; everything else is as deployed. A toy node stands for t
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, ObjectUnavailableError
 from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -36,12 +40,13 @@ from common.config import Federation, Recipe
 from common.deployment import FederationPlan, ServerHome, SiteHome
 from common.errors import ExchangeError
 from common.exchange import Question, Refusal, RoundPlan, Update
-from common.identity import Signer
+from common.identity import NodeKey, Signer
 from common.registry import read_registry
 from common.supervise import Child, Supervisor
 from common.weights import Weights
 from server import link
 from server.app import FlowerTransport
+from server.gateway_rules import flower_header
 from server.link_layers import KEY_HEADER
 from server.provision import provision, revoke
 from simulations.rehearsal import edit
@@ -341,6 +346,25 @@ def test_who_may_connect_is_what_the_registry_says_and_a_revoked_node_is_shut_ou
     finally:
         running.supervisor.stop("node-west")
         running.supervisor.stop("runner-west")
+
+
+@pytest.mark.parametrize(("off_s", "status"), [(0, 200), (240, 200), (-240, 200), (330, 401), (-330, 401)])
+def test_the_superlink_takes_a_clock_that_is_five_minutes_ahead_as_one_that_is_behind(running, off_s, status):
+    """As the gateway, the logs and `fedicom site preflight` do; Flower itself would take five seconds ahead."""
+    home = running.sites["north"]
+    wanted = NodeKey.load(home.node_key)
+    (node,) = (node for node, key in link.online(running.server, running.port).items() if key == wanted.public)
+    at = (datetime.now(UTC) + timedelta(seconds=off_s)).isoformat()
+    headers = {
+        "flwr-public-key": flower_header(wanted.public),
+        "flwr-timestamp": at,
+        "flwr-signature": base64.b64encode(bytes.fromhex(wanted.sign(at.encode()))).decode(),
+        "content-type": "application/protobuf",
+    }
+    beat = SendNodeHeartbeatRequest(node=Node(node_id=node), heartbeat_interval=30.0).SerializeToString()
+    with httpx.Client(verify=ssl.create_default_context(cafile=str(home.ca))) as client:
+        url = f"https://127.0.0.1:{running.port}/v1/fleet/send-node-heartbeat"
+        assert client.post(url, headers=headers, content=beat).status_code == status
 
 
 def send(
