@@ -46,6 +46,7 @@ _BLOCK_BYTES = 1 << 20
 _SENT_BYTES = 1 << 18
 """Of a body that is handed to the system at a time, and that may wait there unsent: a piece takes longer than a call
 may stand still where the line is slow, or is shared by many sites."""
+_ANY_CALL = "/v1/fleet/get-run"
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -156,9 +157,24 @@ class Remote:
             answer.close()
         return found[0], found[1]
 
-    def _signed(self, method: str, path: str) -> dict[str, str]:
+    def behind(self) -> int:
+        """What the SuperLink behind the gateway answers to a call of Flower's that names no node, and changes nothing.
+
+        Raises:
+            LostError: There was no answer.
+        """
+        try:
+            answer = self._answer("POST", _ANY_CALL, self._signed())
+        except HTTPError as error:
+            raise LostError(f"the gateway did not answer for the SuperLink ({type(error).__name__})") from None
+        answer.close()
+        return answer.status
+
+    def _signed(self, method: str = "", path: str = "") -> dict[str, str]:
+        """Headers of a request for weights, or, without a path, of one of Flower's calls."""
         timestamp = datetime.now(UTC).isoformat()
-        signature = self._key.sign(signed_request(method, path, timestamp), ec.ECDSA(hashes.SHA256()))
+        data = signed_request(method, path, timestamp) if path else timestamp.encode()
+        signature = self._key.sign(data, ec.ECDSA(hashes.SHA256()))
         return {
             "flwr-public-key": self._public,
             "flwr-timestamp": timestamp,

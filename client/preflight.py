@@ -1,23 +1,22 @@
 """`fedicom site preflight`: what may keep this node from working, one line each, with what to do about it.
 
 Nothing is changed but the cache of prepared images, and nothing is sent but empty requests to the gateway: without
-credentials, which it must refuse, and one that this node signs.
+credentials, which it must refuse, and some that this node signs.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
+from client.access import access
 from client.approvals import Approval, Approvals
-from client.blobs import LostError, Remote
 from client.budget import trouble
 from client.ledger import Ledger
 from client.machine import Level, Line, disk, gpu, packages, user
 from client.policy import ledger_policy, objections
-from client.reach import REFUSALS, elsewhere, gateway
+from client.reach import elsewhere
 from common import kit
 from common.chain import TOLERANCE_S, parts, verify
 from common.deployment import QualityGate, SiteConfig, SiteHome
@@ -61,7 +60,7 @@ def preflight(
         ("approval", lambda: _approvals(home)),
         ("budget", lambda: _budget(home)),
         ("images", lambda: _images(home, images, progress)),
-        ("gateway", lambda: _gateway(home)),
+        ("gateway", lambda: access(home)),
     ]
     if probe:
         checks.append(("elsewhere", lambda: elsewhere(home.config, others)))
@@ -300,45 +299,3 @@ def _quality(home: SiteHome, gate: QualityGate, recipe: str) -> Iterator[Line]:
     else:
         says = f"{recipe}: the newest report is about these images, and keeps the limits"
         yield Line(level="ok", what="quality", says=says)
-
-
-# The coordinator
-
-
-def _gateway(home: SiteHome) -> Iterator[Line]:
-    reached = True
-    for line in gateway(home):
-        reached = reached and line.level != "FAIL"
-        yield line
-    if reached:
-        yield _member(home)
-
-
-def _member(home: SiteHome) -> Line:
-    """Whether the coordinator knows this node's key; the certificate alone says nothing about that."""
-    try:
-        stranger, node = Remote(home, threading.Event()).statuses()
-    except LostError as error:
-        return Line(
-            level="FAIL", what="key", says=str(error),
-            fix="run preflight again; if it stays so, ask the people of the network, or of the proxy",
-        )  # fmt: skip
-    if node in REFUSALS:
-        return Line(
-            level="FAIL", what="key",
-            says=f"the gateway refuses this node's key ({node}, expected 404): the site was revoked, another kit has "
-            "taken this one's place, or the clock is wrong",
-            fix="set the clock if it is told above; else ask the coordinator for this site's newest kit, and "
-            "`fedicom site join` it",
-        )  # fmt: skip
-    if node != 404:
-        return Line(
-            level="warn", what="key", says=f"could not be tried: the gateway answered {node}, expected 404",
-            fix="ask the coordinator whether the server runs, and run preflight again",
-        )  # fmt: skip
-    if stranger not in REFUSALS:
-        return Line(
-            level="warn", what="key", says=f"could not be tried: the gateway answers a stranger as it does members "
-            f"({stranger})", fix="look at `fedicom site status` whether the coordinator is reached",
-        )  # fmt: skip
-    return Line(level="ok", what="key", says="the coordinator knows this node's key")

@@ -31,6 +31,8 @@ _NAMES = (62, 64)
 _ROUTE = "/v1/fleet/pull-messages"
 REFUSALS = (401, 403, 429)
 """What the gateway answers those whose key it does not know."""
+NOTHING_BEHIND = (502, 503, 504)
+"""What a gateway answers that has no SuperLink to ask."""
 _OTHER_PORTS = (22, 80, 443, 8000, 8080, 9091, 9092, 9093)
 """Of the gateway's host: shells, web servers, and Flower's own ports."""
 _OTHER_HOSTS = (("1.1.1.1", 443), ("8.8.8.8", 53), ("9.9.9.9", 853))
@@ -108,7 +110,7 @@ def gateway(home: SiteHome) -> Iterator[Line]:
 def _refusal(status: int) -> Line:
     if status in REFUSALS:
         return Line(level="ok", what="gateway", says=f"refuses a stranger ({status})")
-    if status in (502, 503, 504):
+    if status in NOTHING_BEHIND:
         return Line(
             level="warn", what="gateway", says=f"is there, but nothing behind it ({status})",
             fix="ask the coordinator whether the server runs; the node waits for it",

@@ -75,18 +75,20 @@ def gateway(house: House) -> Iterator[Gateway]:
 class Peer:
     """A server with the kit's certificate, or a proxy without one, that gives a fixed answer."""
 
-    def __init__(self, house: House, answer: str, *, tls: bool = True, newest: bool = True) -> None:
+    def __init__(
+        self, house: House, answer: str, *, tls: bool = True, newest: bool = True, name: str = "gateway"
+    ) -> None:
         keys = house.kits / "coordinator" / "keys"
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if tls else None
         if self._context is not None:
-            self._context.load_cert_chain(keys / "gateway.crt", keys / "gateway.key")
+            self._context.load_cert_chain(keys / f"{name}.crt", keys / f"{name}.key")
             if not newest:
                 self._context.maximum_version = ssl.TLSVersion.TLSv1_2
         self._answer, self.heard, self.forward_to = answer, list[bytes](), 0
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
-        if tls:
+        if tls and name == "gateway":
             house.configure(gateway=f"127.0.0.1:{self.port}")
 
     def _serve(self) -> None:
@@ -153,7 +155,7 @@ def test_a_whole_site_at_a_running_gateway_has_no_failure(
     assert [line for line in lines if line.level == "FAIL"] == []
     assert {line.what for line in lines} == {
         "user", "configuration", "kit", "certificates", "keys", "packages", "GPU", "disk", "log", "approval", "budget",
-        "images", "DNS", "gateway", "clock", "key",
+        "images", "DNS", "gateway", "clock", "key", "coordinator",
     }  # fmt: skip
     said = [line.says for line in of(lines, "gateway")]
     assert said == [
@@ -614,13 +616,38 @@ def test_a_node_whose_key_the_coordinator_does_not_take_fails(
 def test_a_gateway_that_cannot_tell_whether_it_knows_the_key_is_no_pass(
     house: House, peer: Callable[..., Peer], monkeypatch: pytest.MonkeyPatch, status: int, level: str, says: str
 ) -> None:
-    from client import preflight as room
+    from client import access
 
-    monkeypatch.setattr(room, "gateway", lambda home: iter(()))
+    monkeypatch.setattr(access, "gateway", lambda home: iter(()))
     peer(f"HTTP/1.1 {status} \r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
     (line,) = of(run(house, images=False), "key")
     assert line.level == level
     assert says in line.says
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "not the SuperLink behind it (502)"),  # nobody listens there
+        ("", "not the SuperLink behind it (502)"),  # it breaks off
+        ("HTTP/1.1 401 \r\nContent-Length: 0\r\n\r\n", None),  # as Flower's own does, for no node is named
+    ],
+)
+def test_a_superlink_that_is_away_behind_a_gateway_that_answers_is_told(
+    house: House, peer: Callable[..., Peer], answer: str | None, says: str | None
+) -> None:
+    superlink = peer(answer, name="superlink") if answer is not None else None
+    with embedded(house, upstream_port=superlink.port if superlink else free_port()):
+        lines = run(house, images=False)
+    assert one(lines, "key", "ok")
+    if says:
+        line = one(lines, "coordinator", "warn")
+        assert says in line.says
+        assert "`fedicom server status`" in line.fix
+    else:
+        assert of(lines, "coordinator") == []
+    if superlink:
+        assert superlink.heard[0].startswith(b"POST /v1/fleet/get-run ")
 
 
 def test_an_answer_that_is_no_http_is_an_error(house: House, peer: Callable[..., Peer]) -> None:
