@@ -306,8 +306,8 @@ def status_verb(words: Sequence[str]) -> int:
     """`fedicom site status`: exit 1 when no node runs or it cannot work."""
     parser = _parser(
         "status",
-        "Show what the node does now and what it did last. Exit code 0 while the node runs, 1 when it does not or "
-        "cannot work: good for monitoring.",
+        "Show what the node does now and what it did last. Exit code 0 while the node runs, 1 when it does not, "
+        "cannot work, or is not taken by the coordinator: good for monitoring.",
     )
     parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="the same for programs")
@@ -327,7 +327,7 @@ def status_verb(words: Sequence[str]) -> int:
         print(json.dumps(status, indent=1))  # noqa: T201
     else:
         console.print(status_shown(status))
-    return 0 if status["state"] not in ("stopped", "failed", "silent") else 1
+    return 0 if status["state"] not in ("stopped", "failed", "silent", "refused") else 1
 
 
 def _status(home: SiteHome) -> dict[str, Any]:

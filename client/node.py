@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
-from client.machine import Card, cards, connected
+from client.access import MEMBER, failure
+from client.machine import Card, Line, cards, connected
 from client.reach import proxy_address, proxy_of, split_address
 from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
@@ -43,6 +44,8 @@ _AGAIN_S = 600.0
 _CARDS_S = 10.0
 _AWAY_S = 45.0
 """Without a connection for so long, the gateway counts as away; in a long visit the SuperNode calls every 30 s."""
+_DOUBT_S = 30.0
+"""Between two questions to the gateway what is wrong, while there is no connection or the SuperNode ends."""
 _LOOK_S = 5.0
 """So long a connection that was seen is not looked for again: the system walks all of its connections each time."""
 
@@ -173,6 +176,9 @@ class _Node:
         self._status: dict[str, Any] = {}
         self._metrics: Callable[[], None] = lambda: None
         self._warnings: tuple[str, ...] = ()
+        self._doubt, self._doubted = False, -_DOUBT_S
+        self._asking: Thread | None = None
+        self._failure: Line | None = None
 
     def run(self, stop: Event) -> None:
         config, home = self._config, self._home
@@ -195,6 +201,7 @@ class _Node:
                 self._say("Keys or certificates have changed; starting again with the new ones", "")
                 for name in self._children_of:
                     self._launch(name)
+            self._ask()
             self._tell()
             if stop.wait(_POLL_S):
                 return
@@ -223,6 +230,7 @@ class _Node:
             if not what.startswith("ended"):
                 continue
             again = again or name == RUNNER
+            self._doubt = self._doubt or name == SUPERNODE
             now = time.monotonic()
             if now >= self._silent_until.get(name, 0.0):
                 self._silent_until[name] = now + _AGAIN_S
@@ -230,6 +238,19 @@ class _Node:
         if again and SUPERNODE in self._children_of:
             # What it waits for died with the runner: see `client/link.py`.
             self._launch(SUPERNODE)
+
+    def _ask(self) -> None:
+        """Has the gateway asked what is wrong, where something seems to be; an answer may take a minute."""
+        now = time.monotonic()
+        if self._doubt and now - self._doubted >= _DOUBT_S and not (self._asking and self._asking.is_alive()):
+            self._doubt, self._doubted = False, now
+            self._asking = Thread(target=self._learn, name="asks the gateway", daemon=True)
+            self._asking.start()
+
+    def _learn(self) -> None:
+
+        self._failure = failure(self._home)
+        self._doubt = self._doubt or self._failure is not None
 
     # What is shown
 
@@ -239,13 +260,19 @@ class _Node:
         state = report.pop("state", "starting")
         if children.get(RUNNER) is None and state != "failed":
             state = "restarting"
+        connected, failed = self._connected(children.get(SUPERNODE)), self._failure
+        self._doubt = self._doubt or connected is False
+        if failed is not None:
+            connected = False  # a refusal is an open connection as well
+            state = "refused" if failed.what in MEMBER and state != "failed" else state
         status = {
             **report,
             "site": self._config.site,
             "federation": self._config.federation,
             "gateway": self._config.gateway,
             "state": state,
-            "connected": self._connected(children.get(SUPERNODE)),
+            "connected": connected,
+            "trouble": f"{failed.what}: {failed.says}; {failed.fix}" if failed is not None else None,
             "pid": os.getpid(),
             "children": children,
             "started": self._started,
@@ -330,6 +357,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
             yield f"Connected to {now.get('gateway')}", ""
         elif before:
             yield f"No connection to {now.get('gateway')}; trying until there is one", "yellow"
+    if now.get("trouble") and not before.get("trouble"):
+        yield str(now["trouble"]), "yellow"
     recipe = now.get("recipe") or {}
     doing = (now.get("doing"), now.get("round"), recipe.get("id"))
     if doing != (before.get("doing"), before.get("round"), (before.get("recipe") or {}).get("id")):

@@ -20,6 +20,7 @@ _STATES = {
     "waiting": "waiting for Flower's SuperNode on this machine",
     "ready": "ready, waiting for the coordinator",
     "working": "working",
+    "refused": "the coordinator does not take this node",
     "restarting": "its runner is being started again",
     "failed": "cannot work",
     "silent": "runs, but has written no status for long: is the disk full? Else it hangs; start it anew",
@@ -37,7 +38,7 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
         table.add_row(name, Text(printable(str(value)), style))
 
     state = str(status.get("state"))
-    bad = state in ("failed", "stopped", "silent", "restarting")
+    bad = state in ("failed", "stopped", "silent", "restarting", "refused")
     row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
     row("state", _STATES.get(state, state), "yellow" if bad else "green")
     if status.get("connected") is not None and state not in ("stopped", "silent"):
@@ -48,6 +49,8 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
         )
     if status.get("error") and state in ("failed", "restarting"):
         row("why", status["error"], "yellow")
+    if status.get("trouble") and state not in ("stopped", "silent"):
+        row("trouble", status["trouble"], "yellow")
     recipe, doing = status.get("recipe"), status.get("doing")
     if recipe:
         row("recipe", f"{recipe['name']} ({recipe['id'][:12]})")

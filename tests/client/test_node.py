@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from client import node as module
 from client.machine import Card, connected
@@ -24,6 +25,7 @@ from common.deployment import SiteHome, read_status
 from common.errors import ConfigError, StorageError
 from common.prometheus import exposition
 from common.supervise import Child, free_port
+from server.gateway_rules import RegistryKeys
 from tests.client.conftest import House
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -104,6 +106,46 @@ def test_a_runner_that_is_killed_is_started_again_and_the_supernode_with_it(node
     # What the SuperNode waits for died with the runner.
     assert running_node.child(SUPERNODE, but=supernode) != supernode
     assert not alive(supernode)
+
+
+def test_a_node_that_the_coordinator_does_not_take_says_so_and_why_until_it_does(
+    node: Callable[..., Running],
+    house: House,
+    wait: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Flower's SuperNode ends when it is refused, again and again, and says nothing of the reason."""
+    from dataclasses import replace
+
+    from client.words import status_shown
+    from common.identity import Signer
+    from tests.client.test_preflight import embedded
+
+    monkeypatch.setattr(module, "_DOUBT_S", 0.5)
+    first, newer = house.home.registry_file.read_bytes(), tmp_path / "registry.json"
+    old, authority = house.home.registry, Signer.load(house.kits / "authority" / "authority.key")
+    gone = replace(old.sites["north"], revoked=old.issued, why="left")
+    replace(old, version=2, sites={**old.sites, "north": gone}).write(newer, authority)
+    ends = [sys.executable, "-c", "pass"]
+    children = {**DUMMIES, SUPERNODE: lambda home, port: Child(name=SUPERNODE, command=ends)}
+
+    def status(refused: bool) -> dict[str, Any] | None:
+        found = read_status(house.home.status_file) or {}
+        return found if bool(found.get("trouble")) == refused and "trouble" in found else None
+
+    with embedded(house, registry=newer) as gateway:
+        running_node = node(children=children)
+        found = wait(lambda: status(True), "the refusal")
+        assert (found["state"], found["connected"]) == ("refused", False)
+        assert found["trouble"].startswith("key: the gateway refuses this node's key (401")
+        wait(lambda: "ask the coordinator for this site's newest kit" in running_node.told or None, "the line")
+        console = Console(record=True, width=200)
+        console.print(status_shown(found))
+        assert "the coordinator does not take this node" in console.export_text()
+        newer.write_bytes(first)
+        gateway._allowed = RegistryKeys(newer, house.home.authority)  # type: ignore[assignment]
+        assert wait(lambda: status(False), "the end of the refusal")["state"] != "refused"
 
 
 def test_keys_that_were_exchanged_start_both_again(node: Callable[..., Running], house: House) -> None:
