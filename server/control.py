@@ -20,10 +20,9 @@ from typing import Any
 
 from common.config import validate_json
 from common.deployment import ServerConfig, ServerHome
-from common.enrolment import warnings
 from common.errors import ConfigError, ExchangeError, FedicomError, StorageError
 from common.exchange import NAME_PATTERN
-from common.identity import Signer, expiring
+from common.identity import Signer
 from common.installed import code_hashes
 from common.journal import SharedLog
 from common.registry import Registry, parse_registry, read_registry
@@ -32,6 +31,7 @@ from common.storage import full, held_alone, private_folder, storing, to_system,
 from common.supervise import Child, Supervisor, free_port
 from server.blobs import clear
 from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
+from server.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -175,8 +175,7 @@ class Control:
         """Changes of a status that a full disk did not take."""
         self._seen = _Seen()
         self._supervisor = Supervisor(private_folder(home.run / "logs"), self._event)
-        self._warnings: tuple[str, ...] = ()
-        self._expired: Mapping[str, str] = {}
+        self._watch = Watch(home)
         self._warned_at = -_WARNINGS_S
         self._written = b""
 
@@ -260,8 +259,8 @@ class Control:
                     Run(self.home, name).settle(**changes)
                     del self._untold[name]
         if time.monotonic() - self._warned_at >= _WARNINGS_S:
-            self._warned_at, self._warnings = time.monotonic(), warnings(self.home)
-            self._expired = _expired(self.home)
+            self._warned_at = time.monotonic()
+            self._watch.look()
         self._write_status()
 
     def _event(self, name: str, what: str) -> None:
@@ -296,12 +295,12 @@ class Control:
             "updated": utc_now(),
             "port": self.config.port,
             "children": children,
-            "down": {**self._expired, **down},
+            "down": {**self._watch.expired, **down},
             "registry": {"version": registry.version, "sites": list(registry.members)} if registry else None,
             "online": [] if silent else list(seen.online),
             "silent": silent,
             "trouble": seen.trouble,
-            "warnings": list(self._warnings),
+            "warnings": list(self._watch.warnings),
             "active": active,
         }
 
@@ -569,16 +568,6 @@ def changes(old: Registry | None, new: Registry) -> Iterator[tuple[str, dict[str
             yield "key rotated", {"site": name, "which": which, "public_key": after[name].signing}
     if old.coordinator != new.coordinator:
         yield "key rotated", {"site": "coordinator", "which": ["signing"], "public_key": new.coordinator}
-
-
-def _expired(home: ServerHome) -> dict[str, str]:
-    """Processes whose certificate opens nothing any more, or not yet, and why."""
-    found = {}
-    for name, path in (("gateway", home.gateway_certificate), ("superlink", home.superlink_certificate)):
-        with suppress(FedicomError):  # a file that cannot be read is in the warnings
-            if sentence := expiring(path, days=0):
-                found[name] = sentence
-    return found
 
 
 @contextmanager

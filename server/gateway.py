@@ -63,11 +63,11 @@ from server.gateway_rules import (
     GatewayStats,
     RegistryKeys,
     flower_header,
-    holds_key,
     less,
     network,
     server_tls,
     stamp,
+    unlike,
     upstream_tls,
 )
 from server.runs import utc_now
@@ -439,8 +439,8 @@ class _Conversation(Beside):
         if site is None:
             raise Refused(401, "unknown key" if key else "no key")
         signed = (method, target) if entry.route in (PATH, BELL_PATH) else None
-        if not holds_key(key, fields.get(TIMESTAMP, b""), fields.get(SIGNATURE, b""), signed):
-            raise Refused(401, "signature")
+        if wrong := unlike(key, fields.get(TIMESTAMP, b""), fields.get(SIGNATURE, b""), signed):
+            raise Refused(401, wrong)
         entry.site = site
         if not self._gateway.node_requests.take(key):
             raise Refused(503, "requests of the node")

@@ -65,6 +65,9 @@ RESPONSE_HEADERS = (
 )
 """All that reaches a node of a response's headers."""
 
+CLOCK = "clock"
+"""Why a request was refused that a member has signed at another time than this machine's."""
+
 _STRICT = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 _BUCKETS = 10_000
 
@@ -200,21 +203,21 @@ class RegistryKeys:
         return {flower_header(member.node): name for name, member in registry.members.items()}
 
 
-def holds_key(header: str, timestamp: bytes, signature: bytes, blob: tuple[str, str] | None = None) -> bool:
-    """Whether the peer has signed with this key lately: the public key alone is known to every site.
+def unlike(header: str, timestamp: bytes, signature: bytes, blob: tuple[str, str] | None = None) -> str:
+    """What speaks against a peer that names this key: "signature" or "clock"; empty when it has signed with it lately.
+
+    The public key alone is known to every site. Of the clock only who holds the key is believed.
 
     Args:
         blob: Method and path of a request for weights, which the signature must be over as well.
     """
     try:
         age_s = (datetime.now(UTC) - datetime.fromisoformat(timestamp.decode("ascii"))).total_seconds()
-        if abs(age_s) > TOLERANCE_S:
-            return False
         signed = blobs.signed_request(*blob, timestamp.decode("ascii")) if blob else timestamp
         _public_key(header).verify(b64decode(signature, validate=True), signed, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError, TypeError, OverflowError):
-        return False
-    return True
+        return "signature"
+    return CLOCK if abs(age_s) > TOLERANCE_S else ""
 
 
 @lru_cache(maxsize=4096)

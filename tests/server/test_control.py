@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -658,6 +659,20 @@ def test_a_certificate_that_ran_out_is_a_way_in_that_is_down_until_a_newer_one_i
     assert "gateway.crt ran out on" in running.control.status["down"]["gateway"]
     home.gateway_certificate.write_bytes(whole)
     running.until(lambda: not running.control.status["down"])
+
+
+def test_members_that_are_refused_for_their_clock_are_a_warning_for_as_long_as_they_are(running, monkeypatch):
+    monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
+    stats = running.house.home.gateway_stats
+    for count in range(1, 1000):
+        stats.write_text(json.dumps({"refused": {"clock": count, "signature": 7}}))
+        if found := running.control.status["warnings"]:
+            break
+        time.sleep(0.02)
+    (warning,) = found
+    assert "signed more than 5 minutes before or after 20" in warning
+    assert "set this machine's clock; else a site's is wrong" in warning
+    running.until(lambda: not running.control.status["warnings"])
 
 
 def test_who_was_connected_two_minutes_before_the_superlink_fell_silent_counts_as_away(running, monkeypatch):
