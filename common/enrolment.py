@@ -353,7 +353,9 @@ def _take_keys(home: SiteHome | ServerHome, files: kits.Files, signer: Signer, n
         if (home.path / path).exists() and not path.endswith((".crt", "gateway.key", "superlink.key")):
             continue
         kits.put({path: data}, home.path)
-        done.append(f"{path.removeprefix('keys/')} is in use; restart what runs in this home")
+        tls = path.endswith((".crt", "gateway.key", "superlink.key"))
+        then = "what runs takes it up within a minute" if tls else "restart what runs in this home"
+        done.append(f"{path.removeprefix('keys/')} is in use; {then}")
     return done
 
 

@@ -261,6 +261,11 @@ class Control:
         if time.monotonic() - self._warned_at >= _WARNINGS_S:
             self._warned_at = time.monotonic()
             self._watch.look()
+            for name in self._watch.renewed():
+                # As after a crash: sites wait and come back, and runs ask again what was lost with it.
+                log.info("%s starts anew with the new certificate", name)
+                self._supervisor.stop(name, _GRACE_S[name])
+                self._supervisor.start(getattr(self._parts, name)(self.home, self.superlink_port))
         self._write_status()
 
     def _event(self, name: str, what: str) -> None:

@@ -355,7 +355,7 @@ class _Authority:
         what = "new certificates"
         where = self._for_coordinator(what, files, new, "certificates renewed", out, sealing, by)
         told = [
-            f"{where} to the coordinator: `fedicom provision install KIT --home DIR`, then a restart",
+            f"{where} to the coordinator: `fedicom provision install KIT --home DIR`; it takes effect within a minute",
             "the sites have nothing to do: they trust the authority, not the certificate",
         ]
         # No certificate outlives the authority's: this one would be shorter than planned.
@@ -378,8 +378,8 @@ class _Authority:
             done, fingerprint = "authority's certificate renewed", Certificate.parse(pem).fingerprint
             self.commit(new, self.plan, done, by, {"ca.crt": pem}, ca=fingerprint)
         return (
-            f"{folder}: {COORDINATOR}-{new.version} to the coordinator: `fedicom provision install KIT --home DIR`, "
-            "then a restart; the gateway's certificate is renewed with it",
+            f"{folder}: {COORDINATOR}-{new.version} to the coordinator: `fedicom provision install KIT --home DIR`; "
+            "it takes effect within a minute, and the gateway's certificate is renewed with it",
             "the kit of each site to that site, nothing in it is secret: `fedicom site join KIT`",
             f"in any order, before {old.ends:%Y-%m-%d %H:%M} UTC; a site without its kit cannot connect from then on",
         )

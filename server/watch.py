@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -10,7 +11,7 @@ from common.deployment import ServerHome, read_status
 from common.enrolment import warnings
 from common.errors import FedicomError
 from common.identity import expiring
-from server.gateway_rules import CLOCK
+from server.gateway_rules import CLOCK, stamp
 from server.runs import utc_now
 
 
@@ -25,11 +26,32 @@ class Watch:
         """Processes whose certificate opens nothing any more, or not yet, and why."""
         self._refused = 0
         """Requests that the gateway has refused for their clock."""
+        self._clocks()  # what an earlier gateway has counted is over
+        # The gateway takes up a new pair of its own by itself.
+        self._files = {
+            "superlink": (home.superlink_certificate, home.superlink_key, home.ca),
+            "gateway": (home.ca,),
+        }
+        self._in_use = {name: [stamp(path) for path in paths] for name, paths in self._files.items()}
 
     def look(self) -> None:
         """Reads certificates and the gateway's counters."""
         self.warnings = (*warnings(self._home), *self._clocks())
         self.expired = self._expired()
+
+    def renewed(self) -> tuple[str, ...]:
+        """Processes with an older certificate than the folder has, each told once; none while a pair is half there."""
+        home, now = self._home, {name: [stamp(path) for path in paths] for name, paths in self._files.items()}
+        found = tuple(name for name in now if now[name] != self._in_use[name])
+        if found:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            try:
+                context.load_cert_chain(home.superlink_certificate, home.superlink_key, password="")  # asks nobody
+                context.load_verify_locations(home.ca)
+            except OSError:  # ssl.SSLError as well: what runs goes on with what it has
+                return ()
+            self._in_use = now
+        return found
 
     def _expired(self) -> dict[str, str]:
         found = {}

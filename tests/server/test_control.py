@@ -661,6 +661,23 @@ def test_a_certificate_that_ran_out_is_a_way_in_that_is_down_until_a_newer_one_i
     running.until(lambda: not running.control.status["down"])
 
 
+def test_a_new_certificate_is_taken_up_by_the_superlink_once_its_key_is_there_too(running, monkeypatch):
+    monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
+    home, authority = running.house.home, running.house.kits / "authority"
+    running.until(lambda: all(running.control.status["children"].values()))
+    before = running.control.status["children"]
+    ca = CertificateAuthority.load((authority / "ca.key").read_bytes(), (authority / "ca.crt").read_bytes())
+    certificate, key = ca.server("Fedicom superlink", "trial", ("localhost", "127.0.0.1"), 397)
+    home.superlink_certificate.write_bytes(certificate)
+    time.sleep(1.0)
+    assert running.control.status["children"] == before
+    home.superlink_key.write_bytes(key)
+    running.until(lambda: running.control.status["children"].get("superlink") not in (None, before["superlink"]))
+    assert running.control.status["children"]["gateway"] == before["gateway"]  # which reads its own again by itself
+    home.ca.write_bytes(ca.renewed().certificate_pem)
+    running.until(lambda: running.control.status["children"].get("gateway") not in (None, before["gateway"]))
+
+
 def test_members_that_are_refused_for_their_clock_are_a_warning_for_as_long_as_they_are(running, monkeypatch):
     monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
     stats = running.house.home.gateway_stats
