@@ -168,7 +168,9 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do():
 
 
 def test_reasons_of_refusal_in_an_alert_are_the_gateways_own():
-    gateway = "".join((ROOT / "server" / name).read_text() for name in ("gateway.py", "gateway_beside.py"))
+    gateway = "".join(
+        (ROOT / "server" / name).read_text() for name in ("gateway.py", "gateway_beside.py", "gateway_rules.py")
+    )
     (strangers,) = (rule for rule in alerts() if rule["alert"] == "GatewayRefusesStrangers")
     for why in re.search(r'why=~"([^"]+)"', strangers["expr"])[1].split("|"):
         assert f'"{why}"' in gateway, why
