@@ -493,7 +493,7 @@ def _devices(config: SiteConfig) -> tuple[torch.device, ...]:
             f"devices in site.yaml names GPU {max(config.devices)}, but torch sees {torch.cuda.device_count()}, "
             "counted from 0; name those that are there"
         )
-    return tuple(torch.device("cuda", number) for number in config.devices) or (torch.device("cuda"),)
+    return tuple(torch.device("cuda", number) for number in config.devices) or (torch.device("cuda", 0),)
 
 
 def _counted(events: tuple[Event, ...]) -> dict[str, Any]:

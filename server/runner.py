@@ -294,7 +294,8 @@ def _test_set(home: ServerHome, folder: Path, recipe: Recipe) -> Samples:
 def _device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("server.yaml: device is cuda, but torch sees no GPU; say auto or cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    seen = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if seen else torch.device("cpu")
 
 
 def _stop(number: int, frame: object) -> None:

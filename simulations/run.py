@@ -574,7 +574,8 @@ def _device(settings: Settings) -> torch.device:
     wanted = settings.simulation.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("simulation.device is cuda, but torch sees no GPU; say simulation.device=auto or cpu")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    seen = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if seen else torch.device("cpu")
 
 
 def _device_name(device: torch.device) -> str:

@@ -155,9 +155,10 @@ _ANSWERS: Mapping[str, Any] = {
     "get_device_name": "pretended GPU",
     "mem_get_info": (8 << 30, 16 << 30),
     "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed", "set_rng_state")),
-    "set_per_process_memory_fraction": None,
+    **dict.fromkeys(("_lazy_init", "synchronize", "empty_cache", "manual_seed", "set_rng_state")),
 }
+_BELOW = ("_cuda_setMemoryFraction", "_cuda_setDevice")
+"""What torch calls after its own look at what it was given."""
 
 
 @contextmanager
@@ -166,6 +167,8 @@ def pretending() -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch:
         for name, answer in _ANSWERS.items():  # a function each: torch's compiler tells them apart by what they are
             patch.setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
+        for name in _BELOW:
+            patch.setattr(torch._C, name, lambda *_: None, raising=False)
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # a moved parameter stays itself
         patch.setattr(torch.utils, "swap_tensors", _swapped)
         patch.setattr(torch, "Generator", Generator)

@@ -30,6 +30,7 @@ from common.exchange import Hello, Question, Refusal, RoundPlan, Update
 from common.models import build, get_weights
 from common.weights import Weights
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
+from tests.pretend_gpu import pretending
 
 NOISY = Privacy(mechanism="dp_sgd", noise_multiplier=1.0, delta=1e-5)
 """A fourth of an epsilon a round: the budget outlasts every test."""
@@ -442,6 +443,18 @@ def test_a_missing_gpu_and_a_missing_key_are_refusals(house: House) -> None:
     house.home.cohort_key.unlink()
     node = Node(house)
     assert "cannot read" in refused(node.hello(), "data", node)
+
+
+def test_a_node_trains_on_its_gpu_within_the_share_of_memory_that_the_site_allows(house: House) -> None:
+    shares = []
+    with pretending() as gpu, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: shares.append(given), raising=False)
+        house.configure(device="auto", policy={"gpu_memory_fraction": 0.5})
+        node = Node(house)
+        assert isinstance(node.visit(), Update)
+        assert node.resident._site is not None
+        assert node.resident._site.device == gpu
+    assert shares == [(0.5, 0)]
 
 
 # What it shows and writes down
