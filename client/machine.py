@@ -12,11 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.deployment import SiteConfig, SiteHome
+from common.errors import FedicomError
 from common.printable import number_of, printable
 from common.storage import private_folder, storing
+
+if TYPE_CHECKING:
+    import torch
 
 Level = Literal["ok", "warn", "FAIL"]
 
@@ -169,6 +173,26 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def devices_of(config: SiteConfig) -> tuple[torch.device, ...]:
+    """What this site trains on: the devices that share each batch, the first of them leads.
+
+    Raises:
+        FedicomError: There is no such GPU.
+    """
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise FedicomError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return (torch.device("cpu"),) * max(1, len(config.devices))
+    if config.devices and max(config.devices) >= torch.cuda.device_count():
+        raise FedicomError(
+            f"devices in site.yaml names GPU {max(config.devices)}, but torch sees {torch.cuda.device_count()}, "
+            "counted from 0; name those that are there"
+        )
+    return tuple(torch.device("cuda", number) for number in config.devices or (0,))
+
+
 def gpu(config: SiteConfig) -> Iterator[Line]:
     """Cards and driver, and whether torch can use them."""
     found = cards()
@@ -194,17 +218,16 @@ def gpu(config: SiteConfig) -> Iterator[Line]:
     elif config.device == "cpu":
         yield Line(level="ok", what="GPU", says="not used: device is cpu in site.yaml")
     else:
-        for number in config.devices or (0,):
-            yield _computes(number)
+        for device in devices_of(config):
+            yield _computes(device)
 
 
-def _computes(number: int) -> Line:
+def _computes(device: torch.device) -> Line:
     """Whether a GPU that torch sees does a convolution forwards and backwards; an old card may have no kernel for it,
     and a full one no room."""
     import torch
 
-    device, expected = torch.device("cuda", number), 2 * 4 * 14 * 14 * 9
-    trouble = ""
+    trouble, expected = "", 2 * 4 * 14 * 14 * 9
     try:
         weight = torch.ones(4, 1, 3, 3, device=device).requires_grad_()
         total = torch.nn.functional.conv2d(torch.ones(2, 1, 16, 16, device=device), weight).sum()
@@ -214,11 +237,11 @@ def _computes(number: int) -> Line:
     except (RuntimeError, AssertionError) as error:  # torch's own, of more than one class
         trouble = printable(str(error).partition("\n")[0])
     if not trouble:
-        return Line(level="ok", what="GPU", says=f"torch {torch.__version__} computes on GPU {number}")
+        return Line(level="ok", what="GPU", says=f"torch {torch.__version__} computes on GPU {device.index}")
     return Line(
         level="FAIL",
         what="GPU",
-        says=f"torch {torch.__version__} sees GPU {number} and cannot compute on it: {trouble}",
+        says=f"torch {torch.__version__} sees GPU {device.index} and cannot compute on it: {trouble}",
         fix="install the torch build for this card and driver, free its memory, or say device: cpu",
     )
 

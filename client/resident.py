@@ -22,6 +22,7 @@ import torch
 from client.approvals import Approval, Approvals
 from client.cohort import Cohort, site_cohort
 from client.ledger import Ledger, remembered
+from client.machine import devices_of
 from client.parallel import dismiss
 from client.policy import ledger_policy
 from client.quality.gate import QualityError, require_quality
@@ -350,7 +351,7 @@ class Resident:
                 f"the log of this site does not say that recipe {recipe.id[:12]} is approved, or says that this was "
                 "withdrawn; approve it anew"
             )
-        devices = _devices(config)
+        devices = devices_of(config)
         compute_with(config.threads)
         model = functools.cache(lambda: build(recipe))
         model()  # what cannot be built is told before hours are spent on reading
@@ -481,19 +482,6 @@ class Resident:
     def _set(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
         self._on_change(self.state)
-
-
-def _devices(config: SiteConfig) -> tuple[torch.device, ...]:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise FedicomError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return (torch.device("cpu"),) * max(1, len(config.devices))
-    if config.devices and max(config.devices) >= torch.cuda.device_count():
-        raise FedicomError(
-            f"devices in site.yaml names GPU {max(config.devices)}, but torch sees {torch.cuda.device_count()}, "
-            "counted from 0; name those that are there"
-        )
-    return tuple(torch.device("cuda", number) for number in config.devices) or (torch.device("cuda", 0),)
 
 
 def _counted(events: tuple[Event, ...]) -> dict[str, Any]:

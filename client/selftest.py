@@ -18,8 +18,9 @@ def selftest_verb(words: Sequence[str]) -> int:
     """`fedicom site selftest`: exit 1 when a test fails."""
     parser = argparse.ArgumentParser(
         prog="fedicom site selftest",
-        description="Test what would train a recipe on this machine: size and secrecy of the noise, the clip, the "
-        "draws, the account. No image is read, nothing is sent and no budget is spent. Exit code 1 when a test fails.",
+        description="Test what would train a recipe here, on the device of site.yaml: size and secrecy of the noise, "
+        "the clip, the draws, the account. No image is read, nothing is sent and no budget is spent. Exit code 1 when "
+        "a test fails.",
     )
     parser.add_argument(
         "recipe", metavar="RECIPE", help="file of `fedicom recipe sign`; or the hash of an approved one"
@@ -35,12 +36,16 @@ def selftest_verb(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(words)
     from client.cli import signed_recipe, site_home
+    from client.machine import devices_of
     from client.privacy_audit import privacy_audit
     from common.privacy_table import show_audit
 
     home = site_home(arguments.home)
     recipe = signed_recipe(home, arguments.recipe).recipe
-    found = privacy_audit(recipe, {home.config.site: arguments.patients}, canaries=arguments.canaries, steps=60)
+    found = privacy_audit(
+        recipe, {home.config.site: arguments.patients}, canaries=arguments.canaries, steps=60,
+        device=devices_of(home.config)[0],
+    )  # fmt: skip
     if arguments.out is not None:
         found.write(arguments.out)
     if arguments.json:

@@ -351,6 +351,8 @@ def test_a_gpu_that_torch_sees_and_cannot_compute_on_fails(house: House, monkeyp
             "cannot compute on it: CUDA error: no kernel image is available for execution on the device"
         )
         assert "device: cpu" in line.fix
+        house.configure(devices=[0, 1])
+        assert "names GPU 1, but torch sees 1" in one(run(house, images=False), "GPU", "FAIL").says
         house.configure(device="cpu")
         assert one(run(house, images=False), "GPU", "ok").says == "not used: device is cpu in site.yaml"
 

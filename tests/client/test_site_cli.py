@@ -29,6 +29,7 @@ from common.identity import Signer
 from common.signed import sign_recipe
 from common.storage import private_folder
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
+from tests.pretend_gpu import pretending
 
 EVENT = Event(noise_multiplier=1.0, sampling_rate=0.3, steps=4)
 
@@ -377,7 +378,9 @@ def test_start_refuses_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None
     assert "--allow-root" in site("start", code=2)
 
 
-def test_a_site_tests_its_own_mechanism(house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_site_tests_its_own_mechanism_on_its_own_device(
+    house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     signed = house.sign(recipe_of(model=ModelConfig(family="monai", name="resnet10", width=0.0625, stem="small")))
     signed.write(tmp_path / "recipe.json")
     words = ["site", "selftest", str(tmp_path / "recipe.json"), "--home", str(house.home.path), "--json"]
@@ -386,3 +389,11 @@ def test_a_site_tests_its_own_mechanism(house: House, tmp_path: Path, capsys: py
     assert plain == json.loads((tmp_path / "found.json").read_text())
     assert plain["recipe_id"] == signed.recipe.id
     assert plain["patients"] == {"north": 300}
+    assert plain["device"] == "cpu"
+    tried = []
+    monkeypatch.setattr("client.privacy_audit.self_tests", lambda *_, device, **__: tried.append(device) or ())
+    house.configure(device="auto")
+    with pretending() as gpu:  # what trains is what is tested
+        fedicom.main(words)
+    assert tried == [gpu]
+    assert json.loads(capsys.readouterr().out)["device"] == "cuda:0"
