@@ -248,7 +248,6 @@ class _Node:
             self._asking.start()
 
     def _learn(self) -> None:
-
         self._failure = failure(self._home)
         self._doubt = self._doubt or self._failure is not None
 
