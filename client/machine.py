@@ -181,16 +181,19 @@ def devices_of(config: SiteConfig) -> tuple[torch.device, ...]:
     """
     import torch
 
-    if config.device == "cuda" and not torch.cuda.is_available():
+    from common.compute import device_of
+
+    first = device_of(config.device)
+    if first is None:
         raise FedicomError("device is cuda in site.yaml, but torch sees no GPU; mend the driver, or say auto or cpu")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return (torch.device("cpu"),) * max(1, len(config.devices))
+    if first.type == "cpu":
+        return (first,) * max(1, len(config.devices))
     if config.devices and max(config.devices) >= torch.cuda.device_count():
         raise FedicomError(
             f"devices in site.yaml names GPU {max(config.devices)}, but torch sees {torch.cuda.device_count()}, "
             "counted from 0; name those that are there"
         )
-    return tuple(torch.device("cuda", number) for number in config.devices or (0,))
+    return tuple(torch.device("cuda", number) for number in config.devices) or (first,)
 
 
 def gpu(config: SiteConfig) -> Iterator[Line]:

@@ -37,6 +37,17 @@ def compute_with(threads: int | None) -> None:
             mallopt(option, value)
 
 
+def device_of(wanted: str) -> torch.device | None:
+    """What `auto`, `cuda` or `cpu` stands for here; None where a GPU is demanded and torch sees none.
+
+    A GPU has its number: torch takes one without it for most things, but not to bound its memory.
+    """
+    seen = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "cuda" and not seen:
+        return None
+    return torch.device("cuda", 0) if seen else torch.device("cpu")
+
+
 def may_fork() -> bool:
     """Whether a fork of this process can do all that it can do; ends the threads that torch computes with.
 

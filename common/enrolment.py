@@ -350,10 +350,10 @@ def _take_keys(home: SiteHome | ServerHome, files: kits.Files, signer: Signer, n
         if not path.startswith("keys/") or path in (kits.SIGNING, kits.NODE) or _read(home.path / path) == data:
             continue
         # Secrets of the house stay: with another cohort key every patient would get another split.
-        if (home.path / path).exists() and not path.endswith((".crt", "gateway.key", "superlink.key")):
+        tls = path.endswith((".crt", "gateway.key", "superlink.key"))
+        if (home.path / path).exists() and not tls:
             continue
         kits.put({path: data}, home.path)
-        tls = path.endswith((".crt", "gateway.key", "superlink.key"))
         then = "what runs takes it up within a minute" if tls else "restart what runs in this home"
         done.append(f"{path.removeprefix('keys/')} is in use; {then}")
     return done

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from common.chain import verify
+from common.compute import device_of
 from common.config import Recipe
 from common.deployment import ServerHome, read_status
 from common.errors import ConfigError, DataError, ExchangeError, FedicomError, QuorumError, StorageError
@@ -292,10 +293,10 @@ def _test_set(home: ServerHome, folder: Path, recipe: Recipe) -> Samples:
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "cuda" and not torch.cuda.is_available():
+    device = device_of(wanted)
+    if device is None:
         raise ConfigError("server.yaml: device is cuda, but torch sees no GPU; say auto or cpu")
-    seen = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", 0) if seen else torch.device("cpu")
+    return device
 
 
 def _stop(number: int, frame: object) -> None:

@@ -28,7 +28,7 @@ from client.policy import ledger_policy
 from client.secure import Sums
 from client.site import Site
 from common.audit import AuditLog
-from common.compute import compute_with
+from common.compute import compute_with, device_of
 from common.config import Recipe, Settings, as_plain, settings_from_json
 from common.deployment import Policy
 from common.errors import ConfigError, DataError
@@ -571,11 +571,10 @@ def _site_key(name: str) -> bytes:
 
 
 def _device(settings: Settings) -> torch.device:
-    wanted = settings.simulation.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+    device = device_of(settings.simulation.device)
+    if device is None:
         raise ConfigError("simulation.device is cuda, but torch sees no GPU; say simulation.device=auto or cpu")
-    seen = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", 0) if seen else torch.device("cpu")
+    return device
 
 
 def _device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 GPU = torch.device("cuda", 0)
 _MIX = ("index", "copy_", "_to_copy", "native_batch_norm", "native_batch_norm_backward")
 """Indices may be the host's, as may a number of no dimension; torch.func gives batch norms ones of its own making."""
-_SEEN_BY_THE_HOST = ("numpy", "__array__", "tolist", "data_ptr", "numpy_force")
+_SEEN_BY_THE_HOST = ("numpy", "__array__", "tolist", "data_ptr")
 
 
 class OnGpu(torch.Tensor):
@@ -51,9 +51,7 @@ class OnGpu(torch.Tensor):
         if any(leaf.dim() for leaf in strangers) and name not in _MIX:
             shapes = [(type(leaf).__name__, tuple(leaf.shape)) for leaf in tensors]
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got {shapes}")
-        generator = kwargs.get("generator")
-        if generator is not None and not isinstance(generator, Generator):
-            raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
+        _drawn_there(name, kwargs)
         held_args, held_kwargs = tree_map(lambda leaf: leaf.held if isinstance(leaf, OnGpu) else leaf, (args, kwargs))
         done = func(*held_args, **held_kwargs)
         if name == "copy_" and not isinstance(args[0], OnGpu):
@@ -76,6 +74,11 @@ class Generator(torch.Generator):
 
 
 _CpuGenerator = torch.Generator
+
+
+def _drawn_there(name: str, kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(kwargs.get("generator"), Generator | None):
+        raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
 
 
 def _there(device: Any) -> bool:
@@ -131,9 +134,7 @@ class Pretending(TorchFunctionMode):
         if device is None or not (on_gpu or _there(device)):
             return func(*args, **kwargs)
         if _there(device):
-            generator = kwargs.get("generator")
-            if generator is not None and not isinstance(generator, Generator):
-                raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
+            _drawn_there(name, kwargs)
         done = func(*args, **{**kwargs, "device": "cpu"})
         return tree_map(lambda leaf: _moved(leaf, device) if isinstance(leaf, torch.Tensor) else leaf, done)
 
