@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load_file
 
 from common.compression import Form, quantised, rounds
 from common.errors import ExchangeError
 from common.exchange import RoundPlan
 from common.storage import Flush, private_folder, storing, to_disk, write_whole
-from common.weights import Weights, room
+from common.weights import Array, Weights, room, safetensors
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ class Remainders:
         sent = quantised(whole, self._form)
         left = {name: array - sent[name] for name, array in whole.items() if rounds(array.shape)}
         path = private_folder(self._folder) / f"{plan.recipe_id[:16]}-{plan.round:06d}.safetensors"
-        write_whole(path, save(left), self._flush)
+        write_whole(path, safetensors(left), self._flush)
         self._remove(plan.recipe_id, {path} if before is None else {path, before[0]})
         return sent
 
@@ -72,17 +74,16 @@ class Remainders:
                 if path not in but:
                     path.unlink()
 
-    def _before(self, plan: RoundPlan) -> tuple[Path, Weights] | None:
+    def _before(self, plan: RoundPlan) -> tuple[Path, dict[str, Array]] | None:
         """What the newest round before this one left, and where."""
         for round_, path in sorted(self._files(plan.recipe_id), reverse=True):
             if round_ < plan.round:
-                with storing("what rounding left out"):
-                    data = path.read_bytes()
-                try:
-                    return path, Weights(load(data))
-                except (SafetensorError, ValueError):
-                    log.warning("what rounding left out of round %d cannot be read any more", round_)
-                    return None
+                with storing("what rounding left out"), suppress(SafetensorError):
+                    left = load_file(path)
+                    if all(array.dtype == np.float32 for array in left.values()):
+                        return path, left
+                log.warning("what rounding left out of round %d cannot be read any more", round_)
+                return None
         return None
 
     def _files(self, recipe_id: str) -> Iterator[tuple[int, Path]]:
@@ -91,9 +92,9 @@ class Remainders:
                 yield int(found[1]), path
 
 
-def _plus(delta: Weights, left: Weights) -> Weights:
+def _plus(delta: Weights, left: Mapping[str, Array]) -> Weights:
     """The sum where something was left; vectors have no remainder."""
-    if any(left[name].shape != delta.shapes.get(name) for name in left):
+    if any(array.shape != delta.shapes.get(name) for name, array in left.items()):
         raise ExchangeError("what rounding left out of an earlier round is of another network; remove state/remainders")
     whole, sums = room(delta.shapes)
     whole[...] = delta.whole

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,10 @@ _BLOCK = 256
 _LEAST, _MOST = -126, 121
 """Of k: 2^-126 is the least normal float32, and 127 * 2^122 none any more."""
 _LARGEST = np.float32(127 * 2.0**_MOST)
-_BFLOAT16_MOST = np.uint32(0x7F7F_0000)
+_BFLOAT16_MOST = float(np.uint32(0x7F7F_0000).view(np.float32))
 _CHUNK = 256 * _BLOCK
 """Numbers at a time, so that temporary copies stay in the cache."""
 
-N = TypeVar("N", np.float32, np.int8)
 Bytes = npt.NDArray[np.uint8]
 Shapes = Mapping[str, Sequence[int]]
 
@@ -48,6 +47,14 @@ Shapes = Mapping[str, Sequence[int]]
 def rounds(shape: Sequence[int]) -> bool:
     """Whether an array of this shape is rounded at all; vectors are not."""
     return len(shape) > 1
+
+
+class _Small(Weights):
+    """Weights that a form holds, and their bytes in it: made once, where they are rounded or read."""
+
+    __slots__ = ("data", "form")
+    data: memoryview
+    form: Form
 
 
 def quantised(weights: Weights, form: Form) -> Weights:
@@ -63,23 +70,17 @@ def quantised(weights: Weights, form: Form) -> Weights:
         return weights
     if not weights.finite:
         raise ExchangeError(f"the update holds NaN or infinity, which has no {form}; lower training.lr")
-    whole, found = room(weights.shapes)
-    for name, array in weights.items():
-        if rounds(array.shape):
-            _nearest(array.ravel(), form, found[name].reshape(-1))
-        else:
-            found[name][...] = array
-    return Weights.filled(whole, found)
+    return _small(weights, form)
 
 
 def holds(weights: Weights, form: Form) -> bool:
     """Whether every number is one that `form` holds exactly; also of infinite ones and NaN in bfloat16, as in none."""
-    if form == "none":
+    if form == "none" or (isinstance(weights, _Small) and weights.form == form):
         return True
     parts = (part for array in weights.values() if rounds(array.shape) for part in _parts(array.ravel()))
     if form == "bfloat16":
         return not any((part.view(np.uint32) & np.uint32(0xFFFF)).any() for part in parts)
-    return all(np.isfinite(part).all() and _same_bits(_rounded(part), part) for part in parts)
+    return all(np.isfinite(part).all() and _same_bits(_times(*_blocks(part), part.size), part) for part in parts)
 
 
 def nbytes(shapes: Shapes, form: Form) -> int:
@@ -88,7 +89,7 @@ def nbytes(shapes: Shapes, form: Form) -> int:
 
 
 def packed(weights: Weights, form: Form) -> memoryview:
-    """The bytes of weights that `form` holds, one array after the other; `none` copies nothing that lies so already.
+    """The bytes of weights that `form` holds, one array after the other; nothing is copied that lies so already.
 
     Raises:
         ExchangeError: `form` does not hold them: they were not quantised.
@@ -97,13 +98,13 @@ def packed(weights: Weights, form: Form) -> memoryview:
         return weights.flat
     if not holds(weights, form):
         raise ExchangeError(f"an update of float32 numbers was to be sent as {form}; quantise it first")
-    return memoryview(b"".join(_packed(array, _form_of(array.shape, form)) for array in weights.values()))
+    return (weights if isinstance(weights, _Small) else _small(weights, form)).data
 
 
 def unpacked(data: bytes | memoryview, shapes: Shapes, form: Form) -> Weights:
     """Inverse of `packed`: every string of bytes is refused but the one that `packed` gives for the result.
 
-    `none` copies nothing.
+    `none` copies nothing; the others keep `data` beside the numbers.
 
     Raises:
         ExchangeError: It has another length, or an int8 block has a q or k that `quantised` never gives.
@@ -114,13 +115,42 @@ def unpacked(data: bytes | memoryview, shapes: Shapes, form: Form) -> Weights:
     if form == "none":
         return Weights.filled(*room(shapes, np.frombuffer(data, "<f4")))
     whole, found = room(shapes)
-    raw, start = np.frombuffer(data, np.uint8), 0
-    for array in found.values():
+    for own, raw, array in _pieces(np.frombuffer(data, np.uint8), found, form):
+        _unpack(raw, own, array.reshape(-1))
+    return _known(whole, found, memoryview(data), form)
+
+
+def _small(weights: Weights, form: Form) -> _Small:
+    """Each number to the nearest of `form`, which leaves those alone that it holds, NaN and infinity among them."""
+    whole, found = room(weights.shapes)
+    data = np.empty(nbytes(weights.shapes, form), np.uint8)
+    over = math.isfinite(weights.norm) and weights.norm > _BFLOAT16_MOST  # else no number can be
+    for (own, raw, out), array in zip(_pieces(data, found, form), weights.values(), strict=True):
+        match own:
+            case "none":
+                out[...] = array
+                raw.view("<f4")[...] = array.ravel()
+            case "bfloat16":
+                _to_bfloat16(np.clip(array, -_BFLOAT16_MOST, _BFLOAT16_MOST) if over else array, out, raw.view("<u2"))
+            case "int8":
+                _to_int8(array.ravel(), out.reshape(-1), raw.view(np.int8))
+    return _known(whole, found, data.data, form)
+
+
+def _known(whole: Array, arrays: dict[str, Array], data: memoryview, form: Form) -> _Small:
+    made = _Small.filled(whole, arrays)
+    made.data, made.form = data.toreadonly(), form
+    return made
+
+
+def _pieces(data: Bytes, arrays: Mapping[str, Array], form: Form) -> Iterator[tuple[Form, Bytes, Array]]:
+    """Each array with its form and its bytes of the whole."""
+    start = 0
+    for array in arrays.values():
         own = _form_of(array.shape, form)
         end = start + _array_bytes(array.size, own)
-        _unpack(raw[start:end], own, array.reshape(-1))
+        yield own, data[start:end], array
         start = end
-    return Weights.filled(whole, found)
 
 
 def _form_of(shape: Sequence[int], form: Form) -> Form:
@@ -141,21 +171,31 @@ def _parts(flat: Array) -> Iterator[Array]:
     return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
 
 
-def _nearest(flat: Array, form: Form, out: Array) -> None:
-    start = 0
+def _to_bfloat16(array: Array, out: Array, halves: npt.NDArray[np.uint16]) -> None:
+    bits, start = np.empty(min(array.size, _CHUNK), np.uint32), 0
+    for part, to in zip(_parts(array.ravel()), _parts(out.reshape(-1)), strict=True):
+        raw, end = part.view(np.uint32), start + part.size
+        up = np.right_shift(raw, 16, out=bits[: part.size])
+        up &= np.uint32(1)  # a tie goes to the even one
+        up += np.uint32(0x7FFF)
+        up += raw
+        np.bitwise_and(up, np.uint32(0xFFFF_0000), out=to.view(np.uint32))
+        up >>= np.uint32(16)
+        halves[start:end] = up
+        start = end
+
+
+def _to_int8(flat: Array, out: Array, raw: npt.NDArray[np.int8]) -> None:
+    """All k come before all q."""
+    blocks = raw.size - flat.size
+    ks, qs, start = raw[:blocks], raw[blocks:], 0
     for part in _parts(flat):
-        out[start : start + part.size] = _bfloat16(part) if form == "bfloat16" else _rounded(part)
-        start += part.size
-
-
-def _packed(array: Array, form: Form) -> bytes | memoryview:
-    flat = array.ravel()
-    if form == "none":
-        return np.ascontiguousarray(flat, "<f4").data
-    if form == "bfloat16":
-        return np.ascontiguousarray(np.asarray(flat, "<f4").view("<u2")[1::2]).data
-    halves = [_blocks(part) for part in _parts(flat)]
-    return b"".join(half.tobytes() for side in zip(*halves, strict=True) for half in side)
+        end = start + part.size
+        k, q = _blocks(part)
+        ks[start // _BLOCK :][: k.size] = k
+        qs[start:end] = q.reshape(-1)[: part.size]
+        out[start:end] = _times(k, q, part.size)
+        start = end
 
 
 def _unpack(raw: Bytes, form: Form, out: Array) -> None:
@@ -177,32 +217,32 @@ def _unpack(raw: Bytes, form: Form, out: Array) -> None:
         np.multiply(q, _powers(k, q.size), out=out[start : start + _CHUNK])
 
 
-def _bfloat16(part: Array) -> Array:
-    bits = part.view(np.uint32)
-    up = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    size = ((bits & np.uint32(0x7FFF_FFFF)) + up) & np.uint32(0xFFFF_0000)
-    found: Array = ((bits & np.uint32(0x8000_0000)) | np.minimum(size, _BFLOAT16_MOST)).view(np.float32)
-    return found
-
-
-def _blocks(part: Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
-    """k of each block, and q of each number."""
-    fraction, exponent = np.frexp(np.minimum(_peaks(part), _LARGEST))
+def _blocks(part: Array) -> tuple[npt.NDArray[np.int32], Array]:
+    """k of each block, and how many 2^k each number is, a row a block; the last row filled up with zeros."""
+    if rest := -part.size % _BLOCK:
+        part = np.concatenate([part, np.zeros(rest, np.float32)])
+    rows = part.reshape(-1, _BLOCK)
+    peaks = np.abs(rows).max(axis=1, initial=0)
+    fraction, exponent = np.frexp(np.minimum(peaks, _LARGEST))
     k = exponent - 7 + (fraction > np.float32(127 / 128))  # 64 <= 128 * fraction < 128
     k = np.where(fraction > 0, np.maximum(k, _LEAST), _LEAST)
-    q = np.rint(np.clip(part, -_LARGEST, _LARGEST) * _powers(-k, part.size))
-    return k.astype(np.int8), q.astype(np.int8)
+    q = rows * np.ldexp(np.float32(1), -k)[:, None]
+    np.rint(q, out=q)
+    if (peaks > _LARGEST).any():
+        np.clip(q, -127, 127, out=q)
+    q += np.float32(0)  # -0.0 has no int8
+    return k, q
 
 
-def _rounded(part: Array) -> Array:
-    k, q = _blocks(part)
-    found: Array = q * _powers(k, part.size)
-    return found
+def _times(k: npt.NDArray[np.int32], q: Array, size: int) -> Array:
+    """What `_blocks` told apart, put together in the memory of `q`; exact."""
+    q *= np.ldexp(np.float32(1), k)[:, None]
+    return q.reshape(-1)[:size]
 
 
-def _peaks(part: npt.NDArray[N]) -> npt.NDArray[N]:
+def _peaks(part: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
     """Largest size in each block."""
-    found: npt.NDArray[N] = np.maximum.reduceat(np.abs(part), np.arange(0, part.size, _BLOCK))
+    found: npt.NDArray[np.int8] = np.maximum.reduceat(np.abs(part), np.arange(0, part.size, _BLOCK))
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +48,7 @@ class Weights(Mapping[str, Array]):
         self._hold(whole, held)
 
     @classmethod
-    def filled(cls, whole: Array, arrays: dict[str, Array]) -> Weights:
+    def filled(cls, whole: Array, arrays: dict[str, Array]) -> Self:
         """What `room` gave, once it is written; later writes to it are forbidden."""
         made = cls.__new__(cls)
         made._hold(whole, arrays)
@@ -174,6 +176,21 @@ def room(shapes: Mapping[str, Sequence[int]], whole: Array | None = None) -> tup
         made[name] = whole[start : start + size].reshape(shape)
         start += size
     return whole, made
+
+
+def safetensors(
+    arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes | memoryview, ...]:
+    """The parts of a safetensors file; the library's own `save` copies every number twice on its way."""
+    head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, array in arrays.items():
+        head[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    numbers = (np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data for array in arrays.values())
+    return len(text).to_bytes(8, "little"), text, *numbers
 
 
 _MAPPED = (32 << 20) // 4

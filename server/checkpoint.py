@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -16,7 +15,7 @@ from safetensors.numpy import load as load_tensors
 from common.errors import StorageError
 from common.storage import drop_unfinished, private_folder, write_whole
 from common.vault import Secret, is_sealed, seal, unseal
-from common.weights import Weights
+from common.weights import Weights, safetensors
 from server.rounds import RoundReport, ServerState
 
 KEEP = 2
@@ -51,7 +50,8 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     path = folder / f"round-{state.round:04d}.safetensors{'.sealed' if key else ''}"
     private_folder(folder)
     drop_unfinished(folder, "round-*")
-    data = _safetensors(parts, {"fedicom": text, "sha256": _sha256(text)})
+    arrays = {f"{part}/{name}": array for part, weights in parts.items() for name, array in weights.items()}
+    data = safetensors(arrays, {"fedicom": text, "sha256": _sha256(text)})
     write_whole(path, seal(b"".join(data), key) if key else data)
     # The same round may lie there in the other form, from before the key was given or taken away.
     twin = path.with_suffix("") if key else path.with_name(path.name + ".sealed")
@@ -60,21 +60,6 @@ def write(state: ServerState, folder: Path, key: Secret | None = None) -> Path:
     for old in files[: max(0, files.index(path) + 1 - KEEP)]:
         old.unlink(missing_ok=True)
     return path
-
-
-def _safetensors(parts: Mapping[str, Weights], metadata: Mapping[str, str]) -> tuple[bytes | memoryview, ...]:
-    """The parts of a safetensors file; the library's own `save` copies every number twice on its way."""
-    head: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for part, weights in parts.items():
-        for name, array in weights.items():
-            head[f"{part}/{name}"] = {
-                "dtype": "F32", "shape": list(array.shape), "data_offsets": [at, at + array.nbytes],
-            }  # fmt: skip
-            at += array.nbytes
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
-    return len(text).to_bytes(8, "little"), text, *(weights.flat for weights in parts.values())
 
 
 def exists(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from client import site as module
 from client.compression import Remainders
@@ -94,8 +94,10 @@ def test_a_file_that_does_not_hold_counts_as_none_and_one_of_another_network_is_
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-1])
     assert remainders.rounded(plan(2), change(2)) == quantised(change(2), "int8")
+    save_file({"w": np.ones((4, 300), np.int32)}, tmp_path / f"{RECIPE[:16]}-000002.safetensors")
+    assert remainders.rounded(plan(3), change(3)) == quantised(change(3), "int8")
     with pytest.raises(ExchangeError, match="of another network"):
-        remainders.rounded(plan(3), Weights({"w": np.ones((2, 2), np.float32)}))
+        remainders.rounded(plan(4), Weights({"w": np.ones((2, 2), np.float32)}))
 
 
 @pytest.mark.parametrize("feedback", [True, False])
