@@ -8,7 +8,6 @@ from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.fft import dctn
 
 Words = npt.NDArray[np.uint64]
 
@@ -41,6 +40,8 @@ def perceptual_hash(values: npt.NDArray[np.float32]) -> Words:
 
     Source: the DCT hash of Zauner 2010, with 128 coefficients, for any number of dimensions.
     """
+    from scipy.fft import dctn  # a sixth of a second, and most starts hash no image
+
     edge = _EDGE[values.ndim]
     small = shrunk(values, (edge,) * values.ndim)
     chosen = dctn(small, norm="ortho")[_lowest(values.ndim)]

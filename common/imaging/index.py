@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import highdicom
 import pydicom
 
 from common.errors import ConfigError, DataError, StorageError
@@ -452,7 +452,7 @@ def _maker() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return f"{digest.hexdigest()} pydicom {pydicom.__version__} highdicom {highdicom.__version__}"
+    return f"{digest.hexdigest()} pydicom {pydicom.__version__} highdicom {version('highdicom')}"
 
 
 class _sqlite:  # noqa: N801

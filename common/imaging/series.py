@@ -13,7 +13,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from highdicom.spatial import get_volume_positions
 from numpy.typing import NDArray
 
 from common.imaging.header import Header
@@ -260,6 +259,8 @@ def _stack(group: Sequence[Header], *, whole: bool = True, tilted: bool = False)
         )
     step = (position_N3[-1] - position_N3[0]) / (len(group) - 1)
     cosine = min(1.0, float(step @ normal / np.linalg.norm(step)))
+    from highdicom.spatial import get_volume_positions  # a quarter of a second, which a site of radiographs saves
+
     distance_mm, index = get_volume_positions(
         image_positions=position_N3.tolist(),
         image_orientation=[*columns, *rows],
