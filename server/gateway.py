@@ -27,7 +27,7 @@ import ssl
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -104,6 +104,8 @@ class Gateway:
         self.nodes: Counter[str] = Counter()
         """Connections by key."""
         self.node_requests = Buckets(limits.requests_per_s_per_node, limits.request_burst_per_node)
+        self.turns = defaultdict[bytes, asyncio.Semaphore](partial(asyncio.Semaphore, limits.requests_at_once_per_node))
+        """At the SuperLink, by key."""
         self.answers = Answers(limits.answer_bytes)
         self.refusals = Buckets(limits.refusals_per_s_per_address, limits.refusal_burst_per_address)
         self.shelf = Shelf(config.blobs) if config.blobs is not None else None
@@ -372,7 +374,8 @@ class _Conversation(Beside):
             elif entry.route == BELL_PATH:
                 await self._listen(request, entry, task)
             else:
-                await self._relay(request, fields, entry)
+                async with self._gateway.turns[fields[KEY]]:
+                    await self._relay(request, fields, entry)
                 if self._gateway.answered is not None and entry.route in ANSWERS and entry.status == 200:
                     self._gateway.answered.ring()
         except Refused as refused:

@@ -107,6 +107,8 @@ class GatewayLimits:
     connections_per_node: Count = 32
     requests_per_s_per_node: Rate = 50.0
     request_burst_per_node: Count = 200
+    requests_at_once_per_node: Count = 4
+    """At the SuperLink; more wait here, so that other nodes' come in between. The embedded gateway alone holds it."""
     answer_bytes: Count = 4 << 30
     """What a node may push through Flower from one question to the next; with `blobs: false` it has to hold an update
     a few times. Weights beside the messages have a limit of their own."""

@@ -811,6 +811,26 @@ def test_requests_beyond_a_nodes_rate_are_put_off_and_others_are_served(kind, op
     assert door.call(site="south").status_code == 200
 
 
+def test_of_one_nodes_requests_a_few_are_at_the_superlink_and_anothers_comes_in_between(open_door, upstream):
+    door = open_door("embedded", upstream.port, replace(LOOSE, requests_at_once_per_node=2))
+    upstream.hold.clear()
+    greedy = [under_way(door) for _ in range(6)]
+    for sock in greedy:
+        sock.sendall(b"ng")
+    until(lambda: len(upstream.seen) == 2)
+    other = under_way(door, site="south")
+    other.sendall(b"ng")
+    until(lambda: len(upstream.seen) == 3)
+    time.sleep(0.2)
+    keys = [seen.headers["flwr-public-key"] for seen in upstream.seen]
+    assert keys == [door.sites.keys[site].header for site in ("north", "north", "south")]
+    upstream.hold.set()  # the others have waited, and lost nothing
+    for sock in (*greedy, other):
+        with sock:
+            assert status(rest(sock)) == 200
+    assert len(upstream.seen) == 7
+
+
 def test_strangers_beyond_their_rate_get_429_and_nodes_of_the_address_are_served(kind, open_door, upstream):
     strict = replace(LOOSE, refusals_per_s_per_address=0.02, refusal_burst_per_address=3)
     door = open_door(kind, upstream.port, strict)
