@@ -114,7 +114,7 @@ class Site:
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
-        self._model, self._now, self._turn, self._trainer = model, now, turn, trainer or self._alone
+        self._model, self._now, self._turn, self._trainer = model, now, turn, trainer
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
         self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
@@ -230,11 +230,13 @@ class Site:
 
         return team_of(self.recipe, self._devices, self.policy.gpu_memory_fraction)
 
-    def _alone(self, weights: Weights, cohort: Cohort, *, round_: int, site: str, private: Private | None) -> Trained:
+    def _trained(self, plan: RoundPlan, private: Private | None) -> Trained:
+        if self._trainer is not None:
+            return self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
         with self._turn:
             return train(
-                self._model(), weights, cohort, self.recipe, round_=round_, site=site, device=self.device,
-                private=private, team=self._team(),
+                self._model(), plan.weights, self.cohort, self.recipe, round_=plan.round, site=self.name,
+                device=self.device, private=private, team=self._team(),
             )  # fmt: skip
 
     def _train(self, plan: RoundPlan) -> Update:
@@ -242,7 +244,7 @@ class Site:
         try:
             with self._turn:
                 validation = self._scores(plan.weights, "validation", _ROUND_BOOTSTRAPS)
-            trained = self._trainer(plan.weights, self.cohort, round_=plan.round, site=self.name, private=private)
+            trained = self._trained(plan, private)
             if self._secure:
                 self.recipe.fixed_point.check(trained.delta, self._weight)
         except Exception as error:
@@ -519,13 +521,10 @@ class Site:
             return Scores(patients=0, values={})
         indices, samples = self.cohort.indices(split), self.cohort.samples
         result = score(
-            samples.targets_N[indices],
-            self._probabilities(weights, indices),
-            samples.patient_N[indices],
-            self.recipe.task,
-            replace(self.recipe.evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
+            samples.targets_N[indices], self._probabilities(weights, indices), samples.patient_N[indices],
+            self.recipe.task, replace(self.recipe.evaluation, bootstraps=bootstraps, min_cell=self._min_cell),
             seed=self.recipe.seed,
-        )
+        )  # fmt: skip
         return Scores(patients=self._count(patients), values=dict(result.values))
 
     def _counted(self, weights: Weights, split: Split) -> npt.NDArray[np.float64]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -143,6 +145,18 @@ def refused(reply: object, code: str, house: House, kind: str = "plan refused") 
     assert last.kind == kind
     assert last.hash == reply.audit_head
     return reply.why
+
+
+def test_a_site_is_gone_when_nobody_refers_to_it(house: House) -> None:
+    site = house.open()
+    assert isinstance(site.visit(house.plan()), Update)
+    gone = weakref.ref(site)
+    gc.disable()  # a simulation makes a site a visit; what waits for the collector stays in memory by the hundred
+    try:
+        del site
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # Privacy account
