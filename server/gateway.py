@@ -464,16 +464,18 @@ class _Conversation(Beside):
         names = (*REQUEST_HEADERS, b"content-length", b"transfer-encoding")
         headers = [(name, fields[name]) for name in names if name in fields]
         headers += [(b"host", self._gateway.config.upstream_name.encode()), (b"connection", b"close")]
-        head = h11.Request(method=request.method, target=request.target, headers=headers)
+        first: tuple[h11.Event, ...] = (h11.Request(method=request.method, target=request.target, headers=headers),)
         reader, writer = await self._gateway.upstream()
         try:
             upstream = h11.Connection(h11.CLIENT)
-            await self._ask(upstream, writer, head)
             if self._http.they_are_waiting_for_100_continue:
                 self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+            # The head leaves with what comes first of the body: who answers a head alone, with an error, closes a line
+            # that is still written to, and a reset takes the answer with it.
             async for data in self._body(entry):
-                await self._ask(upstream, writer, h11.Data(data=data))
-            await self._ask(upstream, writer, h11.EndOfMessage())
+                await self._ask(upstream, writer, *first, h11.Data(data=data))
+                first = ()
+            await self._ask(upstream, writer, *first, h11.EndOfMessage())
             async with asyncio.timeout(self._limits.response_s):
                 await self._response(upstream, reader, entry)
         except TimeoutError:
@@ -483,8 +485,8 @@ class _Conversation(Beside):
         finally:
             writer.transport.abort()
 
-    async def _ask(self, upstream: h11.Connection, writer: asyncio.StreamWriter, event: h11.Event) -> None:
-        writer.write(upstream.send(event) or b"")
+    async def _ask(self, upstream: h11.Connection, writer: asyncio.StreamWriter, *events: h11.Event) -> None:
+        writer.write(b"".join(upstream.send(event) or b"" for event in events))
         async with asyncio.timeout(self._limits.response_s):
             await writer.drain()
 

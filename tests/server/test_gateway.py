@@ -227,6 +227,7 @@ class Upstream(ThreadingHTTPServer):
         context.load_cert_chain(authority.folder / f"{certificate}.crt", authority.folder / f"{certificate}.key")
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.seen: list[Seen] = []
+        self.begun = 0
         self.sent = 0
         self.chunked = False
         self.repeat = 1
@@ -278,6 +279,7 @@ class _Answer(BaseHTTPRequestHandler):
         if not self.raw_requestline or not self.parse_request():
             self.close_connection = True
             return
+        self.server.begun += 1
         data = self.body()
         digest = hashlib.sha256(data).hexdigest()
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -842,6 +844,19 @@ def test_strangers_beyond_their_rate_get_429_and_nodes_of_the_address_are_served
 
 
 # --- the other side ------------------------------------------------------------------------------------------------
+
+
+def test_a_head_alone_is_not_sent_on(open_door, upstream):
+    # Flower answers some at once, with an error, and closes; the body that came later then took the answer with it
+    door = open_door("embedded", upstream.port)
+    with door.connect() as sock:
+        given = {"content-length": "4", "connection": "close"}
+        sock.sendall(head(headers=door.sites.keys["north"].headers() | given))
+        time.sleep(0.3)
+        assert upstream.begun == 0
+        sock.sendall(b"ping")
+        assert status(rest(sock)) == 200
+    assert upstream.begun == 1
 
 
 def test_without_a_superlink_nodes_are_told_to_come_back(kind, open_door):
