@@ -211,18 +211,17 @@ def _unpack(raw: Bytes, form: Form, out: Array) -> None:
     if (k_B < _LEAST).any() or (k_B > _MOST).any() or (q_N < -127).any():
         raise ExchangeError("an int8 update holds a number that is none of its form")
     for start in range(0, size, _CHUNK):
-        q, k = q_N[start : start + _CHUNK], k_B[start // _BLOCK : (start + _CHUNK) // _BLOCK]
+        part, k = q_N[start : start + _CHUNK], k_B[start // _BLOCK : (start + _CHUNK) // _BLOCK]
+        q = _rows(part.astype(np.float32))
         if not ((_peaks(q) >= 64) | (k == _LEAST)).all():
             raise ExchangeError("an int8 update holds a block that a smaller power of two would hold")
-        np.multiply(q, _powers(k, q.size), out=out[start : start + _CHUNK])
+        out[start : start + _CHUNK] = _times(k.astype(np.int32), q, part.size)
 
 
 def _blocks(part: Array) -> tuple[npt.NDArray[np.int32], Array]:
-    """k of each block, and how many 2^k each number is, a row a block; the last row filled up with zeros."""
-    if rest := -part.size % _BLOCK:
-        part = np.concatenate([part, np.zeros(rest, np.float32)])
-    rows = part.reshape(-1, _BLOCK)
-    peaks = np.abs(rows).max(axis=1, initial=0)
+    """k of each block, and how many 2^k each number is, in rows."""
+    rows = _rows(part)
+    peaks = _peaks(rows)
     fraction, exponent = np.frexp(np.minimum(peaks, _LARGEST))
     k = exponent - 7 + (fraction > np.float32(127 / 128))  # 64 <= 128 * fraction < 128
     k = np.where(fraction > 0, np.maximum(k, _LEAST), _LEAST)
@@ -235,21 +234,23 @@ def _blocks(part: Array) -> tuple[npt.NDArray[np.int32], Array]:
 
 
 def _times(k: npt.NDArray[np.int32], q: Array, size: int) -> Array:
-    """What `_blocks` told apart, put together in the memory of `q`; exact."""
+    """Inverse of `_blocks` for so many numbers, exact, in the memory of `q`."""
     q *= np.ldexp(np.float32(1), k)[:, None]
     return q.reshape(-1)[:size]
 
 
-def _peaks(part: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+def _rows(part: Array) -> Array:
+    """A row a block, the last filled up with zeros."""
+    if rest := -part.size % _BLOCK:
+        part = np.concatenate([part, np.zeros(rest, np.float32)])
+    return part.reshape(-1, _BLOCK)
+
+
+def _peaks(rows: Array) -> Array:
     """Largest size in each block."""
-    found: npt.NDArray[np.int8] = np.maximum.reduceat(np.abs(part), np.arange(0, part.size, _BLOCK))
+    found: Array = np.abs(rows).max(axis=1, initial=0)
     return found
 
 
 def _same_bits(left: Array, right: Array) -> bool:
     return bool((left.view(np.uint32) == right.view(np.uint32)).all())  # -0.0 has no int8
-
-
-def _powers(k: npt.NDArray[np.signedinteger], size: int) -> Array:
-    """2^k of its block for each number; exact."""
-    return np.repeat(np.ldexp(np.float32(1), k.astype(np.int32)), _BLOCK)[:size]
