@@ -103,13 +103,9 @@ def walk(
     path: Path, public_key: str | Collection[str] | None = None, *, tolerance_s: float = TOLERANCE_S
 ) -> Iterator[Event]:
     """`verify`, event by event: what was given before the error is good."""
-    files: tuple[Path, ...] | None = None
-    while files is None or files != _files(path):  # the log may be renamed by its writer while it is read
-        files = _files(path)
-        with storing("the audit log"):
-            contents = [file.read_bytes() for file in files]
-    chain = Chain(_expected(public_key, contents), tolerance_s)
-    for place, (file, data) in enumerate(zip(files, contents, strict=True)):
+    contents = _read(path)
+    chain = Chain(_expected(public_key, contents.values()), tolerance_s)
+    for place, (file, data) in enumerate(contents.items()):
         chain.must_continue(data, file.name, place)
         yield from chain.read(data, file.name)
     if not chain.number:
@@ -410,6 +406,21 @@ def _no_part(path: Path) -> None:
             f"by its name it is a part of {path.stem.rpartition('.')[0]}{path.suffix}; give that file",
             "part missing", log=path.name,
         )  # fmt: skip
+
+
+def _read(path: Path) -> dict[Path, bytes]:
+    """The parts of a log and what they hold, in order; its writer may rename the current one meanwhile."""
+    while True:
+        files = _files(path)
+        with storing("the audit log"):
+            try:
+                contents = {file: file.read_bytes() for file in files}
+            except FileNotFoundError:
+                if files == _files(path):
+                    raise
+                continue
+        if files == _files(path):
+            return contents
 
 
 def _files(path: Path) -> tuple[Path, ...]:

@@ -109,6 +109,19 @@ def test_a_log_that_its_writer_rotates_while_it_is_read_is_read_whole(log, monke
     assert [event.number for event in found] == list(range(len(found)))
 
 
+def test_a_log_whose_current_file_has_just_become_a_part_is_read_whole(log, monkeypatch):
+    before, read, newest = verify(log, OWN.public), Path.read_bytes, log.with_name(f"north.{len(files(log)):04d}.jsonl")
+
+    def late(path: Path) -> bytes:
+        if path == log and log.exists():
+            log.rename(newest)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    assert verify(log, OWN.public) == before
+    assert [newest.exists(), log.exists()] == [True, False]
+
+
 def test_a_rotated_log_is_opened_again_and_goes_on(log):
     head = verify(log)[-1].hash
     again = AuditLog(log, OWN, rotate_bytes=SMALL)
