@@ -209,16 +209,23 @@ def _example(reference_x: Array) -> Array:
 def _graph(served: nn.Module, example: torch.Tensor, description: Description) -> bytes:
     """The ONNX model as bytes that depend on weights, recipe and versions only."""
     with _quiet():
-        program = torch.onnx.export(
-            served,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
-            input_names=[INPUT],
-            output_names=[LOGITS, PROBABILITIES],
-            opset_version=OPSET,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                served,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
+                input_names=[INPUT],
+                output_names=[LOGITS, PROBABILITIES],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:  # pages, with the paths of this machine
+            why = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(
+                f"torch cannot write this network as ONNX: {why}; its weights are in the run's checkpoints; choose "
+                "another network (model), or other versions of torch and onnxscript"
+            ) from None
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     # The exporter notes stack traces with the paths of this machine at every node

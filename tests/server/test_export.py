@@ -1,5 +1,6 @@
 """The exported file against torch, on networks of both libraries."""
 
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -147,6 +148,20 @@ def test_a_graph_that_differs_is_refused_and_no_file_is_left(small, change, tmp_
     monkeypatch.setattr(export, "_graph", lambda *_: altered(made, change))
     with pytest.raises(ExportError, match="differs from the model"):
         export.export_onnx(model, SMALL, weights, tmp_path / "model.onnx", reference_x=reference(SMALL))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_torch_cannot_write_is_told_in_one_line(small, tmp_path):
+    model, weights, _ = small
+
+    class Forked(type(model)):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+    forked = copy.deepcopy(model)
+    forked.__class__ = Forked
+    with pytest.raises(ExportError, match=r"^torch cannot write this network as ONNX: Could not guard [^\n]*$"):
+        export.export_onnx(forked, SMALL, weights, tmp_path / "model.onnx", reference_x=reference(SMALL))
     assert list(tmp_path.iterdir()) == []
 
 
