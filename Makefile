@@ -52,9 +52,9 @@ test: lint test-rooms test-deployment
 test-rooms: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment
 
-# A file has one federation for all its tests, so it stays in one process; there are four files.
+# A file has one federation for all its tests, so it stays in one process; there are five files.
 test-deployment: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --timeout 900 tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 5 --dist loadfile --timeout 900 tests/deployment
 
 # tests/orthanc.sh installs without starting. Each server runs in a network namespace of its own.
 test-pacs: $(READY)

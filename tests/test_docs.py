@@ -107,6 +107,19 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors, f"{target}: no such heading"
 
 
+def test_every_file_and_test_that_a_page_names_is_there() -> None:
+    rooms = "benchmarks|client|common|configs|deploy|docs|server|simulations|tests"
+    named = {
+        (_name(page), *found)
+        for page in PAGES
+        for found in re.findall(rf"`((?:{rooms})/[\w/.-]+\.\w+)(?:::(\w+))?", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 100
+    for page, path, test in sorted(named):
+        assert (ROOT / path).is_file(), f"{page} names {path}"
+        assert not test or f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page} names {path}::{test}"
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     reached, left = set(), [ROOT / "README.md"]
     while left:

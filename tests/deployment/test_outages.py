@@ -1,35 +1,13 @@
-"""Sites that are away, a coordinator that is away, a full disk: the run waits, goes on without, or stops with a clear
-error and resumes."""
+"""Sites that are away: the run waits for them, goes on without, or ends with who is there."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import time
-
-import pytest
 
 from common.deployment import read_status
-from simulations.rehearsal import rehearsing, wait_for
-from tests.deployment.conftest import PLAN, ROUNDS, begin, digest, fill, rounds, small_disk, work
-
-
-@pytest.fixture(scope="module")
-def on_small_disk(tmp_path_factory):
-    """A federation, running, and whether its coordinator has a small disk of its own."""
-    with rehearsing(tmp_path_factory.mktemp("federation"), PLAN) as made, small_disk(made.server.path, 192 << 20) as it:
-        try:
-            for name in ("server", *PLAN.sites):
-                made.start(name)
-            yield made, it
-        finally:
-            made.stop()
-
-
-@pytest.fixture
-def federation(on_small_disk):
-    return on_small_disk[0]
+from simulations.rehearsal import wait_for
+from tests.deployment.conftest import PLAN, rounds
 
 
 def test_a_site_away_for_three_rounds_is_left_out_and_takes_part_again(federation):
@@ -79,45 +57,3 @@ def is_ready(federation, site: str) -> bool:
     own = read_status(federation.site(site).status_file) or {}
     theirs = read_status(federation.server.status_file) or {}
     return own.get("state") == "ready" and site in theirs.get("online", ())
-
-
-def test_a_full_disk_stops_the_run_with_a_clear_error_and_with_space_it_ends_with_the_same_weights(
-    on_small_disk, expected
-):
-    federation, small = on_small_disk
-    if not small:
-        pytest.skip("a disk is filled only where a small one may be mounted, and this user may not")
-    begin(federation, "full")
-    federation.wait_round(1, "full")
-    ballast = fill(federation.server.path)
-    words = ("--home", federation.server.path)
-
-    def failed():
-        plain = json.loads(federation.fedicom("server", "status", "--json", *words))
-        (run,) = (run for run in plain["runs"] if run["run"] == "full")
-        return run if run["state"] == "failed" else None
-
-    assert "free space" in wait_for(failed, "the end of the run", 300)["error"]
-    assert all(federation.alive(name) for name in ("server", *PLAN.sites))
-    ballast.unlink()
-    federation.fedicom("server", "resume", "full", *words)
-    wait_for(lambda: federation.status("full").get("state") != "failed" or None, "the next attempt", 60)
-    assert digest(federation, "full") == expected
-    assert rounds(federation, "full")[-1]["round"] == ROUNDS
-
-
-def test_the_whole_coordinator_gone_for_two_minutes_comes_back_and_ends_with_the_same_weights(federation, expected):
-    before = {site: work(federation, site) for site in PLAN.sites}
-    begin(federation, "gone")
-    federation.wait_round(1, "gone")
-    federation.kill("server")
-    began = time.monotonic()
-    federation.kill(PLAN.sites[0])  # and one site starts while nobody is there
-    federation.start(PLAN.sites[0])
-    time.sleep(120 - (time.monotonic() - began))
-    assert all(federation.alive(site) for site in PLAN.sites)
-    federation.start("server")
-    assert digest(federation, "gone") == expected
-    after = {site: work(federation, site) - before[site] for site in PLAN.sites}
-    assert {done.paid for done in after.values()} == {ROUNDS}
-    assert {done.trained for done in after.values()} == {ROUNDS}
