@@ -81,7 +81,7 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
     return float(brentq(excess, 0, 500))
 
 
-@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (5.0, 20), (10.0, 100), (30.0, 7)])
+@pytest.mark.parametrize(("noise", "steps"), [(1.0, 1), (5.0, 20), (10.0, 100), (30.0, 7), (300.0, 1)])
 def test_without_sampling_epsilon_is_the_exact_one_of_the_gaussian(noise: float, steps: int) -> None:
     exact = gaussian_epsilon(noise / math.sqrt(steps), 1e-5)
     got = epsilon_pld([event(noise, 1.0, steps)], 1e-5)
@@ -150,9 +150,16 @@ def test_solving_for_a_small_site_that_takes_everyone_each_step_is_quick() -> No
     assert gaussian_epsilon(noise / 10, 1e-5) == pytest.approx(8, rel=0.006)
 
 
+def test_no_budget_is_so_large_that_less_noise_than_the_lowest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "LOWEST_NOISE", 0.5)
+    assert solve_noise(40.0, 1e-5, 1.0, 1) == 1 / 1.5  # the next would be 0.44
+
+
 def test_steps_without_noise_have_no_privacy_and_no_steps_cost_nothing() -> None:
     assert epsilon_pld([event(0.0, 0.1, 1), event(5.0, 0.1, 10)], 1e-5) == math.inf
     assert epsilon_rdp([event(0.0, 0.1, 1)], 1e-5) == math.inf
+    mixed = accounts([event(0.0, 0.1, 1), event(5.0, 0.1, 10)], 1e-5)
+    assert (mixed.pld, mixed.prv, mixed.rdp) == (math.inf, math.inf, math.inf)
     with pytest.raises(PrivacyError, match="without noise"):
         epsilon_prv([event(0.0, 0.1, 1)], 1e-5)
     for epsilon in (epsilon_pld, epsilon_prv, epsilon_rdp):
@@ -169,8 +176,9 @@ def test_numbers_outside_their_range_are_refused(noise: float, rate: float, step
 
 
 def test_a_budget_that_no_noise_reaches_is_refused() -> None:
-    with pytest.raises(PrivacyError, match="delta"):
-        solve_noise(1.0, 0.0, 0.1, 10)
+    for delta in (0.0, 1.0):
+        with pytest.raises(PrivacyError, match="delta"):
+            solve_noise(1.0, delta, 0.1, 10)
     with pytest.raises(PrivacyError, match="epsilon"):
         solve_noise(0.0, 1e-5, 0.1, 10)
     with pytest.raises(PrivacyError, match="at least 1"):
