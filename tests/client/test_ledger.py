@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import stat
 from dataclasses import replace
+from multiprocessing.synchronize import Event as SyncEvent
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,18 @@ def test_a_full_disk_leaves_the_ledger_whole_and_says_so(tmp_path: Path, monkeyp
     make(tmp_path).reserve("b", round=1, base="w", event=EVENT)
 
 
+def test_a_ledger_that_cannot_be_read_or_not_whole_is_not_taken_for_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = filled(tmp_path)
+    with pytest.raises(StorageError, match="cannot be read or written: Is a directory"):
+        Ledger(tmp_path, COHORT, POLICY).spent()
+    first = path.read_bytes().index(b"\n") + 1
+    monkeypatch.setattr("client.ledger.os.pread", lambda *_: path.read_bytes()[:first])  # the disk gives but a part
+    with pytest.raises(StorageError, match="cannot be read or written: Input/output error"):
+        make(tmp_path).spent()
+
+
 def test_the_file_is_for_its_owner_alone_and_holds_one_canonical_object_a_line(tmp_path: Path) -> None:
     path = filled(tmp_path)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -250,24 +263,28 @@ def test_the_file_is_for_its_owner_alone_and_holds_one_canonical_object_a_line(t
         assert line == json.dumps(json.loads(line), sort_keys=True, separators=(",", ":"))
 
 
-def _spend(path: Path, recipe: str, visits: int) -> None:
-    ledger = Ledger(path, COHORT, POLICY)
-    for number in range(visits):
-        ledger.settle(ledger.reserve(recipe, round=number, base="w", event=EVENT), 20)
+def _spend(path: Path, begin: SyncEvent) -> None:
+    begin.wait(60)
+    Ledger(path, COHORT, POLICY).reserve("b", round=1, base="w", event=EVENT)
 
 
 def test_two_processes_at_once_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_spend, args=(path, recipe, 3)) for recipe in ("a", "b")]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
-        assert process.exitcode == 0
+    path, context = tmp_path / "ledger.jsonl", multiprocessing.get_context("fork")
+    begin = context.Event()
+    other = context.Process(target=_spend, args=(path, begin))
+    other.start()
+
+    def flush(_: int) -> None:
+        begin.set()  # now, in the middle of an entry
+        other.join(0.05)
+        assert other.is_alive()
+
+    Ledger(path, COHORT, POLICY, flush).reserve("a", round=1, base="w", event=EVENT)
+    other.join(60)
+    assert other.exitcode == 0
     ledger = make(tmp_path)
-    assert ledger.events() == (EVENT,) * 6
-    assert ledger.spent() == epsilon_pld([Event(noise_multiplier=1.0, sampling_rate=0.1, steps=120)], 1e-5)
+    assert (ledger.events("a"), ledger.events("b")) == ((EVENT,), (EVENT,))
+    assert ledger.spent() == epsilon_pld([replace(EVENT, steps=40)], 1e-5)
 
 
 def test_only_one_of_two_processes_may_answer_the_same_visit(tmp_path: Path) -> None:
@@ -279,7 +296,9 @@ def test_only_one_of_two_processes_may_answer_the_same_visit(tmp_path: Path) -> 
         two.settle(second, 20)
 
 
-@pytest.mark.parametrize(("epsilon", "delta", "noise"), [(0.0, 1e-5, 0.5), (8.0, 1.0, 0.5), (8.0, 1e-5, 0.0)])
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "noise"), [(0.0, 1e-5, 0.5), (8.0, 1.0, 0.5), (8.0, 0.0, 0.5), (8.0, 1e-5, 0.0)]
+)
 def test_a_policy_that_limits_nothing_is_refused(epsilon: float, delta: float, noise: float) -> None:
     with pytest.raises(PrivacyError, match="policy"):
         SitePolicy(epsilon=epsilon, delta=delta, min_noise_multiplier=noise)
