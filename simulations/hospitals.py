@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import ConfigError, DataError
+from common.storage import storing
 from simulations.dicom_writer import Machine, Modality, Subject, axial, quantise, write_image, write_series
 from simulations.partition import CENTRAL as CENTRAL
 from simulations.partition import Partition
@@ -369,7 +370,8 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
     """Gives a writer whose folder becomes `out` when all went well; None: `out` already holds exactly this.
 
     Raises:
-        ConfigError: `out` holds something else.
+        ConfigError: `out` holds something else, or nothing can take its place.
+        StorageError: The disk is full or not writable.
     """
     source = {"format": 1, **source}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -380,14 +382,24 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
             )
         yield None
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    if out.exists() or out.is_symlink():
+        try:
+            out.rmdir()  # now: what is linked, mounted or stood in would be found when everything is written
+        except OSError:
+            raise ConfigError(
+                f"{out} is a link, a mounted disk or the folder you are in, which a finished folder cannot replace; "
+                "nothing was written; give a new name"
+            ) from None
+    with storing("the folder of the hospitals"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         writer = Writer(partial, source)
-        yield writer
-        text = json.dumps({"source": source, "sites": writer.summary}, indent=1, sort_keys=True, ensure_ascii=False)
-        (partial / "hospitals.json").write_text(text + "\n", encoding="utf-8")
-        partial.replace(out)
+        with storing("the hospitals"):
+            yield writer
+            text = json.dumps({"source": source, "sites": writer.summary}, indent=1, sort_keys=True, ensure_ascii=False)
+            (partial / "hospitals.json").write_text(text + "\n", encoding="utf-8")
+            partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -15,7 +15,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, DataError, StorageError
 from common.imaging import read_folder
 from simulations.cli import hospitals_verb
 from simulations.dicom_writer import Machine, Subject, quantise, write_image, write_series
@@ -109,6 +109,31 @@ def test_what_does_not_fit_the_file_is_refused_and_leaves_nothing(
     with pytest.raises(error, match=words):
         import_medmnist(**arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["breastmnist.npz"]
+
+
+@pytest.mark.parametrize("place", ["link", "."])
+def test_a_place_that_no_folder_can_take_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    _medmnist(tmp_path / "breastmnist.npz", (9, 7))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    written = []
+    with pytest.raises(ConfigError, match="nothing was written; give a new name"):
+        import_medmnist(
+            tmp_path / "breastmnist.npz", tmp_path / place if place == "link" else Path(place), 2, Iid(),
+            progress=lambda done, total: written.append(done),
+        )  # fmt: skip
+    assert written == []
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_told_in_words_and_not_in_a_traceback(tmp_path: Path) -> None:
+    _medmnist(tmp_path / "breastmnist.npz", (9, 7))
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="the folder of the hospitals could not be written"):
+        import_medmnist(tmp_path / "breastmnist.npz", tmp_path / "file" / "out", 2, Iid())
 
 
 def test_colour_and_unknown_and_broken_files_are_refused(tmp_path: Path) -> None:
