@@ -139,7 +139,7 @@ def import_images(
     sites: int,
     partition: Partition,
     *,
-    patient: str = r"(?P<patient>.+)",
+    patient: str | None = None,
     modality: Literal["CR", "DX", "US"] = "CR",
     classes: Sequence[str] | None = None,
     spacing_mm: float | None = None,
@@ -152,18 +152,22 @@ def import_images(
 
     Args:
         patient: Regular expression for the start of the file name, without its ending; group `patient` is the
-            patient, every other named group becomes a column of the label table.
+            patient, every other named group becomes a column of the label table; null: every picture is a patient.
         classes: Subfolders in the order of the classes; null: all, by name.
         key: `patient`: all images of a patient have one label; `accession`: each image has its own.
         central_fraction: Share of the patients, of every class, that no hospital gets.
 
     Raises:
         ConfigError: `out` holds something else, or the pattern does not fit.
-        DataError: A class without images, an unreadable one, or patients with more than one label under key `patient`.
+        DataError: A class without images, an unreadable one, patients with more than one label under key `patient`,
+            or without a pattern two pictures of one name.
     """
+    named, patient = patient is not None, patient or r"(?P<patient>.+)"
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    names = tuple(classes or sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
+    folder, made = folder.absolute(), out.resolve()  # what an earlier import made inside of it is no class
+    lying = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = tuple(classes or (path.name for path in lying if path.is_dir() and path.resolve() != made))
     if len(names) < 2:
         raise DataError(f"{folder.name}: got {len(names)} subfolders; expected one for each of at least 2 classes")
     try:
@@ -177,8 +181,8 @@ def import_images(
     def item(file: Path, label: str) -> Item:
         def write(target: Path, subject: Subject) -> None:
             try:
-                with Image.open(file) as lying:
-                    picture = ImageOps.exif_transpose(lying)  # upright, as every viewer shows it
+                with Image.open(file) as stored:
+                    picture = ImageOps.exif_transpose(stored)  # upright, as every viewer shows it
                     deep = picture.mode.startswith("I;16")
                     values = np.asarray(picture if deep else picture.convert("L"))
             except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
@@ -192,7 +196,7 @@ def import_images(
         if match is None:
             raise ConfigError(f"patient: {patient!r} does not fit every file name of class {label!r}")
         found = {name: value or "" for name, value in match.groupdict().items()}
-        return Item(patient=found.pop("patient"), labels=(label,), columns=found, write=write)
+        return Item(patient=found.pop("patient").strip(), labels=(label,), columns=found, write=write)
 
     items, digest = [], hashlib.sha256()
     for label in names:
@@ -205,6 +209,11 @@ def import_images(
         for file in files:
             items.append(item(file, label))
             digest.update(f"{label}/{file.name}/{file.stat().st_size}\n".encode())
+    if not named and len({item.patient for item in items}) < len(items):  # strangers would become one patient
+        raise DataError(
+            f"{folder.name}: two pictures have the same name (without its ending), and without --patient-pattern every "
+            "picture is a patient by its name; rename one of them, or give the pattern where they are of one patient"
+        )
     source = {
         "kind": "images", "files": digest.hexdigest(), "sites": sites, "classes": list(names), "patient": patient,
         "modality": modality, "spacing_mm": spacing_mm, "key": key, "central_fraction": central_fraction,

@@ -213,6 +213,31 @@ def test_a_patient_with_two_labels_needs_the_accession_as_key(tmp_path: Path) ->
     assert {str(header.AccessionNumber) for header in headers} == set(rows)
 
 
+def test_two_pictures_of_one_name_are_not_made_one_patient(tmp_path: Path) -> None:
+    """`no/1.png` and `yes/1.png` are strangers: with the accession as key they shared a patient."""
+    for name in ("no/1.png", "yes/1.png", "no/2.png", "yes/3.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "in" / name)
+    for key in ("patient", "accession"):
+        with pytest.raises(DataError, match="two pictures have the same name") as refused:
+            import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0, key=key)
+        assert "1.png" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "in" / "yes" / "1.png").rename(tmp_path / "in" / "yes" / "4.png")
+    import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0)
+    assert len(_table(tmp_path / "out" / "north")) == 4
+
+
+def test_hospitals_made_inside_of_their_source_are_left_as_they_are_when_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pictures(tmp_path / "in")
+    monkeypatch.chdir(tmp_path / "in")
+    for _ in range(2):  # the second time `out` lies beside the classes
+        import_images(Path(), Path("out"), 2, Iid(), patient=KERMANY)
+    assert {row["label"] for row in _table(tmp_path / "in" / "out" / "north")} == {"NORMAL", "PNEUMONIA"}
+
+
 def test_a_picture_that_says_how_it_was_held_is_written_upright(tmp_path: Path) -> None:
     upright = np.arange(12, dtype=np.uint8).reshape(3, 4)
     turned = Image.Exif()
