@@ -252,11 +252,11 @@ def import_nifti(
 
     Raises:
         ConfigError: `out` holds something else, or a column is missing.
-        DataError: A volume is missing or not 3D, or a label is none of `classes`.
+        DataError: A volume is missing or not 3D, a label is none of `classes`, or two rows of a volume contradict.
     """
     import nibabel
 
-    rows = _read_table(table, (id_column, label_column, *columns))
+    rows = _one_each(_read_table(table, (id_column, label_column, *columns)), id_column, table)
     machine = _machine(modality, 3, bits=16)
 
     def item(row: Mapping[str, str], file: Path) -> Item:
@@ -268,12 +268,14 @@ def import_nifti(
                 raise DataError("a volume of the table is no readable NIfTI file; repair it") from None
             if values.ndim != 3:
                 raise DataError(f"a volume of the table has {values.ndim} axes; expected 3")
+            if values.dtype.kind not in "iuf":
+                raise DataError("a volume of the table holds colours or complex numbers; expected one number a voxel")
             stored, slope, intercept = quantise(values.T)
             affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine[:, [2, 1, 0, 3]]
             write_series(target, stored, affine, machine, subject, slope=slope, intercept=intercept)
 
         label = row[label_column]
-        if label not in classes and label.isdigit() and int(label) < len(classes):
+        if label not in classes and label.isdecimal() and int(label) < len(classes):
             label = classes[int(label)]
         if label not in classes:
             raise DataError(f"column {label_column!r}: a label is none of {', '.join(classes)}, nor its number")
@@ -458,6 +460,19 @@ def _read_table(table: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     if missing:
         raise ConfigError(f"{table.name}: no rows, or no column {', '.join(map(repr, missing))}")
     return [{name: (row[name] or "").strip() for name in needed} for row in rows]
+
+
+def _one_each(rows: Sequence[dict[str, str]], id_column: str, table: Path) -> list[dict[str, str]]:
+    """A row for each volume: one that is repeated counts once, as in labels.csv."""
+    first: dict[str, tuple[int, dict[str, str]]] = {}
+    for number, row in enumerate(rows, start=2):
+        earlier, known = first.setdefault(row[id_column], (number, row))
+        if known != row:
+            raise DataError(
+                f"{table.name} row {number}: the same {id_column!r} as row {earlier} with other values; keep the right "
+                "one"
+            )
+    return [row for _, row in first.values()]
 
 
 def _machine(modality: Modality, dimensions: int, *, bits: int) -> Machine:

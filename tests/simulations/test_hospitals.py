@@ -405,6 +405,32 @@ def test_a_table_that_does_not_fit_is_refused(
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_row_that_is_repeated_brings_its_volume_once(tmp_path: Path, scans: Scans) -> None:
+    with scans.table.open("a") as table:
+        table.write("axial,0,a\n")  # row 7, as row 2
+    _import_scans(scans, tmp_path / "out")
+    assert len(read_folder(tmp_path / "out" / "north" / "dicom").volumes) == len(scans.volumes) == 5
+    with scans.table.open("a") as table:
+        table.write("axial,1,a\n")
+    with pytest.raises(DataError, match=r"table.csv row 8: the same 'id' as row 2 with other values; keep") as refused:
+        _import_scans(scans, tmp_path / "other")
+    assert "axial" not in str(refused.value)
+
+
+def test_a_label_in_superscript_is_no_number_of_a_class(tmp_path: Path, scans: Scans) -> None:
+    scans.table.write_text(scans.table.read_text().replace("axial,0", "axial,²"))
+    with pytest.raises(DataError, match="a label is none of small, large, nor its number"):
+        _import_scans(scans, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]])
+def test_a_volume_of_colours_or_complex_numbers_is_refused(tmp_path: Path, scans: Scans, kind: object) -> None:
+    """The imaginary part was left out in silence, colours ended in a traceback."""
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), kind), np.eye(4)), scans.folder / "axial.nii")
+    with pytest.raises(DataError, match="holds colours or complex numbers"):
+        _import_scans(scans, tmp_path / "out")
+
+
 def test_values_that_fit_16_bits_are_kept_and_others_are_off_by_half_a_level() -> None:
     for values in (np.array([-32768, 32767]), np.array([0, 65535]), np.array([7.0, 8.0])):
         stored, slope, intercept = quantise(values)
