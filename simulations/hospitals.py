@@ -85,10 +85,11 @@ def import_medmnist(
     Source: Yang et al. 2023, MedMNIST v2.
     """
     known = _MEDMNIST.get(npz.stem.split("_")[0], {})
-    modality, spacing_mm = modality or known.get("modality"), spacing_mm or known.get("spacing_mm")
-    names = tuple(classes or known.get("classes", ()))
+    modality, names = modality or known.get("modality"), tuple(classes or known.get("classes", ()))
     splits = _read_medmnist(npz)
     shape = splits["train"][0].shape[1:]
+    if spacing_mm is None and "edge_mm" in known:
+        spacing_mm = known["edge_mm"] / shape[0]
     if modality is None or not names:
         raise ConfigError(f"{npz.name} is not a known data set; give modality and classes")
     if len(shape) not in (2, 3) or dimensions not in (None, len(shape)) or (len(shape) == 3 and shape[2] == 3):
@@ -429,8 +430,8 @@ _PICTURES = (".png", ".jpg", ".jpeg")
 _MEDMNIST: dict[str, dict[str, Any]] = {
     "pneumoniamnist": {"modality": "CR", "classes": ("normal", "pneumonia")},
     "breastmnist": {"modality": "US", "classes": ("malignant", "normal or benign")},
-    # The paper crops 64 mm around the gland to 28 voxels.
-    "adrenalmnist3d": {"modality": "CT", "classes": ("normal", "hyperplasia"), "spacing_mm": 64 / 28},
+    # The paper crops 64 mm around the gland, to 28 voxels or, in MedMNIST+, to 64.
+    "adrenalmnist3d": {"modality": "CT", "classes": ("normal", "hyperplasia"), "edge_mm": 64},
 }
 
 

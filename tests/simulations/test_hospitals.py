@@ -65,16 +65,18 @@ def test_medmnist_pixels_come_back_exactly_and_the_test_split_is_central(tmp_pat
     assert len(found) == 24
 
 
-def test_medmnist_volumes_come_back_exactly_with_their_spacing(tmp_path: Path) -> None:
-    arrays = _medmnist(tmp_path / "adrenalmnist3d.npz", (5, 6, 7))
-    import_medmnist(tmp_path / "adrenalmnist3d.npz", tmp_path / "out", 2, Iid())
+@pytest.mark.parametrize(("name", "edge"), [("adrenalmnist3d.npz", 28), ("adrenalmnist3d_64.npz", 64)])
+def test_medmnist_volumes_come_back_exactly_with_their_spacing(tmp_path: Path, name: str, edge: int) -> None:
+    """Volumes of 64 voxels (MedMNIST+) were given the spacing of those of 28, and so 146 mm in place of 64."""
+    arrays = _medmnist(tmp_path / name, (edge, 6, 7))
+    import_medmnist(tmp_path / name, tmp_path / "out", 2, Iid())
     reading = read_folder(tmp_path / "out" / "central" / "dicom")
     assert not reading.refused
     assert len(reading.volumes) == 6
     for volume in reading.volumes:
         index = int(volume.source.patient_id[-5:])
         np.testing.assert_array_equal(volume.values_ZYX, arrays["test_images"][index])
-        np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), 64 / 28)
+        np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), 64 / edge)
 
 
 def test_several_label_columns_become_several_columns(tmp_path: Path) -> None:
