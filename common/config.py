@@ -30,6 +30,7 @@ _STRICT = ConfigDict(extra="forbid", use_enum_values=True, validate_default=True
 Fraction = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
 Count = Annotated[int, Ge(1)]
+_MOST_PASSES = 10_000
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{1,200}$")]
 """One line, not empty."""
 
@@ -205,7 +206,7 @@ class ModelConfig:
 class Training:
     """A round's work at a site."""
 
-    local_epochs: Annotated[float, Gt(0), Le(10_000)] = 1.0
+    local_epochs: Annotated[float, Gt(0), Le(_MOST_PASSES)] = 1.0
     """Passes over the site's training patients in one round."""
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Patients a step; under differential privacy the expected number."""
@@ -532,6 +533,12 @@ class Settings:
             raise ValueError(
                 f"federation.early_stopping.patience_rounds is {patience}, but with simulation.metrics={metrics} no "
                 "site tells a score before the last round: there is nothing to watch"
+            )
+        passes = self.recipe.rounds * self.recipe.training.local_epochs
+        if self.baselines and passes > _MOST_PASSES:  # they make them in one round
+            raise ValueError(
+                f"rounds x training.local_epochs is {passes:g}, but baselines make at most {_MOST_PASSES:,} passes; "
+                "lower one of them, or say baselines=false"
             )
         return self
 

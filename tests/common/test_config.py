@@ -72,6 +72,11 @@ def refusal(*overrides: str) -> str:
         (["data.size=28"], ["data.size: got 28", "array"]),
         (["federation.timeout_s=null"], ["federation.timeout_s: got null", "number"]),
         (["task=null"], ["task: got null"]),
+        # after all rounds the baselines, which make their passes in one, ended in a traceback
+        (
+            ["baselines=true", "rounds=3", "training.local_epochs=4000"],
+            ["rounds x training.local_epochs is 12000", "at most 10,000", "baselines=false"],
+        ),
         # outside the range
         (["rounds=0"], ["rounds: got 0", "greater than or equal to 1"]),
         (["seed=-1"], ["seed: got -1", "greater than or equal to 0"]),
