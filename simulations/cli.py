@@ -274,6 +274,11 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: Calla
         if path is not None:
             named_path(path)
     classes = tuple(arguments.classes.split(",")) if arguments.classes else None
+    if source.suffix == ".npz" or arguments.table is not None:
+        one = "image" if source.suffix == ".npz" else "row"
+        for option, given in (("patient-pattern", arguments.patient_pattern), ("key", arguments.key != "patient")):
+            if given:  # left aside, sessions of one patient would be strangers
+                raise ConfigError(f"--{option} is for folders of pictures; here every {one} is a patient")
     if source.suffix == ".npz":
         hospitals.import_medmnist(
             source, out, sites, partition, modality=arguments.modality, classes=classes, progress=progress

@@ -265,6 +265,16 @@ def test_the_command_labels_each_picture_where_it_is_told_to(tmp_path: Path) -> 
     assert rows == {"p1.1": "no", "p1.2": "yes"}
 
 
+@pytest.mark.parametrize("option", ["--patient-pattern=(?P<patient>p\\d)", "--key=accession"])
+def test_what_tells_patients_of_pictures_apart_is_not_left_aside_elsewhere(tmp_path: Path, option: str) -> None:
+    _medmnist(tmp_path / "breastmnist.npz", (8, 8))
+    (tmp_path / "table.csv").touch()
+    for source in (["breastmnist.npz"], [".", "--classes", "a,b", "--table", str(tmp_path / "table.csv")]):
+        words = ["import", str(tmp_path / source[0]), str(tmp_path / "out"), "--sites", "2", *source[1:], option]
+        with pytest.raises(ConfigError, match=r"is for folders of pictures; here every (image|row) is a patient"):
+            hospitals_verb(words)
+
+
 def test_a_class_without_pictures_is_refused_and_not_left_out(tmp_path: Path) -> None:
     """`--classes NORMAL,PNEUMONA` made hospitals of healthy patients alone."""
     _pictures(tmp_path / "in")
