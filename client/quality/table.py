@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ValidationError
 
 from common.config import Task
 from common.errors import ConfigError, DataError
@@ -77,7 +80,7 @@ def _one_label(
     names = tuple(classes) or tuple(found)
     if len(names) < 2:
         raise DataError("labels.csv has fewer than two classes; with one class there is nothing to tell apart")
-    return Task(kind="binary" if len(names) == 2 else "multiclass", classes=names, key=key)  # type: ignore[arg-type]
+    return _task("binary" if len(names) == 2 else "multiclass", names, key)
 
 
 def _many_labels(header: Sequence[str], rows: Sequence[Sequence[str]], people: Sequence[str], key: str) -> Task:
@@ -89,7 +92,17 @@ def _many_labels(header: Sequence[str], rows: Sequence[Sequence[str]], people: S
     )
     if len(names) < 2:
         raise DataError("labels.csv has no column 'label', and fewer than two columns of 0 and 1; add the labels")
-    return Task(kind="multilabel", classes=names, key=key)  # type: ignore[arg-type]
+    return _task("multilabel", names, key)
+
+
+def _task(kind: Literal["binary", "multiclass", "multilabel"], names: tuple[str, ...], key: str) -> Task:
+    try:
+        return Task(kind=kind, classes=names, key=key)  # type: ignore[arg-type]
+    except ValidationError:  # its own words show the name, and a shifted column may hold what was said of a patient
+        raise DataError(
+            "labels.csv: a class has no name of one line and 1 to 200 characters, or one that occurs twice; does the "
+            "column hold class names?"
+        ) from None
 
 
 def _cells(data: bytes) -> tuple[list[str], list[list[str]]]:

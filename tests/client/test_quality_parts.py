@@ -221,6 +221,11 @@ def test_columns_of_zeros_and_ones_are_a_multi_label_task() -> None:
         (b"patient;label\nx;a\ny;b\n", "separate the columns by commas"),
         (b"patient,age\nx,50\ny,51\n", "no column 'label'"),
         (b"patient,label\n" + b"".join(b"p%d,DOE%d\n" % (at, at) for at in range(60)), "60 different values"),
+        (
+            b'patient,label\nx,a\ny,"DOE has\na cough"\n',
+            "a class has no name of one line",
+        ),
+        (b"patient,label\nx,a\ny," + 201 * b"DOE" + b"\n", "a class has no name of one line and 1 to 200"),
         (b"", "is empty"),
     ],
 )
