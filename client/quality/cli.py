@@ -48,7 +48,7 @@ def report_verb(words: Sequence[str]) -> int:
         "--where", metavar="NAME", help="only print which files a pseudonym of the report stands for; for this screen"
     )
     _add_places(parser)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     if arguments.where is not None:
         return _where(arguments)
     from client.cohort import frozen_split
@@ -114,7 +114,7 @@ def drift_verb(words: Sequence[str]) -> int:
     parser.add_argument("--min-cell", type=int, default=5, help="smallest number of patients shown; default 5")
     parser.add_argument("--jobs", type=int, help="processes that read images; default: one for each core")
     _add_places(parser)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     if arguments.min_cell < 1:
         raise ConfigError(f"--min-cell: got {arguments.min_cell}, expected at least 1")
     from client.quality.drift import compare
@@ -161,7 +161,7 @@ def diff_verb(words: Sequence[str]) -> int:
     parser.add_argument("new", nargs="?", metavar="NEW")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     _add_places(parser)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     if (arguments.old is None) != (arguments.new is None):
         raise ConfigError("give two versions, OLD and NEW, or none to list all")
     from client.versions import difference, find, known

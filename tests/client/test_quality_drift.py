@@ -152,7 +152,8 @@ WINDOW = ("data.intensity=window", "data.low=0", "data.high=255")
 
 
 def drift(capsys: pytest.CaptureFixture[str], cache: Path, *words: object) -> tuple[dict[str, dict[str, object]], str]:
-    assert cli.drift_verb([*map(str, words), "--cache", str(cache), "--json"]) == 0
+    folders, settings = words[:2], words[2:]  # added to the command, behind its options, as docs/quality.md says
+    assert cli.drift_verb([*map(str, folders), "--cache", str(cache), "--json", *map(str, settings)]) == 0
     text = capsys.readouterr().out
     return {each["feature"]: each for each in json.loads(text)["features"]}, text
 
