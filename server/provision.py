@@ -124,7 +124,8 @@ def add(
 ) -> tuple[str, ...]:
     """Adds a site, or takes a revoked one back under new keys; the registry's version grows by one.
 
-    After a crash between registry and kit, `rotate` gives the site new keys.
+    When the kit is lost, on its way or by a crash after the registry: `rotate` with the same public keys makes it
+    again; a site without any home is revoked and added anew.
 
     Args:
         authority: The authority's folder.
@@ -142,7 +143,10 @@ def add(
         registry, plan = house.registry, house.plan
         before = registry.sites.get(name)
         if before is not None and before.revoked is None:
-            raise ConfigError(f"{name} takes part already; `fedicom provision rotate {name}` gives it new keys")
+            raise ConfigError(
+                f"{name} takes part already; `fedicom provision rotate {name}` gives it new keys. If its kit was lost "
+                f"before {name} opened it: `fedicom provision revoke {name}`, and add it again"
+            )
         plan = _with_site(plan, name)
         return house.enrol(name, plan, public, "site added", out, _sealing(authority, encrypt, passphrase), by)
 
@@ -163,7 +167,7 @@ def rotate(
     The certificate follows `authority/federation.yaml`, which may be edited before.
 
     Args:
-        public: As in `add`.
+        public: As in `add`. Those that the registry has already make the site's kit again: the first one may be lost.
         out: As in `add`; a kit is called `<name>-<version of the registry>`.
 
     Returns:
@@ -310,11 +314,13 @@ class _Authority:
             _check_sent(sent, name, registry)
             signing, node = None, None
             member = Member(signing=sent.signing, node=sent.node, since=now())
+            if renews and before is not None and _same_keys(sent, before):
+                member, action = before, "kit made again"
         else:
             signing, node = new_signing_key(), NodeKey.new()
             member = Member(signing=Signer.from_bytes(signing).public, node=node.public, since=now())
         retired = {key: tuple(value) for key, value in registry.retired.items()}
-        if before is not None:
+        if before is not None and before.signing != member.signing:
             retired[name] = (*retired.get(name, ()), before.signing)
         new = self.changed(registry, sites={**registry.sites, name: member}, retired=retired)
         if renews:
@@ -448,7 +454,7 @@ def _check_sent(sent: PublicKeys, name: str, registry: Registry) -> None:
             f"the public keys are of {sent.site} in {sent.federation}, expected {name} in {registry.federation}"
         )
     before = registry.sites.get(name)
-    if before is None:
+    if before is None or (before.revoked is None and _same_keys(sent, before)):
         return
     if sent.signing == before.signing or sent.node == before.node:
         raise ConfigError(f"these are the keys that {name} has already; `fedicom site init --renew` makes new ones")
@@ -457,6 +463,10 @@ def _check_sent(sent: PublicKeys, name: str, registry: Registry) -> None:
             f"the new keys are not signed with the key that {name} has now, so anybody could have sent them; if it "
             f"lost its key: `fedicom provision revoke {name}`, and add it again after a call"
         )
+
+
+def _same_keys(sent: PublicKeys, member: Member) -> bool:
+    return (sent.signing, sent.node) == (member.signing, member.node)
 
 
 def _with_site(plan: FederationPlan, name: str) -> FederationPlan:

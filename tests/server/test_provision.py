@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 import fedicom
 from client.approvals import Approvals
+from client.init import site_init, site_renew
 from common import kit
 from common.audit import AuditLog, verify
 from common.config import Federation, Recipe
@@ -432,7 +433,7 @@ def test_a_site_is_added_with_a_kit_of_its_own_and_a_registry_of_the_next_versio
     assert files(kits / "west") == SITE
     assert SiteHome(kits / "west").registry == new
     assert check_kit(kits / "west") == ()
-    with pytest.raises(ConfigError, match="takes part already"):
+    with pytest.raises(ConfigError, match=r"takes part already.*If its kit was lost.*revoke west`, and add it again"):
         add(kits / "authority", "west")
     assert registry(kits / "authority") == new
 
@@ -844,6 +845,29 @@ def test_new_keys_of_a_member_must_be_signed_with_its_present_key(kits, tmp_path
     rotate(authority, "north", public=sent(tmp_path, site="north", previous=present))
     assert files(kits / "north-2") == TRUST
     assert registry(authority).retired["north"] == (present.public,)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_lost_kit_of_a_site_that_makes_its_own_keys_is_made_again_from_the_same_public_keys(kits, tmp_path, joined):
+    authority, home = kits / "authority", SiteHome(tmp_path / "west")
+    public = site_init(home.path, site="west", federation="chest", gateway=f"{HOST}:8443")
+    add(authority, "west", public=public)
+    if joined:
+        install_kit(home, read_folder(kits / "west"))
+        public = site_renew(home)
+        rotate(authority, "west", public=public)
+    before = registry(authority)
+    rotate(authority, "west", public=public)  # the one before never arrived, and the site has no other keys to send
+    after = registry(authority)
+    assert after.version == before.version + 1
+    assert (after.sites, after.retired) == (before.sites, before.retired)
+    again = read_folder(kits / f"west-{after.version}")
+    assert set(again) == TRUST
+    install_kit(home, again)
+    assert Signer.load(home.signing_key).public == after.sites["west"].signing
+    assert check_kit(home.path) == ()
+    last = verify(authority / "audit.jsonl")[-1].facts
+    assert (last["action"], last["site"], last["version"]) == ("kit made again", "west", after.version)
 
 
 def test_keys_that_were_retired_or_revoked_do_not_come_back(kits, tmp_path):
