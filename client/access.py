@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from client.blobs import LostError, Remote
 from client.machine import Line
-from client.reach import NOTHING_BEHIND, REFUSALS, gateway
+from client.reach import COORDINATOR, NOTHING_BEHIND, REFUSALS, gateway
 from common.deployment import SiteHome
 from common.errors import FedicomError
 
@@ -28,10 +28,10 @@ def access(home: SiteHome) -> Iterator[Line]:
 def failure(home: SiteHome) -> Line | None:
     """What keeps this node from the coordinator, if anything does; the refusal of its key before what leads there."""
     try:
-        failed = [line for line in access(home) if line.level == "FAIL"]
+        found = [line for line in access(home) if line.level == "FAIL" or line.what == COORDINATOR]
     except (FedicomError, OSError) as error:
-        failed = [Line(level="FAIL", what="gateway", says=str(error), fix="run `fedicom site preflight`")]
-    return failed[0] if failed else None
+        found = [Line(level="FAIL", what="gateway", says=str(error), fix="run `fedicom site preflight`")]
+    return min(found, key=lambda line: line.level != "FAIL", default=None)
 
 
 def _member(home: SiteHome) -> Iterator[Line]:
@@ -68,6 +68,6 @@ def _member(home: SiteHome) -> Iterator[Line]:
         yield Line(level="ok", what="key", says="the coordinator knows this node's key")
     if behind in NOTHING_BEHIND:
         yield Line(
-            level="warn", what="coordinator", says=f"the gateway is there, but not the SuperLink behind it ({behind})",
+            level="warn", what=COORDINATOR, says=f"the gateway is there, but not the SuperLink behind it ({behind})",
             fix="ask the coordinator what `fedicom server status` says; the node waits for it",
         )  # fmt: skip

@@ -366,7 +366,8 @@ def main() -> None:
     retry: Any = importlib.import_module("flwr.supercore.retry.http_retry")
     # It sleeps 3 s between two looks for a message and 0.5 s between two looks for the runner's reply.
     stop = threading.Event()
-    doorbell = Doorbell(Remote(SiteHome(Path(os.environ[_HOME])), stop), stop) if _HOME in os.environ else None
+    home = SiteHome(Path(os.environ[_HOME])) if _HOME in os.environ else None
+    doorbell = Doorbell(Remote(home, stop), stop) if home is not None else None
     loop.time = _Clock(doorbell, Bell(Path(os.environ["FLWR_HOME"]) / _REPLY_BELL_FILE))
     # It sleeps 1, 2, 4 ... s when the coordinator is still uploading a piece of the message it just announced.
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
@@ -374,7 +375,7 @@ def main() -> None:
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
     inline.install(importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers"), once=False)
     fleet = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
-    failed, given = _watch_pulls(fleet)
+    failed, given = _watch_pulls(fleet, Bell(home.unanswered_bell) if home is not None else None)
     loop._push_messages = _inlining(loop._push_messages, fleet)
     connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed, given)
     loop.http_request_response = contextmanager(connect)
@@ -442,8 +443,12 @@ class _Given:
         return lambda run_id, key: None if self.whole else confirm(run_id, key)
 
 
-def _watch_pulls(client: Any) -> tuple[threading.Event, _Given]:
-    """Has a client's class note, in what it gives, that a look for messages failed, and what came with a message."""
+def _watch_pulls(client: Any, unanswered: Bell | None = None) -> tuple[threading.Event, _Given]:
+    """Has a client's class note, in what it gives, that a look for messages failed, and what came with a message.
+
+    Args:
+        unanswered: Rung at each that failed.
+    """
     failed, given, pull = threading.Event(), _Given(), client.PullMessages
 
     def watched(self: Any, request: Any) -> Any:
@@ -452,6 +457,8 @@ def _watch_pulls(client: Any) -> tuple[threading.Event, _Given]:
             answer = pull(self, inline.asking(request))
         except httpx.HTTPError:
             failed.set()
+            if unanswered is not None:
+                unanswered.ring()
             raise
         given.came = inline.read(answer)
         given.whole = all(inline.whole(tree, given.came) for tree in answer.message_object_trees)

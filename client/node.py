@@ -23,7 +23,8 @@ from typing import Any
 
 from client.access import MEMBER, failure
 from client.machine import Card, Line, cards, connected
-from client.reach import proxy_address, proxy_of, split_address
+from client.reach import COORDINATOR, proxy_address, proxy_of, split_address
+from common.bell import Bell
 from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.epsilon import rounded_up
@@ -45,7 +46,7 @@ _CARDS_S = 10.0
 _AWAY_S = 45.0
 """Without a connection for so long, the gateway counts as away; in a long visit the SuperNode calls every 30 s."""
 _DOUBT_S = 30.0
-"""Between two questions to the gateway what is wrong, while there is no connection or the SuperNode ends."""
+"""Between two questions to the gateway what is wrong, while there is no connection or answer, or the SuperNode ends."""
 _LOOK_S = 5.0
 """So long a connection that was seen is not looked for again: the system walks all of its connections each time."""
 
@@ -177,6 +178,8 @@ class _Node:
         self._metrics: Callable[[], None] = lambda: None
         self._warnings: tuple[str, ...] = ()
         self._doubt, self._doubted = False, -_DOUBT_S
+        self._unanswered = Bell(home.unanswered_bell)
+        self._mark = self._unanswered.mark
         self._asking: Thread | None = None
         self._failure: Line | None = None
 
@@ -242,6 +245,8 @@ class _Node:
     def _ask(self) -> None:
         """Has the gateway asked what is wrong, where something seems to be; an answer may take a minute."""
         now = time.monotonic()
+        if (mark := self._unanswered.mark) != self._mark:
+            self._doubt, self._mark = True, mark
         if self._doubt and now - self._doubted >= _DOUBT_S and not (self._asking and self._asking.is_alive()):
             self._doubt, self._doubted = False, now
             self._asking = Thread(target=self._learn, name="asks the gateway", daemon=True)
@@ -262,7 +267,8 @@ class _Node:
         connected, failed = self._connected(children.get(SUPERNODE)), self._failure
         self._doubt = self._doubt or connected is False
         if failed is not None:
-            connected = False  # a refusal is an open connection as well
+            # A refusal is an open connection as well; where the gateway has nobody to ask, it is reached all the same.
+            connected = connected if failed.what == COORDINATOR else False
             state = "refused" if failed.what in MEMBER and state != "failed" else state
         status = {
             **report,
@@ -358,6 +364,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
             yield f"No connection to {now.get('gateway')}; trying until there is one", "yellow"
     if now.get("trouble") and not before.get("trouble"):
         yield str(now["trouble"]), "yellow"
+    elif before.get("trouble") and not now.get("trouble") and before.get("connected") and now.get("connected"):
+        yield "The coordinator answers again", ""
     recipe = now.get("recipe") or {}
     doing = (now.get("doing"), now.get("round"), recipe.get("id"))
     if doing != (before.get("doing"), before.get("round"), (before.get("recipe") or {}).get("id")):

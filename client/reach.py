@@ -33,6 +33,8 @@ REFUSALS = (401, 403, 429)
 """What the gateway answers those whose key it does not know."""
 NOTHING_BEHIND = (502, 503, 504)
 """What a gateway answers that has no SuperLink to ask."""
+COORDINATOR = "coordinator"
+"""What a line is about that says so: nobody at the site can mend it."""
 _OTHER_PORTS = (22, 80, 443, 8000, 8080, 9091, 9092, 9093)
 """Of the gateway's host: shells, web servers, and Flower's own ports."""
 _OTHER_HOSTS = (("1.1.1.1", 443), ("8.8.8.8", 53), ("9.9.9.9", 853))
@@ -112,7 +114,7 @@ def _refusal(status: int) -> Line:
         return Line(level="ok", what="gateway", says=f"refuses a stranger ({status})")
     if status in NOTHING_BEHIND:
         return Line(
-            level="warn", what="gateway", says=f"is there, but nothing behind it ({status})",
+            level="warn", what=COORDINATOR, says=f"the gateway is there, but nothing behind it ({status})",
             fix="ask the coordinator whether the server runs; the node waits for it",
         )  # fmt: skip
     return Line(

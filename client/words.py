@@ -40,12 +40,14 @@ def status_shown(status: Mapping[str, Any]) -> RenderableType:
     state = str(status.get("state"))
     bad = state in ("failed", "stopped", "silent", "restarting", "refused")
     row("site", f"{status.get('site')} of {status.get('federation')}, gateway {status.get('gateway')}")
-    row("state", _STATES.get(state, state), "yellow" if bad else "green")
+    waits = state == "ready" and status.get("trouble")
+    row("state", _STATES.get(state, state), "yellow" if bad or waits else "green")
     if status.get("connected") is not None and state not in ("stopped", "silent"):
+        reached = "to the gateway, but not to the coordinator" if status.get("trouble") else "to the gateway"
         row(
             "connection",
-            "to the gateway" if status["connected"] else "none; trying until there is one",
-            "green" if status["connected"] else "yellow",
+            reached if status["connected"] else "none; trying until there is one",
+            "green" if status["connected"] and not status.get("trouble") else "yellow",
         )
     if status.get("error") and state in ("failed", "restarting"):
         row("why", status["error"], "yellow")

@@ -412,6 +412,11 @@ class SiteHome(_Home):
         return self.run / "supernode"
 
     @property
+    def unanswered_bell(self) -> Path:
+        """Rung by the SuperNode when a look for messages failed, for the supervisor (`common.bell`)."""
+        return self.run / "unanswered.bell"
+
+    @property
     def runner_file(self) -> Path:
         """What our runner does, for the supervisor, which makes `status_file` of it."""
         return self.run / "runner.json"

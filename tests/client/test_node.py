@@ -132,7 +132,7 @@ def test_a_node_that_the_coordinator_does_not_take_says_so_and_why_until_it_does
 
     def status(refused: bool) -> dict[str, Any] | None:
         found = read_status(house.home.status_file) or {}
-        return found if bool(found.get("trouble")) == refused and "trouble" in found else None
+        return found if str(found.get("trouble")).startswith("key:") == refused and "trouble" in found else None
 
     with embedded(house, registry=newer) as gateway:
         running_node = node(children=children)
@@ -146,6 +146,60 @@ def test_a_node_that_the_coordinator_does_not_take_says_so_and_why_until_it_does
         newer.write_bytes(first)
         gateway._allowed = RegistryKeys(newer, house.home.authority)  # type: ignore[assignment]
         assert wait(lambda: status(False), "the end of the refusal")["state"] != "refused"
+
+
+def test_a_gateway_without_a_coordinator_behind_it_is_told_though_the_connection_is_open(
+    node: Callable[..., Running], house: House, wait: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from client.words import status_shown
+    from common.bell import Bell
+    from tests.client.test_preflight import embedded
+
+    monkeypatch.setattr(module, "_DOUBT_S", 0.5)
+    monkeypatch.setattr(module, "connected", lambda supernode, port: True)
+    asked = list[float]()
+    look = module.failure
+
+    def status(troubled: bool) -> dict[str, Any] | None:
+        found = read_status(house.home.status_file) or {}
+        return found if bool(found.get("trouble")) == troubled and "trouble" in found else None
+
+    with embedded(house):
+        monkeypatch.setattr(module, "failure", lambda home: (asked.append(time.monotonic()), look(home))[1])
+        running_node = node()
+        assert wait(lambda: status(False), "the first status")["connected"]
+        time.sleep(1.5)
+        assert asked == []  # nobody asks the gateway while messages are looked for and the answers come
+        Bell(house.home.unanswered_bell).ring()
+        found = wait(lambda: status(True), "the trouble")
+        assert found["connected"]
+        assert found["state"] not in ("refused", "failed")
+        assert found["trouble"].startswith("coordinator: the gateway is there, but not the SuperLink behind it (502)")
+        console = Console(record=True, width=200)
+        console.print(status_shown(found))
+        assert "to the gateway, but not to the coordinator" in console.export_text()
+        monkeypatch.setattr(module, "failure", lambda home: None)
+        wait(lambda: status(False), "the end of the trouble")
+        wait(lambda: "The coordinator answers again" in running_node.told or None, "the line")
+
+
+def test_a_look_for_messages_that_fails_rings_the_supervisors_bell(tmp_path: Path) -> None:
+    import httpx
+    from flwr.proto.fleet_pb2 import PullMessagesRequest
+
+    from client.link import _watch_pulls
+    from common.bell import Bell
+
+    class Fleet:
+        def PullMessages(self, request: object) -> object:
+            raise httpx.ConnectError("refused")
+
+    bell = Bell(tmp_path / "bell")
+    _watch_pulls(Fleet, bell)
+    assert not bell.there
+    with pytest.raises(httpx.ConnectError):
+        Fleet().PullMessages(PullMessagesRequest())
+    assert bell.there
 
 
 def test_keys_that_were_exchanged_start_both_again(node: Callable[..., Running], house: House) -> None:
