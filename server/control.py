@@ -138,6 +138,8 @@ class _Seen:
     stamp: tuple[int, ...] = ()
     online: tuple[str, ...] = ()
     looked_at: float = -_LOOK_S
+    renewed_at: float = -math.inf
+    """When the SuperLink was last ended for a new certificate."""
     trouble: str = ""
     events: dict[str, str] = field(default_factory=dict)
 
@@ -264,6 +266,7 @@ class Control:
             for name in self._watch.renewed():
                 # As after a crash: sites wait and come back, and runs ask again what was lost with it.
                 log.info("%s starts anew with the new certificate", name)
+                self._seen.renewed_at = time.monotonic()
                 self._supervisor.stop(name, _GRACE_S[name])
                 self._supervisor.start(getattr(self._parts, name)(self.home, self.superlink_port))
         self._write_status()
@@ -320,8 +323,11 @@ class Control:
                     log.info("over: %s", self._seen.trouble)
                 self._seen.trouble = ""
             except FedicomError as error:
-                starting = isinstance(error, ExchangeError) and not self._ready.is_set()
-                trouble = "the SuperLink does not answer yet; see run/logs/superlink.log" if starting else str(error)
+                renewed = self._seen.looked_at < self._seen.renewed_at
+                trouble = str(error)
+                if isinstance(error, ExchangeError) and (renewed or not self._ready.is_set()):
+                    why = "starts anew with its new certificate, and " if renewed else ""
+                    trouble = f"the SuperLink {why}does not answer yet; see run/logs/superlink.log"
                 if self._seen.trouble != trouble:
                     log.warning("%s", trouble)
                 self._seen.trouble = trouble

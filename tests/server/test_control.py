@@ -678,6 +678,33 @@ def test_a_new_certificate_is_taken_up_by_the_superlink_once_its_key_is_there_to
     running.until(lambda: running.control.status["children"].get("gateway") not in (None, before["gateway"]))
 
 
+def test_a_superlink_that_starts_anew_with_its_new_certificate_is_told_as_that_until_it_answers(running, monkeypatch):
+    monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
+    monkeypatch.setattr("server.control._LOOK_S", 0.1)
+    online, renewed = running.control._parts.online, threading.Event()
+
+    def away(home, port):
+        if renewed.is_set():
+            raise ExchangeError("the SuperLink did not answer within 1 s")
+        return online(home, port)
+
+    running.control._parts = replace(running.control._parts, online=away)
+    certificate, key = running.house.home.superlink_certificate, running.house.home.superlink_key
+    running.until(lambda: running.control._seen.looked_at > 0)
+    before = running.control.status["children"]["superlink"]
+    renewed.set()
+    assert "did not answer within 1 s" in running.until(lambda: running.control.status["trouble"])  # nobody knows why
+    certificate.touch()
+    key.touch()
+    running.until(lambda: running.control.status["children"].get("superlink") not in (None, before))
+    said = "the SuperLink starts anew with its new certificate, and does not answer yet; see run/logs/superlink.log"
+    running.until(lambda: running.control.status["trouble"] == said)
+    renewed.clear()
+    running.until(lambda: not running.control.status["trouble"])
+    renewed.set()
+    assert "did not answer within 1 s" in running.until(lambda: running.control.status["trouble"])
+
+
 def test_members_that_are_refused_for_their_clock_are_a_warning_for_as_long_as_they_are(running, monkeypatch):
     monkeypatch.setattr("server.control._WARNINGS_S", 0.1)
     stats = running.house.home.gateway_stats
