@@ -37,6 +37,8 @@ FORMAT = "fedicom kit 1"
 
 _EDITED = ("site.yaml", "server.yaml", "keys/tokens.json", "keys/operator.token")
 """Files that their owner changes."""
+_KEPT = (COHORT, "keys/superexec.secret")
+"""Secrets of a house: no kit takes the place of those that are there."""
 _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}){0,3}")
 _LATER = re.compile(r"kit-(\d{1,9})\.json")
 _MAX_FILES, _MAX_BYTES = 200, 16 << 20
@@ -128,7 +130,8 @@ def check_kit(home: Path) -> tuple[str, ...]:
     found = []
     expected = dict(manifests[0].files)
     for later in manifests[1:]:  # of those only keys and certificates were put in, not their pages
-        expected |= {path: digest for path, digest in later.files.items() if path.startswith(("keys/", "trust/"))}
+        put_in = (path for path in later.files if path.startswith(("keys/", "trust/")) and path not in _KEPT)
+        expected |= {path: later.files[path] for path in put_in}
     for path, digest in sorted(expected.items()):
         file = home / path
         data = _read(file)

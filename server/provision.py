@@ -339,6 +339,10 @@ class _Authority:
         else:
             verb = "which runs `fedicom site join`" if renews else "over a channel that nobody else reads"
             told.append(f"{where} to {name}, {verb}; then delete it here")
+        if before is not None and not renews:
+            told.append(
+                f"{name} puts it into the home that it has (`fedicom site join`): its ledger and its log are there"
+            )
         return tuple(told)
 
     def renew_coordinator(self, out: Path | None, sealing: _Sealing | None, by: str) -> tuple[str, ...]:

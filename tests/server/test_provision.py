@@ -464,6 +464,19 @@ def test_a_revoked_site_is_no_member_and_comes_back_under_new_keys_alone(kits):
     assert back.members["north"].node != old.node
 
 
+def test_a_site_that_was_revoked_and_added_again_is_whole_with_the_secrets_of_its_house(kits):
+    home = SiteHome(kits / "north")
+    secrets = home.cohort_key.read_bytes(), home.superexec_secret.read_bytes()
+    revoke(kits / "authority", "north", "lost its key")
+    told = add(kits / "authority", "north", out=kits / "again")
+    assert told[-1].startswith("north puts it into the home that it has (`fedicom site join`)")
+    install_kit(home, read_folder(kits / "again/north"))
+    assert (home.cohort_key.read_bytes(), home.superexec_secret.read_bytes()) == secrets
+    assert check_kit(home.path) == ()
+    home.cohort_key.write_bytes(bytes(32))
+    assert check_kit(home.path) == ("keys/cohort.key was changed; unpack the kit again",)
+
+
 @pytest.mark.parametrize("why", ["", "  ", "two\nlines", "x" * 201])
 def test_a_revocation_has_a_reason_of_one_line(kits, why):
     with pytest.raises(ConfigError):
