@@ -50,7 +50,7 @@ def gateway(home: SiteHome) -> Iterator[Line]:
     first = proxy_address(proxy) if proxy else (host, port)
     try:
         addresses = sorted({str(row[4][0]) for row in socket.getaddrinfo(*first, type=socket.SOCK_STREAM)})
-    except OSError:
+    except (OSError, UnicodeError):  # the second of a name with an empty part, or a very long one
         what = "the proxy" if proxy else "the gateway"
         yield Line(
             level="FAIL",
@@ -224,7 +224,7 @@ def elsewhere(config: SiteConfig, others: Sequence[tuple[str, int]] | None) -> I
 def _open(place: tuple[str, int]) -> bool:
     try:
         socket.create_connection(place, timeout=_PROBE_S).close()
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return True
 
@@ -251,9 +251,13 @@ def proxy_of(config: SiteConfig, environment: Mapping[str, str]) -> str | None:
     if not proxy:
         return None
     url = proxy if "://" in proxy else f"http://{proxy}"
-    if (scheme := urlsplit(url).scheme.lower()) not in ("http", "https") or not proxy_address(url)[0]:
+    try:
+        good = urlsplit(url).scheme.lower() in ("http", "https") and proxy_address(url)[0] != ""
+    except ValueError:  # its port is no number, or none that there is
+        good = False
+    if not good:  # not shown: it may hold a password
         raise ConfigError(
-            f"the proxy is one of {scheme}, expected http://HOST:PORT or https://HOST:PORT; set proxy in site.yaml"
+            "the proxy is none that can be used, expected http://HOST:PORT or https://HOST:PORT; set proxy in site.yaml"
         )
     return url
 

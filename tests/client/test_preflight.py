@@ -367,6 +367,8 @@ def test_a_gateway_that_is_away_and_a_name_without_address_say_what_to_do(house:
     assert "firewall" in line.fix
     house.configure(gateway="no-such-host.invalid:8443")
     assert "has no address" in one(run(house, images=False), "DNS", "FAIL").says
+    house.configure(gateway="gateway..example.org:8443")
+    assert "has no address" in one(run(house, images=False), "DNS", "FAIL").says
 
 
 def test_a_certificate_of_another_authority_fails_as_somebody_between(house: House, gateway: Gateway) -> None:
@@ -514,10 +516,14 @@ def test_addresses_and_networks_are_excepted_and_this_machine_always(
     assert found == (None if spared else "http://p:1")
 
 
-@pytest.mark.parametrize("proxy", ["socks5://p:1", "http://", "ftp://p:1"])
+@pytest.mark.parametrize(
+    "proxy", ["socks5://p:1", "http://", "ftp://p:1", "http://p:8O80", "p:99999", "http://[::1", "http://me:pass@p:no"]
+)
 def test_a_proxy_that_is_none_of_http_is_refused_before_anything_is_started(house: House, proxy: str) -> None:
     house.configure(gateway="gateway.example.org:8443", proxy=proxy)
-    assert "expected http://HOST:PORT" in one(run(house, images=False), "gateway", "FAIL").says
+    told = one(run(house, images=False), "gateway", "FAIL").says
+    assert "expected http://HOST:PORT" in told
+    assert "pass" not in told
     with pytest.raises(ConfigError, match="expected http://HOST:PORT"):
         start(house.home, lambda line, style: None, allow_root=True)
     house.configure(proxy="p:1")
