@@ -20,7 +20,8 @@ from common.storage import drop_unfinished, private_folder, storing, write_whole
 FORMAT = "fedicom approval 1"
 _MAX_BYTES = 2 << 20
 _ID = re.compile(r"[0-9a-f]{64}")
-_LINE = re.compile(r"[^\x00-\x1f\x7f]{1,200}")
+_LINE = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,200}")
+"""Without what Python makes of bytes that are no UTF-8: a name typed at a terminal of another encoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Approvals:
             StorageError: The log or the record cannot be written.
         """
         if not _LINE.fullmatch(by):
-            raise ConfigError("an approval needs the name of who gives it, in one line of at most 200 characters")
+            raise ConfigError("an approval needs the name of who gives it, one line of at most 200 characters in UTF-8")
         signed = parse_recipe(signed.text, self._home.registry.coordinator)
         recipe, config = signed.recipe, self._home.config
         if found := objections(recipe, config.policy):

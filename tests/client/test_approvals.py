@@ -108,10 +108,12 @@ def test_the_policys_objections_refuse_until_they_are_cured(house: House) -> Non
     assert approvals.ids() == (signed.recipe.id,)
 
 
-@pytest.mark.parametrize("by", ["", "two\nlines", "\x1b[2J", "x" * 201])
+@pytest.mark.parametrize("by", ["", "two\nlines", "\x1b[2J", "x" * 201, "Andr\udce9"])
 def test_an_approval_needs_a_name(house: House, by: str) -> None:
+    before = house.log.head
     with pytest.raises(ConfigError, match="name"):
         Approvals(house.home).approve(house.sign(), by=by, log=house.log)
+    assert house.log.head == before
 
 
 def test_nothing_is_approved_that_the_log_does_not_know_of(house: House) -> None:
