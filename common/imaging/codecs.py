@@ -31,6 +31,7 @@ _CODECS: dict[str, Callable[[bytes], NDArray[Any]]] = {
     uid.HTJ2K: imagecodecs.htj2k_decode,
 }
 _CUT = "The compressed image is cut off; transfer it again."
+_OTHER_COLOURS = "The header and the compressed image name different colour transforms; export it again."
 _SIGNATURE = b"\xff\x4f\xff\x51"
 """SOC and SIZ; a JP2 box header may come first."""
 _BASELINE = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
@@ -103,7 +104,11 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
 def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     colour = layout.samples == 3
     decode = _CODECS.get(layout.syntax)
-    if decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
+    if colour and layout.syntax in _BASELINE:
+        stored = imagecodecs.jpeg8_decode(frame, colorspace="RGB", outcolorspace="RGB")  # as it lies there
+        if _is_ybr(frame, layout):
+            stored = convert_color_space(stored, "YBR_FULL", "RGB")
+    elif decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
         stored = _by_pydicom(frame, layout)
     else:
         if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
@@ -130,8 +135,40 @@ def _check_transforms(transforms: set[bool], layout: Layout) -> None:
     Source: DICOM PS3.5 8.2.4.
     """
     if layout.photometric != "RGB" and transforms != {layout.photometric in ("YBR_RCT", "YBR_ICT")}:
-        why = "The header and the compressed image name different colour transforms; export it again."
-        raise Refusal(RefusalCode.CORRUPT, why)
+        raise Refusal(RefusalCode.CORRUPT, _OTHER_COLOURS)
+
+
+def _is_ybr(frame: bytes, layout: Layout) -> bool:
+    """Whether the colours of a lossy JPEG are YBR; refuses one that contradicts its header, or itself.
+
+    Where the codestream says nothing, the header does. RGB may be the name that the image had before it was compressed.
+
+    Source: JFIF 1.02 (always YBR), ITU-T T.872 (Adobe), DICOM PS3.5 8.2.1.
+    """
+    says = _jpeg_colours(frame)
+    if len(says) > 1 or (says == {"RGB"} and layout.photometric != "RGB"):
+        raise Refusal(RefusalCode.CORRUPT, _OTHER_COLOURS)
+    return says == {"YBR"} or layout.photometric != "RGB"
+
+
+def _jpeg_colours(frame: bytes) -> set[str]:
+    """What the markers of a JPEG, and the names of its components, say of its colours; mostly one word or none."""
+    says = set()
+    at = 2
+    while at + 4 <= len(frame) and frame[at] == 0xFF and frame[at + 1] != 0xDA:
+        if frame[at + 1] == 0xFF:  # fill byte
+            at += 1
+            continue
+        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
+        value = frame[at + 4 : at + 2 + length]
+        if marker == 0xE0 and value.startswith(b"JFIF\0"):
+            says.add("YBR")
+        if marker == 0xEE and value.startswith(b"Adobe") and len(value) >= 12:
+            says.add("RGB" if value[11] == 0 else "YBR")
+        if 0xC0 <= marker <= 0xC2 and value[6::3].upper() == b"RGB":
+            says.add("RGB")
+        at += 2 + length
+    return says
 
 
 def _by_pydicom(frame: bytes, layout: Layout) -> NDArray[Any]:
