@@ -40,7 +40,7 @@ from common.imaging.allowed import (
     is_word,
 )
 from common.imaging.confidentiality import EDITION, action
-from common.imaging.header import REPEATS, Overrun, raw, read_header, text
+from common.imaging.header import REPEATS, Overrun, identifier, raw, read_header, text
 from common.imaging.layout import Layout, layout_of
 from common.imaging.pixels import stored_frames
 from common.imaging.refusal import Refusal, RefusalCode, quiet
@@ -141,7 +141,7 @@ class Deidentifier:
         _need_clean(original)
         layout = layout_of(original, element)
         # those without an identifier must not become one patient
-        who = text(original, "PatientID") or text(original, "StudyInstanceUID")
+        who = identifier(original, "PatientID") or text(original, "StudyInstanceUID")
         patient = pseudonym(self._key, "deidentified patient", who)[:16]
         self._days = 1 + int(pseudonym(self._key, "days", who)[:8], 16) % 3650
         made = self._cleaned(original, 0)
@@ -166,7 +166,7 @@ class Deidentifier:
             pseudonym(self._key, kind, text(original, keyword))[:16]
             for kind, keyword in (("study file", "StudyInstanceUID"), ("instance file", "SOPInstanceUID"))
         )
-        issuer = text(original, "IssuerOfPatientID") if text(original, "PatientID") else ""
+        issuer = text(original, "IssuerOfPatientID") if identifier(original, "PatientID") else ""
         return Copy(f"{patient}/{study}/{instance}.dcm", data, issuer)
 
     def _cleaned(self, original: Dataset, depth: int) -> Dataset:

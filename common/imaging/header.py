@@ -214,9 +214,9 @@ def _scan(path: Path, *, bounded: bool = True) -> tuple[Header, Layout | None]:
         sop_uid=text(dataset, "SOPInstanceUID"),
         series_uid=text(dataset, "SeriesInstanceUID"),
         study_uid=text(dataset, "StudyInstanceUID"),
-        patient_id=text(dataset, "PatientID"),
+        patient_id=identifier(dataset, "PatientID"),
         issuer=text(dataset, "IssuerOfPatientID"),
-        accession=text(dataset, "AccessionNumber"),
+        accession=identifier(dataset, "AccessionNumber"),
         modality=modality,
         manufacturer=text(dataset, "Manufacturer"),
         model_name=text(dataset, "ManufacturerModelName"),
@@ -487,6 +487,12 @@ def _is_dicom(file: BinaryIO, size: int) -> bool:
 def text(dataset: Dataset, keyword: str) -> str:
     value = dataset.get(keyword)
     return "" if value is None else str(value).strip().strip("\0")
+
+
+def identifier(dataset: Dataset, keyword: str) -> str:
+    """As `text`; empty where a character is not of the Specific Character Set, for two of them would look alike."""
+    found = text(dataset, keyword)
+    return "" if "\N{REPLACEMENT CHARACTER}" in found else found
 
 
 def raw(dataset: Dataset, tag: int) -> str:

@@ -12,7 +12,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 
-from common.imaging.header import Overrun, read_header, text
+from common.imaging.header import Overrun, identifier, read_header, text
 from common.imaging.layout import COMPRESSED, UNCOMPRESSED, UNDEFINED, Element, layout_of, native_syntax
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
@@ -54,8 +54,8 @@ def examine(path: Path) -> Received:
                 sop_uid=text(dataset, "SOPInstanceUID"),
                 series_uid=text(dataset, "SeriesInstanceUID"),
                 study_uid=text(dataset, "StudyInstanceUID"),
-                patient_id=text(dataset, "PatientID"),
-                accession=text(dataset, "AccessionNumber"),
+                patient_id=identifier(dataset, "PatientID"),
+                accession=identifier(dataset, "AccessionNumber"),
                 syntax=native_syntax(dataset),
             )
     except Refusal:

@@ -20,7 +20,7 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 
 from common.errors import DataError
-from common.imaging.header import Overrun, read_header, tags_of, text
+from common.imaging.header import Overrun, identifier, read_header, tags_of
 from common.imaging.refusal import Refusal
 from common.imaging.volume import Source
 
@@ -113,7 +113,7 @@ def _evidence(source: Source, header: Dataset) -> list[Dataset]:
         item.SOPClassUID, item.SOPInstanceUID = header.SOPClassUID, uid
         item.StudyInstanceUID, item.SeriesInstanceUID = source.study_uid, source.series_uid
         for keyword in _COPIED:
-            setattr(item, keyword, _valid(keyword, text(header, keyword)))
+            setattr(item, keyword, _valid(keyword, identifier(header, keyword)))
         found.append(item)
     return found
 

@@ -182,6 +182,16 @@ def test_two_people_who_share_a_patient_id_are_not_copied_as_one(tmp_path, capsy
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_two_people_whose_ids_are_alike_where_they_cannot_be_read_are_not_copied_as_one(tmp_path):
+    names = []
+    for at, letter in enumerate((b"\xfc", b"\xf6")):  # Latin-1 in a file that says UTF-8
+        made = image(PatientID="M?ller01", SpecificCharacterSet="ISO_IR 192", StudyInstanceUID=f"1.2.3.{at}")
+        path = written(made, tmp_path / f"{at}.dcm")
+        path.write_bytes(path.read_bytes().replace(b"M?ller01", b"M" + letter + b"ller01"))
+        names.append(Deidentifier(KEY).copy(path).name.split("/")[0])
+    assert len(set(names)) == 2
+
+
 def test_a_key_that_others_can_read_is_refused(tmp_path):
     (tmp_path / "key").write_bytes(KEY)
     (tmp_path / "key").chmod(0o644)

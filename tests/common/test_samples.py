@@ -96,6 +96,21 @@ def test_each_sample_holds_its_own_patients_pixels_and_label(site: Path) -> None
         assert samples.targets_N[row] == number % 2
 
 
+def test_two_people_whose_ids_are_alike_where_they_cannot_be_read_are_not_one_patient(site: Path) -> None:
+    # ü and ö of Latin-1 are no UTF-8, and both would become the same replacement character
+    for number, letter in ((1, b"\xfc"), (3, b"\xf6")):
+        file = site / "dicom" / f"p{number}" / "1.dcm"
+        change(file, SpecificCharacterSet="ISO_IR 192", PatientID="M?ller01")
+        file.write_bytes(file.read_bytes().replace(b"M?ller01", b"M" + letter + b"ller01"))
+    studies = {
+        number: str(pydicom.dcmread(site / "dicom" / f"p{number}" / "1.dcm").StudyInstanceUID) for number in range(6)
+    }
+    label(site, ["study,label", *(f"{uid},{('negative', 'positive')[number % 2]}" for number, uid in studies.items())])
+    got = read(site, replace(TASK, key="study"))
+    assert len(got.samples.patients) == 4
+    assert got.refused == {"no_patient": 2}
+
+
 def test_the_digest_is_the_sha256_of_pixels_then_targets(site: Path) -> None:
     samples = read(site).samples
     assert samples.digest == hashlib.sha256(samples.x_N.tobytes() + samples.targets_N.tobytes()).hexdigest()
