@@ -276,7 +276,7 @@ def _need_clean(original: Dataset) -> None:
         raise Refusal(RefusalCode.UNSUPPORTED_CLASS, "This is no image of a kind that is copied.")
     says = text(original, "BurnedInAnnotation").upper()
     film = text(original, "ConversionType").upper() not in ("", "SYN")
-    kinds = " ".join(str(value) for value in original.get("ImageType", None) or ()).upper()
+    kinds = text(original, "ImageType").upper()  # one value or several
     captured = any(word in kinds for word in ("SCREEN", "CAPTURE", "REPORT", "DOSE", "PATIENT"))
     if says == "YES" or (says != "NO" and (_CLASSES[sop_class] or film or captured)):
         raise Refusal(RefusalCode.BURNED_IN_TEXT, "The image shows or may show text, and pixels are not cleaned.")

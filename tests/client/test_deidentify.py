@@ -367,6 +367,7 @@ def _iso(day: str) -> str:
         ({"BurnedInAnnotation": "YES"}, RefusalCode.BURNED_IN_TEXT),
         ({"SOPClassUID": UltrasoundImageStorage}, RefusalCode.BURNED_IN_TEXT),
         ({"ImageType": ["DERIVED", "SECONDARY", "SCREEN SAVE"]}, RefusalCode.BURNED_IN_TEXT),
+        ({"ImageType": "SCREENSHOT"}, RefusalCode.BURNED_IN_TEXT),
         ({"ConversionType": "DF"}, RefusalCode.BURNED_IN_TEXT),
         ({"RecognizableVisualFeatures": "YES"}, RefusalCode.BURNED_IN_TEXT),
         ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, RefusalCode.UNSUPPORTED_CLASS),
