@@ -170,6 +170,7 @@ def pretending() -> Iterator[torch.device]:
             patch.setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
         for name in _BELOW:
             patch.setattr(torch._C, name, lambda *_: None, raising=False)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: None)  # asks a CUDA build's driver
         patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)  # a moved parameter stays itself
         patch.setattr(torch.utils, "swap_tensors", _swapped)
         patch.setattr(torch, "Generator", Generator)

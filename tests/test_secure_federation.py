@@ -179,7 +179,7 @@ class Federated:
 
 
 def quick(recipe: Recipe, **federation: object) -> Recipe:
-    given = {"timeout_s": 2.0, "offline_s": 0.0} | federation
+    given = {"timeout_s": 30.0, "offline_s": 0.0} | federation
     return replace(recipe, federation=replace(recipe.federation, **given))
 
 
@@ -273,7 +273,7 @@ def test_a_coordinator_that_is_killed_before_the_sum_is_read_gets_the_same_sum_a
     provisioned: Path,
 ) -> None:
     # North and south open; then the coordinator dies. It may begin anew with all three, and with nobody less.
-    recipe = quick(secured(settings_of(tmp_path / "unused", hospitals, rounds=1)).recipe)
+    recipe = quick(secured(settings_of(tmp_path / "unused", hospitals, rounds=1)).recipe, timeout_s=5.0)  # thrice in vain
     deployed = Federated(tmp_path, provisioned, recipe)
     deployed.mute = {("east", "opening")}
     with pytest.raises(QuorumError, match="no secure sum in 3 attempts"):
