@@ -425,12 +425,19 @@ def test_an_older_tls_fails(house: House, peer: Callable[..., Peer]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "level"), [(200, "FAIL"), (404, "FAIL"), (401, "ok"), (403, "ok"), (429, "ok"), (503, "warn")]
-)
-def test_a_stranger_must_be_refused(house: House, peer: Callable[..., Peer], status: int, level: str) -> None:
+    ("status", "what", "level"),
+    [
+        (200, "gateway", "FAIL"), (404, "gateway", "FAIL"), (401, "gateway", "ok"), (403, "gateway", "ok"),
+        (429, "gateway", "ok"), (503, "coordinator", "warn"),
+    ],
+)  # fmt: skip
+def test_a_stranger_must_be_refused(
+    house: House, peer: Callable[..., Peer], status: int, what: str, level: str
+) -> None:
     made = peer(f"HTTP/1.1 {status} \r\n\r\n")
-    lines = of(run(house, images=False), "gateway")
+    lines = of(run(house, images=False), what)
     assert lines[-1].level == level
+    assert f"({status})" in lines[-1].says or level == "FAIL"
     assert b"flwr-" not in made.heard[0]  # no key, no signature
 
 
