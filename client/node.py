@@ -375,7 +375,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple
             yield f"{recipe.get('name')}, {which}: {now.get('doing')}", ""
         elif now.get("doing") == "reading images":
             yield f"{recipe.get('name')}: reading the images", ""
-    if before and int(now.get("updates") or 0) > int(before.get("updates") or 0) and "updates" in before:
+    # Without a recipe it is a runner that was started anew, and has counted in the log.
+    if recipe and int(now.get("updates") or 0) > int(before.get("updates") or 0) and "updates" in before:
         sent = int(now.get("bytes_sent") or 0) - int(before.get("bytes_sent") or 0)
         epsilon = now.get("epsilon")
         spent = f", epsilon {rounded_up(epsilon['spent'])} of {epsilon['cap']:g} spent" if epsilon else ""

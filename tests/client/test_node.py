@@ -433,6 +433,8 @@ def test_each_change_is_one_line_and_nothing_is_said_twice() -> None:
     assert said(ready, STATUS) == ["tiny, round 2 of 3: training"]
     after = {**ready, "updates": 2, "bytes_sent": 5_900_000, "last_visit_s": 7.0}
     assert said(STATUS, after) == ["tiny, round 2: update sent after 7 s, 0.9 MB, epsilon 2.00 of 8 spent"]
+    anew = {**ready, "updates": 3, "recipe": None, "round": None}  # its count is that of the log
+    assert said(after, anew) == []
     closing = {**STATUS, "doing": "evaluating", "round": 4}
     assert said(ready, closing) == ["tiny, closing evaluation: evaluating"]
     refusal = {"time": "1", "recipe_id": "b", "code": "recipe", "why": "not approved", "here": ""}
