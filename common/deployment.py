@@ -390,7 +390,7 @@ class _Home:
 class SiteHome(_Home):
     """A hospital's folder: what its kit becomes."""
 
-    _advice = "unpack the site's kit again, or run `fedicom site init`"
+    _advice = "unpack the site's kit again, or `fedicom site join` it where `fedicom site init` made the keys"
 
     @property
     def config(self) -> SiteConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.init import init_verb, join_verb, site_init, site_renew, unpack_verb
+from client.node import start
 from common import kit
 from common.audit import verify
 from common.deployment import SiteHome
@@ -84,6 +85,11 @@ def test_a_site_makes_its_keys_and_only_public_ones_are_to_be_sent(home):
         assert data.hex().encode() not in public
     assert (home.config.gateway, home.config.policy.require_privacy) == (GATEWAY, True)
     assert actions(home) == [("nina", "keys made")]
+
+
+def test_a_home_that_waits_for_its_kit_is_told_to_join_it(home):
+    with pytest.raises(ConfigError, match=r"the registry is missing.*`fedicom site join` it where `fedicom site init`"):
+        start(home, lambda line, style: None, allow_root=True)
 
 
 def test_two_sites_share_no_secret(home, tmp_path):
