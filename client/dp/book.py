@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -63,12 +64,21 @@ class Use:
         """Squared norms of the parameters' gradients from the weight's; None where that is the gradient itself."""
         return self._squares if self.made else None
 
-    def _squares(self, gradients_P: torch.Tensor) -> torch.Tensor:
+    def _squares(self, gradients_P: torch.Tensor, rounding_P: torch.Tensor) -> torch.Tensor:
         found = sum((squared_norms(g) for _, g in self.parts(gradients_P)), gradients_P.new_zeros(len(gradients_P)))
-        # The sum is mapped once, after the contraction; where f forgets most of a gradient, rounding counts.
-        before = squared_norms(gradients_P)
-        stretch = torch.nan_to_num(found / before, 0.0, 0.0, 0.0).max() if len(found) else 0.0
-        return found + (16 * torch.finfo(found.dtype).eps) ** 2 * stretch * before
+        # The sum is mapped once, after the contraction, and its rounding with it. 256: the stretch is that of all
+        # directions together, of which rounding takes none alone.
+        return found + self._stretch / 256 * rounding_P
+
+    @cached_property
+    def _stretch(self) -> torch.Tensor:
+        """Most by which J^T lengthens a squared norm: the sum of its squares, as told by how it maps random signs.
+
+        Gradients do not tell it: f may forget a whole one, and then what is left in the sum is rounding.
+        """
+        signs = torch.randint(2, self._weight.shape, generator=torch.Generator().manual_seed(0)).to(self._weight)
+        mapped = self._back(2 * signs - 1, batched=False)
+        return sum((g.square().sum() for _, g in mapped), signs.new_zeros(()))
 
     def parts(self, gradients_P: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Index of each parameter and its gradients (P, *shape), from the weight's (P, *weight.shape or flat)."""

@@ -88,8 +88,8 @@ def same_padding(weight: torch.Tensor, dilation: Any) -> list[int]:
     return [n for t in reversed(total) for n in (t // 2, t - t // 2)]
 
 
-Squares = Callable[[torch.Tensor], torch.Tensor]
-"""(gradients (P, *shape)) -> squared norms (P,)."""
+Squares = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(gradients (P, *shape), `_rounding` (P,)) -> squared norms (P,), never below the truth."""
 
 
 def squared_norms(gradients_P: torch.Tensor) -> torch.Tensor:
@@ -98,6 +98,25 @@ def squared_norms(gradients_P: torch.Tensor) -> torch.Tensor:
     # The norms of rows first: one sum over 10^6 float32 squares would lose the small ones.
     norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=2)
     return norms.square().sum(1)
+
+
+def _squares(gradients_P: torch.Tensor, rounding_P: torch.Tensor) -> torch.Tensor:
+    return squared_norms(gradients_P) + rounding_P
+
+
+def _rounding(x: torch.Tensor, gy: torch.Tensor, patients: int, taps: int, dtype: torch.dtype) -> torch.Tensor:
+    """Squared, far more than a patient's gradient here and the patient's share of the sum can differ by.
+
+    Both add the same g_t u_t^T, in another order. They may cancel, here more than there, and then rounding is all that
+    is left: some units in the last place of the sum over t of |g_t| |u_t|, not of what it came to. That is at most
+    |g| |u|, and each number of x is in at most `taps` of the u_t.
+    """
+    x_P, gy_P = (
+        torch.linalg.vector_norm(v.unflatten(0, (patients, -1)), dim=tuple(range(1, v.dim() + 1)), dtype=dtype)
+        for v in (x, gy)
+    )
+    lengths_P: torch.Tensor = 256 * torch.finfo(dtype).eps * math.sqrt(taps) * x_P * gy_P
+    return lengths_P.square()
 
 
 def convolution_gradients(
@@ -138,7 +157,8 @@ def convolution_gradients(
         for part, records in _parts(patients, views, size * weight.element_size())
     )
     if method == "norms":
-        return None, torch.cat([(squares or squared_norms)(gradients) for _, gradients in parts])
+        rounding_P = _rounding(x, gy, patients, math.prod(shape.kernel), weight.dtype)
+        return None, torch.cat([(squares or _squares)(gradients, rounding_P[part]) for part, gradients in parts])
     kept: torch.Tensor | None = None
     for part, gradients in parts:
         if len(gradients) == patients:
@@ -230,10 +250,10 @@ def linear_gradients(
     if method == "kept":
         return torch.bmm(gy_PTQ.transpose(1, 2), x_PTD), None
     if method == "norms":
-        each = inputs * outputs * item
+        each, rounding_P = inputs * outputs * item, _rounding(x_PTD, gy_PTQ, patients, 1, x_PTD.dtype)
         return None, torch.cat(
             [
-                (squares or squared_norms)(torch.bmm(gy_PTQ[part].transpose(1, 2), x_PTD[part]))
+                (squares or _squares)(torch.bmm(gy_PTQ[part].transpose(1, 2), x_PTD[part]), rounding_P[part])
                 for part, _ in _parts(patients, 1, each)
             ]
         )
