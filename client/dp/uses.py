@@ -357,6 +357,8 @@ def _embedding(
         raise NoRuleError("an embedding with max_norm, scale_grad_by_freq or sparse")
     ignored = None if padding_idx is None else padding_idx % len(weight)
     use = book.claim(weight)
+    if use is not None and use.made:  # the squares are those of the table's own gradient
+        raise NoRuleError("an embedding whose table is made of parameters")
     return _run(_Embedding, book, use, input, ignored, _value(use, weight))
 
 

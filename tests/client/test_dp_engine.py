@@ -711,7 +711,17 @@ class Words(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ids = (x.flatten(1)[:, :20].abs() * 3).long().clamp(max=5)
-        return self.head(torch.tanh(self.table(ids)).sum(1))  # type: ignore[no-any-return]
+        return self.head(torch.tanh(self.rows(ids)).sum(1))  # type: ignore[no-any-return]
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids)  # type: ignore[no-any-return]
+
+
+class LouderWords(Words):
+    """The same, out of a table that is made of a parameter."""
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, 10 * self.table.weight)
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -899,6 +909,7 @@ def test_a_lone_patient_of_whose_gradient_rounding_alone_is_left_stays_within_th
     [
         Twice,
         Odd,
+        LouderWords,
         TimeFirst,
         Blended,
         lambda: nn.Sequential(nn.ConvTranspose2d(1, 4, 3), nn.Flatten(), nn.Linear(400, 3)),
