@@ -450,6 +450,21 @@ def test_a_model_that_mixes_its_records_fails_the_self_test() -> None:
         engine(Mixing()).step(*batch(4))
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, 1e-4])
+def test_sums_of_the_wrong_sign_fail_the_self_test_however_small_they_are(
+    clip_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bookkeeping.clipped_sum
+
+    def wrong(*words: object) -> tuple[list[torch.Tensor], torch.Tensor]:
+        sums, norms = real(*words)  # type: ignore[arg-type]
+        return [-total for total in sums], norms
+
+    monkeypatch.setattr(bookkeeping, "clipped_sum", wrong)
+    with pytest.raises(PrivacyError, match=r"clipped sum by bookkeeping differ by 2\.0e\+00"):
+        engine(small(), clip_norm=clip_norm).step(*batch(4))
+
+
 def test_the_comparison_runs_once_for_each_kind_of_model_and_again_for_another_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -612,7 +627,7 @@ def test_noise_of_another_variance_than_accounted_fails_the_self_test(factor: fl
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 3))
     with pytest.raises(PrivacyError, match="of the variance that is accounted"):
         engine(model, noise_multiplier=1.0, noise=Faulty(factor)).step(*batch(64))
-    engine(model, noise_multiplier=1.0, noise=Faulty(1.0)).step(*batch(64))
+    engine(model, noise_multiplier=1.0, noise=Faulty(1.0), clip_norm=0.1).step(*batch(64))
 
 
 def test_no_noise_at_all_fails_the_self_test_of_a_network_too_small_to_tell_a_variance() -> None:
