@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 _KEPT_BYTES = 64 << 20  # of one layer's gradients, all records; more is never kept
 _FREE_BYTES = 16 << 20  # of them that may be kept whatever else the layer holds
 _PART_BYTES = 8 << 20  # gradients, unfolded inputs or Gram matrices of as many records at once as fit a cache
+_ROW = 1 << 12  # squares that are summed one after the other
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ Squares = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def squared_norms(gradients_P: torch.Tensor) -> torch.Tensor:
     """Squared norm for each patient, without a copy of the squares."""
     rows = gradients_P.flatten(2) if gradients_P.dim() > 2 else gradients_P.reshape(len(gradients_P), 1, -1)
-    # The norms of rows first: one sum over 10^6 float32 squares would lose the small ones.
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=2)
+    # The norms of short rows first: one sum over 10^6 float32 squares loses the small ones.
+    norms = torch.cat([torch.linalg.vector_norm(part, dim=2) for part in rows.split(_ROW, dim=2)], dim=1)
     return norms.square().sum(1)
 
 
