@@ -754,7 +754,9 @@ class LouderWords(Words):
     "make",
     [
         Words,
-        lambda: nn.Sequential(nn.Conv2d(1, 4, (2, 4), padding="same", dilation=2), nn.Flatten(), nn.Linear(256, 3)),
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, (2, 4), padding="same", dilation=(2, 1)), nn.Flatten(), nn.Linear(256, 3)
+        ),
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 3)),
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=2, padding_mode="circular"), nn.Flatten(), nn.Linear(400, 3)),
         lambda: nn.Sequential(
@@ -952,6 +954,57 @@ def test_what_book_keeping_has_no_rule_for_goes_the_general_way_and_is_right(
     assert private.way == "torch.func"
     sums, _ = loop(model, cross_entropy, x, target, 1.0)
     assert distance(gradients(model), sums) < 1e-4
+
+
+class Halved(nn.Module):
+    """Takes the halves of every record for records of their own, all the upper ones first."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.LazyLinear(3)
+        self(batch(1)[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.inner(torch.cat(x.chunk(2, 2)))
+        return self.head(torch.cat(both.chunk(2), 1).flatten(1))  # type: ignore[no-any-return]
+
+
+class Slope(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.full((8,), 0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.slope
+
+
+class Signs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table((x > 0).long())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: nn.Conv2d(1, 2, 3), lambda: nn.Linear(8, 3), lambda: nn.GroupNorm(1, 1), lambda: nn.LayerNorm(8),
+        lambda: nn.BatchNorm2d(1).eval(), Slope, Signs,
+    ],
+    ids=["convolution", "linear", "group norm", "layer norm", "fixed batch norm", "product", "embedding"],
+)  # fmt: skip
+def test_what_lies_on_the_first_axis_of_a_layer_without_being_the_records_is_not_booked_as_them(
+    inner: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    model = Halved(inner())
+    x, target = batch(4)
+    private = engine(model, expected_batch=1)
+    private.step(x, target)
+    assert private.way == "torch.func"
+    assert distance(gradients(model), loop(model, cross_entropy, x, target, 1.0)[0]) < 1e-4
 
 
 class Tokens(nn.Module):
