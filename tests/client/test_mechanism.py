@@ -262,10 +262,12 @@ def test_the_audit_leaves_the_global_generators_where_they_were() -> None:
 # The one-run audit
 
 
-def test_the_p_value_without_delta_is_the_binomial_tail() -> None:
+def test_the_p_value_is_the_binomial_tail_and_what_delta_may_add() -> None:
     # epsilon = ln 3: each guess is right with chance 3 / 4 at most
     assert p_value(100, 40, 36, math.log(3), 0.0) == pytest.approx(stats.binom.sf(35, 40, 0.75))
-    assert p_value(100, 40, 36, math.log(3), 1e-3) > p_value(100, 40, 36, math.log(3), 0.0)
+    # Two guesses, both right, of 3/4 each: 9/16. Fewer by one come with 6/16, by one or two with 7/16, half of which is
+    # less: 6/16 it is, times 2 x 10 canaries x delta.
+    assert p_value(10, 2, 2, math.log(3), 1e-3) == pytest.approx(9 / 16 + 20 * 1e-3 * 6 / 16)
     assert p_value(100, 40, 0, 1.0, 1e-3) == 1.0
 
 
@@ -277,6 +279,12 @@ def test_perfect_guesses_are_bounded_by_their_number() -> None:
     # q ** 1000 = 0.05 / 4 with q = 1 / (1 + exp(-epsilon))
     q = (0.05 / 4) ** (1 / 1000)
     assert lower == pytest.approx(math.log(q / (1 - q)), rel=1e-6)
+
+
+def test_a_bound_below_one_is_found_too() -> None:
+    found = canaries._epsilon(1000, 1000, 600, 0.0, 0.0125)
+    assert 0 < found < math.log(0.6 / 0.4)  # what they would be right of on average
+    assert p_value(1000, 1000, 600, found, 0.0) == pytest.approx(0.0125)
 
 
 def test_coins_that_nobody_can_see_give_no_bound() -> None:
