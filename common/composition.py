@@ -43,7 +43,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     choices = groups()
-    words = []
+    words, keys = [], set()
     for word in overrides:
         try:
             override = OverridesParser.create().parse_override(word)
@@ -53,6 +53,7 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
                 """digits and _-./ stands in quotes inside the shell's, as 'description="chest (2 mm)"'"""
             ) from None
         key = override.key_or_group
+        keys.add(key)
         if key.partition(".")[0] == "hydra":
             raise ConfigError(f"{key}: Hydra's own settings are fixed; expected a field of the recipe or of the run")
         if override.is_sweep_override():
@@ -68,6 +69,8 @@ def compose(overrides: Sequence[str]) -> dict[str, Any]:
         else:
             # `++` lets every key through to pydantic, whose answer names the field and what is allowed.
             words.append(word if word.startswith(("+", "~")) else f"++{word}")
+    if "task.classes" in keys and "description" not in keys:
+        words.append("++description=''")  # the file's own tells of other classes, and stands in report and model card
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(config_root()), version_base="1.3"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -240,6 +241,21 @@ def _number(text: str) -> object:
         return float(text)
     except ValueError:
         return "null" if text == "null" else text
+
+
+def test_a_description_does_not_outlive_the_classes_that_it_tells_of():
+    """A model of pneumonia was presented, in report, model card and audit, as one that finds nodules in phantoms."""
+    assert "phantoms" in load_recipe([]).description
+    assert load_recipe(["task.classes=[normal,pneumonia]"]).description == ""
+    own = ["task.classes=[normal,pneumonia]", "description=Tells pneumonia from normal"]
+    assert load_recipe(own).description == "Tells pneumonia from normal"
+
+
+@pytest.mark.parametrize("name", groups()["recipe"])
+def test_a_shipped_description_says_nothing_that_another_setting_would_make_untrue(name):
+    description = load_recipe([f"recipe={name}"]).description
+    assert description
+    assert not re.search(r"privacy|pixels|voxels", description)
 
 
 def test_the_id_of_a_fixed_recipe_is_known():
