@@ -179,13 +179,23 @@ def _attack(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     if arguments.models and arguments.models < 4:
         raise ConfigError(f"--models: got {arguments.models}; LiRA needs at least 4 federations, or 0 for none")
+    for name, least in (("sites", 1), ("pictures", 0), ("iterations", 1), ("seed", 0)):
+        if (got := getattr(arguments, name)) < least:
+            raise ConfigError(f"--{name}: got {got}, expected at least {least}")
+    if arguments.patients < 4 * arguments.sites:
+        raise ConfigError(
+            f"--patients: got {arguments.patients}; {arguments.sites} sites, of which each trains on half "
+            f"of its own, need at least {4 * arguments.sites}"
+        )
     from common.compute import compute_with
-    from common.storage import write_whole
+    from common.storage import storing, write_whole
     from simulations.attacks.images import images_of, phantoms
     from simulations.attacks.study import inversion, membership, plain, table
     from simulations.cli import Terminal
     from simulations.privacy_page import write_attack_page
 
+    with storing("the folder of --out"):  # now: it would be found after minutes of attacks
+        arguments.out.mkdir(parents=True, exist_ok=True)
     compute_with(threads=1)
     drawn = phantoms(seed=arguments.seed)
     images = drawn if arguments.images is None else images_of(arguments.images)
@@ -213,7 +223,6 @@ def _attack(words: Sequence[str]) -> int:
         "images": images.name, "models": arguments.models, "patients": arguments.patients, "sites": arguments.sites,
         "seed": arguments.seed,
     }  # fmt: skip
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out / "attacks.json", (json.dumps(found, indent=1, sort_keys=True) + "\n").encode())
     write_attack_page(images.name, rows, galleries, found, arguments.out / "attacks.html")
     print(table(rows, galleries))  # noqa: T201
@@ -222,7 +231,10 @@ def _attack(words: Sequence[str]) -> int:
 
 
 def _epsilon(word: str) -> float | None:
-    return None if word == "none" else float(word)
+    epsilon = None if word == "none" else float(word)
+    if epsilon is not None and not 1e-6 <= epsilon <= 1e6:
+        raise argparse.ArgumentTypeError(f"got {word}, expected a number from 1e-6 to 1e6, or none")
+    return epsilon
 
 
 _VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,29 @@ def test_the_command_writes_a_page_with_pictures(tmp_path: Path, capsys: pytest.
         "epsilon 8",
     ]  # fmt: skip
     assert fedicom.main(["privacy", "attack", "--models", "2"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--epsilon 0", "got 0, expected a number from 1e-6 to 1e6, or none"),
+        ("--patients 7", "--patients: got 7; 2 sites.* need at least 8"),
+        ("--sites 0", "--sites: got 0, expected at least 1"),
+        ("--pictures -1", "--pictures: got -1, expected at least 0"),
+        ("--iterations 0", "--iterations: got 0, expected at least 1"),
+        ("--seed -1", "--seed: got -1, expected at least 0"),
+        ("--out {file}", "the folder of --out could not be written"),  # after minutes of attacks before
+    ],
+)
+def test_an_attack_that_cannot_be_made_is_refused_in_words_before_it_begins(
+    words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("simulations.attacks.images.phantoms", lambda **_: pytest.fail("it began"))
+    try:
+        code = fedicom.main(["privacy", "attack", *words.format(file=tmp_path / "file").split()])
+    except SystemExit as ended:
+        code = ended.code
+    assert code in (1, 2)
+    assert re.search(says, capsys.readouterr().err)
