@@ -59,6 +59,7 @@ from simulations.folder import (
     take_folder,
 )
 from simulations.grid import InProcessGrid, Worker
+from simulations.overlap import overlap
 from simulations.partition import CENTRAL
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def simulate(settings: Settings, show: Show | None = None) -> Conclusion:
             notes=(
                 *(("The baselines were trained without privacy.",) if compared and recipe.privacy.active else ()),
                 *divided,
+                *overlap(hospitals, names),
                 *_left_out(names, federated, absent),
             ),
         )
