@@ -107,21 +107,32 @@ def stacks(series: Sequence[Header], *, whole: bool = False, tilted: bool = Fals
 
 def _parallel(series: Sequence[Header]) -> Iterator[list[Header]]:
     """Slices of one orientation in one frame of reference."""
-    groups: dict[tuple[object, ...], list[tuple[NDArray[np.float64], list[Header]]]] = {}
+    groups: dict[tuple[object, ...], list[Header]] = {}
     for header in series:
-        clusters = groups.setdefault((header.sop_class, header.frame_of_reference), [])
-        known = len(header.orientation) == 6 and np.isfinite(header.orientation).all()
-        axes = np.array(header.orientation if known else np.zeros(6)).reshape(2, 3)
-        for reference, members in clusters:  # not rounded: jitter must not straddle a rounding border
-            same = np.sum(axes * reference, axis=1) >= 1 - ORIENTATION_TOL
-            if same.all() or not (axes.any() or reference.any()):
-                members.append(header)
-                break
-        else:
-            clusters.append((axes, [header]))
-    for clusters in groups.values():
-        for _, members in clusters:
-            yield members
+        groups.setdefault((header.sop_class, header.frame_of_reference), []).append(header)
+    for group in groups.values():
+        oriented = [_oriented(header) for header in group]
+        columns_N3, rows_N3 = np.array(oriented).reshape(-1, 2, 3).swapaxes(0, 1).copy()
+        unknown_N = np.array([not any(axes) for axes in oriented])
+        left_N = np.ones(len(group), dtype=np.bool_)
+        for place in range(len(group)):
+            if not left_N[place]:
+                continue
+            # not rounded: jitter must not straddle a rounding border; with all others at once: the frames of one small
+            # file may have thousands of orientations
+            columns_same_N = columns_N3 @ columns_N3[place] >= 1 - ORIENTATION_TOL
+            rows_same_N = rows_N3 @ rows_N3[place] >= 1 - ORIENTATION_TOL
+            same_N: NDArray[np.bool_] = (columns_same_N & rows_same_N) | (unknown_N & unknown_N[place])
+            same_N[place] = True
+            same_N &= left_N
+            left_N &= ~same_N
+            yield [group[index] for index in np.flatnonzero(same_N)]
+
+
+def _oriented(header: Header) -> tuple[float, ...]:
+    """Image Orientation; zeros where it is not known."""
+    known = len(header.orientation) == 6 and np.isfinite(header.orientation).all()
+    return header.orientation if known else (0.0,) * 6
 
 
 def _one_line(group: Sequence[Header]) -> bool:
