@@ -30,8 +30,8 @@ _LONGEST = 64
 """Characters of a coded meaning and of most of a header (value representation LO)."""
 _DESCRIPTION = "AI result, research only, not verified"
 _COPIED = (
-    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
-    "StudyTime", "ReferringPhysicianName",
+    "PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID",
+    "StudyDate", "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
 _TAGS = tags_of(*_COPIED, "SpecificCharacterSet", "SOPClassUID")
 

@@ -112,6 +112,13 @@ def test_a_name_in_another_alphabet_is_the_same_name(tmp_path: Path, charset: st
     assert str(pydicom.dcmread(tmp_path / "report.dcm").PatientName) == name
 
 
+def test_a_report_says_whose_number_its_patient_id_is(tmp_path: Path) -> None:
+    write_dx(tmp_path / "dicom" / "0.dcm", 0)
+    changed(tmp_path / "dicom" / "0.dcm", PatientID="4711", IssuerOfPatientID="North")
+    report = structured_report(source_of(tmp_path / "dicom"), SAID, ALGORITHM, number=1)
+    assert (report.PatientID, report.IssuerOfPatientID) == ("4711", "North")  # the 4711 of South is another person
+
+
 def test_what_is_no_date_time_or_sex_is_left_empty_and_the_report_is_made(tmp_path: Path) -> None:
     write_dx(tmp_path / "dicom" / "0.dcm", 0)
     path = tmp_path / "dicom" / "0.dcm"
