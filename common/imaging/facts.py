@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydicom.dataset import Dataset
 
-from common.imaging.header import numbers, read_header, tags_of, text
+from common.imaging.header import has_frames, numbers, read_header, tags_of, text
 from common.imaging.refusal import quiet
 
 VENDORS = (
@@ -40,8 +40,12 @@ SPACING = "PixelSpacing"
 """In `Facts.missing` it stands for all elements that may hold the spacing."""
 
 _TAGS = tags_of(
-    *_EVERY, *_SPACING, "PatientBirthDate", *dict.fromkeys(tag for tags in _BY_MODALITY.values() for tag in tags)
-)
+    *_EVERY,
+    *_SPACING,
+    "PatientBirthDate",
+    "SOPClassUID",
+    *dict.fromkeys(tag for tags in _BY_MODALITY.values() for tag in tags),
+)  # fmt: skip
 _AGE = re.compile(r"^(\d{3})([DWMY])$")
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 _OLDEST = 120
@@ -87,9 +91,11 @@ def vendor_of(manufacturer: str) -> str | None:
 
 def _facts(dataset: Dataset) -> Facts:
     modality = text(dataset, "Modality").upper()
-    expected = (*_EVERY, *_BY_MODALITY.get(modality, ()), SPACING)
+    in_frames = has_frames(dataset)
+    expected = (*_EVERY, *(() if in_frames else _BY_MODALITY.get(modality, ())), SPACING)
     missing = [keyword for keyword in expected if keyword != SPACING and not text(dataset, keyword)]
-    if not any(len(numbers(dataset, keyword)) == 2 for keyword in _SPACING):
+    # frames without spacing are no volume, and it is volumes that are looked at
+    if not in_frames and not any(len(numbers(dataset, keyword)) == 2 for keyword in _SPACING):
         missing.append(SPACING)
     studied, born = _date(text(dataset, "StudyDate")), _date(text(dataset, "PatientBirthDate"))
     age = _age(text(dataset, "PatientAge"))

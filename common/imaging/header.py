@@ -253,6 +253,11 @@ def modality_of(dataset: Dataset) -> str:
     return stated if stated not in ("", "OT") else _MODALITIES.get(_sop_class(dataset), stated)
 
 
+def has_frames(dataset: Dataset) -> bool:
+    """Whether spacing, exposure and the like stand with the frames (PS3.3 C.7.6.16), and not for themselves."""
+    return _KINDS.get(_sop_class(dataset)) == "multiframe"
+
+
 def unit_of(dataset: Dataset, modality: str) -> str:
     """What the values are in the end: Units of PET; Rescale Type of CT, which are Hounsfield units unless said.
 

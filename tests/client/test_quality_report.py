@@ -28,6 +28,7 @@ from common.imaging import index as index_module
 from common.imaging.facts import read_facts, vendor_of
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
+from tests.common.test_imaging_multiframe import enhanced
 
 KEY = b"k" * 32
 PATIENTS, SIZE = 200, 128
@@ -477,6 +478,16 @@ def test_facts_of_a_header_are_read_and_nonsense_is_unknown(small: Path, tmp_pat
     assert (found.studied, found.kvp, found.age_years, found.burned_in) == (None, None, 0.5, "unsaid")
     (tmp_path / "junk").write_bytes(b"\0" * 200)
     assert read_facts(tmp_path / "junk").expected == ()
+
+
+def test_what_stands_with_the_frames_of_a_file_is_not_missed_in_its_header(tmp_path: Path) -> None:
+    path = tmp_path / "multi.dcm"
+    enhanced([0, 2, 4]).save_as(path, enforce_file_format=True)
+    found = read_facts(path)
+    # its spacing is in Pixel Measures; a gate that asks for it would refuse every site with such files
+    assert "PixelSpacing" in found.expected
+    assert {"PixelSpacing", "SliceThickness", "EchoTime"}.isdisjoint(found.missing)
+    assert {"Manufacturer", "PatientSex"} <= set(found.missing)
 
 
 def test_vendors_are_known_by_their_usual_names() -> None:
