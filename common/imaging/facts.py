@@ -74,7 +74,7 @@ def read_facts(path: Path) -> Facts:
     """Reads one header; what is not there or makes no sense is unknown, and nothing is raised for it."""
     try:
         with quiet():
-            dataset, _ = read_header(path, _TAGS)
+            dataset, _ = read_header(path, _TAGS, frames=False)
             return _facts(dataset)
     except Exception:  # whatever a damaged header makes the parser raise; the reader refuses such files by name
         return Facts()

@@ -30,6 +30,8 @@ from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
 _VALUE_BYTES, _HEADER_BYTES, _READS = 2**18, 2**20, 2**14
 """What this process reads of one value (a lookup table has 128 KiB), of one header, and in how many pieces: the worst
 content that passes takes pydicom less than a second and 50 MiB."""
+_OF_FRAMES = 0x52009229
+"""From here on a header is about frames (functional groups), of which there may be thousands."""
 _LONG_HEADER_BYTES = 2**26
 """What a deflated header may unpack to in the worker."""
 
@@ -366,13 +368,13 @@ class _Leash:
 class _Stop:
     """Ends the parsing at the pixels, and keeps where they are."""
 
-    def __init__(self, file: _Leash, size: int, *, deflated: bool = False) -> None:
-        self._file, self._size, self._deflated = file, size, deflated
+    def __init__(self, file: _Leash, size: int, *, deflated: bool = False, frames: bool = True) -> None:
+        self._file, self._size, self._deflated, self._frames = file, size, deflated, frames
         self.element: Element | None = None
 
     def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
         if tag < 0x7FE00000:
-            return False
+            return not self._frames and tag >= _OF_FRAMES
         if tag == PIXEL_DATA:
             start = self._file.tell()
             left = self._size if self._deflated else max(0, self._size - start)
@@ -380,12 +382,15 @@ class _Stop:
         return tag in (0x7FE00008, 0x7FE00009, PIXEL_DATA)
 
 
-def read_header(path: Path, tags: Collection[int] | None, *, bounded: bool = True) -> tuple[Dataset, Element | None]:
+def read_header(
+    path: Path, tags: Collection[int] | None, *, bounded: bool = True, frames: bool = True
+) -> tuple[Dataset, Element | None]:
     """The elements before the pixels, and where those are.
 
     Args:
         tags: Elements to keep; None keeps all.
         bounded: Read no more than is safe in this process.
+        frames: False: read what stands before the functional groups alone, and not where the pixels are.
 
     Raises:
         Refusal: No file, or no DICOM.
@@ -401,10 +406,10 @@ def read_header(path: Path, tags: Collection[int] | None, *, bounded: bool = Tru
             raise Refusal(RefusalCode.NOT_DICOM, "This is not a DICOM file.")
         meta = inflatable_meta(file) if uid.DeflatedExplicitVRLittleEndian.encode() in file.read(4096) else None
         if meta is not None:
-            return _read_deflated(file, status.st_size, meta, wanted, bounded=bounded)
+            return _read_deflated(file, status.st_size, meta, wanted, bounded=bounded, frames=frames)
         file.seek(0)
         leash = _Leash(file, status.st_size, bounded=bounded)
-        stop = _Stop(leash, status.st_size)
+        stop = _Stop(leash, status.st_size, frames=frames)
         with leash:
             dataset = read_partial(cast("BinaryIO", leash), stop, force=True, specific_tags=wanted)
         if dataset.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
@@ -424,13 +429,13 @@ def _with_next(file: BinaryIO, element: Element | None, *, big_endian: bool) -> 
 
 
 def _read_deflated(
-    file: BinaryIO, size: int, meta: FileMetaDataset, wanted: list[BaseTag | int] | None, *, bounded: bool
+    file: BinaryIO, size: int, meta: FileMetaDataset, wanted: list[BaseTag | int] | None, *, bounded: bool, frames: bool
 ) -> tuple[Dataset, Element | None]:
     """As `read_header`. pydicom itself would unpack all of the file, however much that is."""
     most = _HEADER_BYTES if bounded else _LONG_HEADER_BYTES
     unpacked = b"".join(inflate(file, most))
     leash = _Leash(io.BytesIO(unpacked), len(unpacked), bounded=bounded)
-    stop = _Stop(leash, size, deflated=True)
+    stop = _Stop(leash, size, deflated=True, frames=frames)
     with leash:
         dataset = read_dataset(
             cast("BinaryIO", leash), is_implicit_VR=False, is_little_endian=True, stop_when=stop, specific_tags=wanted

@@ -70,7 +70,7 @@ def structured_report(source: Source, said: Said, algorithm: Algorithm, *, numbe
         DataError: The image's own header makes no valid report.
     """
     try:
-        header, _ = read_header(source.files[0], _TAGS)
+        header, _ = read_header(source.files[0], _TAGS, frames=False)
         with warnings.catch_warnings():
             # Of a value that the standard does not allow pydicom would only say so, with the value.
             warnings.filterwarnings("ignore")

@@ -490,6 +490,18 @@ def test_what_stands_with_the_frames_of_a_file_is_not_missed_in_its_header(tmp_p
     assert {"Manufacturer", "PatientSex"} <= set(found.missing)
 
 
+def test_a_long_list_of_frames_hides_nothing_that_stands_before_it(tmp_path: Path) -> None:
+    made = enhanced([2.0 * z for z in range(1000)])
+    made.PatientSex, made.Manufacturer = "F", "GE"
+    for frame in made.PerFrameFunctionalGroupsSequence:  # their lengths are not told, so each of them has to be read
+        for group in frame:
+            group.is_undefined_length = True
+    made["PerFrameFunctionalGroupsSequence"].is_undefined_length = True
+    made.save_as(tmp_path / "multi.dcm", enforce_file_format=True)
+    found = read_facts(tmp_path / "multi.dcm")
+    assert (found.sex, "Manufacturer" in found.expected, "Manufacturer" in found.missing) == ("F", True, False)
+
+
 def test_vendors_are_known_by_their_usual_names() -> None:
     names = ("SIEMENS", "Siemens Healthineers", "GE MEDICAL SYSTEMS", "GEORGE", "Philips, Inc.", "")
     assert [vendor_of(each) for each in names] == ["Siemens", "Siemens", "GE", None, "Philips", None]

@@ -16,6 +16,7 @@ from common.errors import ConfigError, DataError
 from common.imaging import Algorithm, Said, Source, iterate_folder, reporting, structured_report
 from common.onnx_model import STATEMENT, OnnxModel
 from common.predict import predict
+from tests.common.test_imaging_multiframe import enhanced
 from tests.common.test_predict import description, read, recipe, write_dx, write_model
 
 ALGORITHM = Algorithm(name="chest", version="Fedicom 0.1.0", weights="ab" * 32, parameters=("a word",))
@@ -119,6 +120,19 @@ def test_a_report_says_whose_number_its_patient_id_is(tmp_path: Path) -> None:
     assert (report.PatientID, report.IssuerOfPatientID) == ("4711", "North")  # the 4711 of South is another person
 
 
+def test_a_file_of_a_thousand_frames_has_a_report(tmp_path: Path) -> None:
+    made = enhanced([2.0 * z for z in range(1000)])
+    made.PatientSex = "F"
+    for frame in made.PerFrameFunctionalGroupsSequence:  # their lengths are not told, so each of them has to be read
+        for group in frame:
+            group.is_undefined_length = True
+    made["PerFrameFunctionalGroupsSequence"].is_undefined_length = True
+    (tmp_path / "dicom").mkdir()
+    made.save_as(tmp_path / "dicom" / "multi.dcm", enforce_file_format=True)
+    report = structured_report(source_of(tmp_path / "dicom"), SAID, ALGORITHM, number=1)
+    assert (report.PatientID, report.PatientSex) == ("P1", "F")
+
+
 def test_what_is_no_date_time_or_sex_is_left_empty_and_the_report_is_made(tmp_path: Path) -> None:
     write_dx(tmp_path / "dicom" / "0.dcm", 0)
     path = tmp_path / "dicom" / "0.dcm"
@@ -168,10 +182,10 @@ def test_an_image_without_a_valid_report_keeps_its_row_and_says_so(
         write_dx(tmp_path / "dicom" / f"{number}.dcm", number)
     real = reporting.read_header
 
-    def gone(path: Path, tags: Any) -> Any:
+    def gone(path: Path, tags: Any, **how: Any) -> Any:
         if path.name == "1.dcm":
             raise FileNotFoundError
-        return real(path, tags)
+        return real(path, tags, **how)
 
     monkeypatch.setattr(reporting, "read_header", gone)
     done = predict(model, tmp_path / "dicom", tmp_path / "out.csv", reports=tmp_path / "sr")
