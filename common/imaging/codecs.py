@@ -123,6 +123,10 @@ def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
             RefusalCode.CORRUPT, "The header says that there are no negative values, the pixels that there are."
         )
     # an unsigned codestream may hold signed values: the header counts
+    bits = _unsigned_bits(frame)
+    if layout.signed and bits is not None and bits < layout.stored and stored.max(initial=0) >> (bits - 1):
+        why = "The header and the compressed image differ in the bits of a value, and so in which values are negative."
+        raise Refusal(RefusalCode.CORRUPT, why)
     return layout.in_range(stored)
 
 
@@ -239,6 +243,24 @@ def codestream_size(frame: bytes) -> tuple[int, int] | None:
     if start is not None:
         right, bottom, left, top = (int.from_bytes(frame[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
         return bottom - top, right - left
+    at = _frame_header(frame)
+    if at is None:
+        return None
+    return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
+
+
+def _unsigned_bits(frame: bytes) -> int | None:
+    """Bits of a value in a JPEG, JPEG-LS or JPEG 2000 frame; None for other frames, and where values have a sign."""
+    start = _codestream(frame)
+    if start is not None:
+        depth = int.from_bytes(frame[start + 42 : start + 43], "big")
+        return None if depth & 0x80 else depth + 1
+    at = _frame_header(frame)
+    return None if at is None else frame[at + 4]
+
+
+def _frame_header(frame: bytes) -> int | None:
+    """Where the marker SOF of a JPEG or JPEG-LS frame is; None if it is no such frame."""
     if frame[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -250,6 +272,6 @@ def codestream_size(frame: bytes) -> tuple[int, int] | None:
             at += 1
             continue
         if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return int.from_bytes(frame[at + 5 : at + 7], "big"), int.from_bytes(frame[at + 7 : at + 9], "big")
+            return at
         at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
     return None

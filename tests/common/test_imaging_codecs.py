@@ -318,3 +318,23 @@ def test_negative_pixels_where_the_header_knows_none_are_refused(tmp_path: Path)
         reading = read_folder(write(tmp_path / str(negative), packed(made, jpeg2000(values), uid.JPEG2000Lossless)))
         assert {refused.code for refused in reading.refused} == code
         assert [image.values_YX.tolist() for image in reading.images] == [values.tolist()] * negative
+
+
+@pytest.mark.parametrize("name", ["JPEG lossless SV1", "JPEG 2000"])
+def test_a_value_that_is_negative_by_the_bits_of_the_picture_and_not_by_those_of_the_header_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    syntax, encode = {
+        "JPEG lossless SV1": (uid.JPEGLosslessSV1, lambda x: imagecodecs.ljpeg_encode(x, bitspersample=12)),
+        "JPEG 2000": (uid.JPEG2000, lambda x: imagecodecs.jpeg2k_encode(
+            x, level=0, reversible=True, codecformat="j2k", bitspersample=12)),
+    }[name]  # fmt: skip
+    # -1000 in 12 bits is 3096 of 4096; in 16 bits 3096 is itself, and other readers give one or the other
+    for place, top, stored in (("a", 3096, 16), ("b", 2047, 16), ("c", 3096, 12)):
+        values = np.tile(np.array([[0, 7], [100, top]], "<u2"), (8, 8))
+        made = radiograph(values.astype("<i2"), PixelRepresentation=1, BitsStored=stored, HighBit=stored - 1)
+        reading = read_folder(write(tmp_path / place, packed(made, bytes(encode(values)), syntax)))
+        if place == "a":
+            assert all_refused(reading) == {RefusalCode.CORRUPT}
+        else:
+            assert reading.images[0].values_YX[:2, :2].tolist() == [[0, 7], [100, top if place == "b" else -1000]]
