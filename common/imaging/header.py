@@ -150,7 +150,7 @@ class Header:
     between_mm: float = 0.0
     """Spacing Between Slices; 0: unknown."""
     units: str = ""
-    """Units of PET; of CT HU, or US (unspecified)."""
+    """Units of PET; of CT HU, or US (unspecified); of MONOCHROME1 slices that are inverted also in which range."""
     problem: tuple[RefusalCode, str] | None = None
     """Why the pixels cannot be used; the other slices of the series must know that one is lost."""
 
@@ -207,6 +207,8 @@ def _scan(path: Path, *, bounded: bool = True) -> tuple[Header, Layout | None]:
     try:
         units = unit_of(dataset, modality)
         layout = layout_of(dataset, element)
+        if kind == "slice" and layout.photometric == "MONOCHROME1" and modality not in PHYSICAL:
+            units += f" from {layout.stored_range} upside down"  # turned about other ends they are no stack
     except Refusal as refusal:
         problem = refusal.code, refusal.why
     header = Header(

@@ -413,6 +413,18 @@ def test_archives_pictures_and_other_junk_are_no_dicom(tmp_path: Path) -> None:
     assert all_refused(read_folder(tmp_path)) == {RefusalCode.NOT_DICOM}
 
 
+@pytest.mark.parametrize(
+    "odd", [{"PhotometricInterpretation": "MONOCHROME2"}, {"BitsStored": 16, "HighBit": 15}, {"PixelRepresentation": 1}]
+)
+def test_slices_that_are_inverted_in_different_ranges_are_no_stack(tmp_path: Path, odd: dict[str, Any]) -> None:
+    inverted = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 0}
+    made = [at(z, 0, **MR, **inverted) for z in range(3)]
+    assert one_volume(read_folder(write(tmp_path / "alike", *made))).values_ZYX[0, 0, 0] == 4095 - pixels(0)[0, 0]
+    # a stored 0 would be 4095 in one slice, and 0, 65535 or -1 in another
+    made[2] = at(2, 0, **MR, **{**inverted, **odd})
+    assert all_refused(read_folder(write(tmp_path / "odd", *made))) == {RefusalCode.MIXED_SLICES}
+
+
 def test_thousands_of_frames_with_an_orientation_each_are_told_apart_in_a_moment(tmp_path: Path) -> None:
     (path,) = write(tmp_path, ct(0)).iterdir()
     one = scan(path)
