@@ -284,6 +284,8 @@ def _padding_range(dataset: Dataset, layout: Layout) -> tuple[int, int] | None:
     )
     if low is None:
         return None
+    if high is None and low < 0 and not layout.signed:  # written with a sign that the pixels lost: the same bits
+        low += 1 << layout.allocated
     high = low if high is None else high
     return min(low, high), max(low, high)
 

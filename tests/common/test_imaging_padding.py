@@ -56,6 +56,22 @@ def test_pixels_of_a_padding_value_beyond_bits_stored_take_the_smallest_value(
     assert read.values_ZYX[1, 0].tolist() == [102, rest, 102, 103]  # tissue with the same 12 bits stays tissue
 
 
+@pytest.mark.parametrize("reader", [volume, fastread])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_a_negative_padding_value_of_unsigned_pixels_is_the_one_with_the_same_bits(
+    tmp_path: Path, reader: ModuleType, bits: int
+) -> None:
+    slices = []
+    for z in range(3):
+        stored = np.arange(100, 124).reshape(6, 4).astype("<u2")
+        stored[0, 0] = 63536  # 65536 - 2000
+        made = slice_of(z, "native", stored, -2000)
+        made.BitsStored, made.HighBit = bits, bits - 1
+        slices.append(made)
+    read = one_volume(reader.read_folder(write(tmp_path, *slices)))
+    assert read.values_ZYX[1, 0].tolist() == [101, 101, 102, 103]
+
+
 def test_frames_of_a_padding_value_beyond_bits_stored_take_the_smallest_value(tmp_path: Path) -> None:
     made = enhanced([0, 2])  # 1 to 6 and 11 to 16, with all higher bits set
     made.add_new("PixelPaddingValue", "US", 0xF000 | 3)
