@@ -48,9 +48,9 @@ lint: $(READY)
 
 test: lint test-rooms test-deployment
 
-# One thread a process: two processes with two threads each would fight over two cores.
+# One thread a process: two with two threads each would fight over two cores. Three, for a quarter of the time a test waits.
 test-rooms: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/deployment
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist worksteal --ignore tests/deployment
 
 # A file has one federation for all its tests, so it stays in one process; there are five files.
 test-deployment: $(READY)

@@ -273,7 +273,9 @@ def test_a_coordinator_that_is_killed_before_the_sum_is_read_gets_the_same_sum_a
     provisioned: Path,
 ) -> None:
     # North and south open; then the coordinator dies. It may begin anew with all three, and with nobody less.
-    recipe = quick(secured(settings_of(tmp_path / "unused", hospitals, rounds=1)).recipe, timeout_s=5.0)  # thrice in vain
+    recipe = quick(
+        secured(settings_of(tmp_path / "unused", hospitals, rounds=1)).recipe, timeout_s=5.0
+    )  # thrice in vain
     deployed = Federated(tmp_path, provisioned, recipe)
     deployed.mute = {("east", "opening")}
     with pytest.raises(QuorumError, match="no secure sum in 3 attempts"):
