@@ -104,20 +104,15 @@ def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:
 def _stored(frame: bytes, layout: Layout) -> NDArray[Any]:
     colour = layout.samples == 3
     decode = _CODECS.get(layout.syntax)
-    if colour and layout.syntax in _BASELINE:
-        stored = imagecodecs.jpeg8_decode(frame, colorspace="RGB", outcolorspace="RGB")  # as it lies there
-        if _is_ybr(frame, layout):
-            stored = convert_color_space(stored, "YBR_FULL", "RGB")
-    elif decode is None or (layout.syntax == uid.JPEGExtended12Bit and layout.stored <= 8):
-        stored = _by_pydicom(frame, layout)
-    else:
-        if colour and decode is imagecodecs.jpeg_decode:  # the header, not a guess, says which colours these are
-            decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
-        stored = decode(frame)
-        if colour and layout.photometric.startswith("YBR_FULL"):
-            stored = convert_color_space(stored, "YBR_FULL", "RGB")
+    lossy = layout.syntax in _BASELINE
+    if colour and (lossy or decode is imagecodecs.jpeg_decode):  # as it lies there: the decoder would guess its colours
+        decode = partial(imagecodecs.jpeg8_decode, colorspace="RGB", outcolorspace="RGB")
+    elif lossy and layout.stored <= 8:
+        decode = None
+    stored = _by_pydicom(frame, layout) if decode is None else decode(frame)
     if colour:
-        return stored
+        ybr = _is_ybr(frame, layout) if lossy else layout.photometric.startswith("YBR_FULL")
+        return convert_color_space(stored, "YBR_FULL", "RGB") if ybr and decode is not None else stored
     if stored.dtype.kind == "i" and not layout.signed:
         raise Refusal(
             RefusalCode.CORRUPT, "The header says that there are no negative values, the pixels that there are."
@@ -158,20 +153,16 @@ def _is_ybr(frame: bytes, layout: Layout) -> bool:
 def _jpeg_colours(frame: bytes) -> set[str]:
     """What the markers of a JPEG, and the names of its components, say of its colours; mostly one word or none."""
     says = set()
-    at = 2
-    while at + 4 <= len(frame) and frame[at] == 0xFF and frame[at + 1] != 0xDA:
-        if frame[at + 1] == 0xFF:  # fill byte
-            at += 1
-            continue
-        marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4], "big")
-        value = frame[at + 4 : at + 2 + length]
+    for marker, at in _segments(frame):
+        if marker == 0xDA:
+            break
+        value = frame[at + 4 : at + 2 + int.from_bytes(frame[at + 2 : at + 4], "big")]
         if marker == 0xE0 and value.startswith(b"JFIF\0"):
             says.add("YBR")
         if marker == 0xEE and value.startswith(b"Adobe") and len(value) >= 12:
             says.add("RGB" if value[11] == 0 else "YBR")
         if 0xC0 <= marker <= 0xC2 and value[6::3].upper() == b"RGB":
             says.add("RGB")
-        at += 2 + length
     return says
 
 
@@ -261,17 +252,21 @@ def _unsigned_bits(frame: bytes) -> int | None:
 
 def _frame_header(frame: bytes) -> int | None:
     """Where the marker SOF of a JPEG or JPEG-LS frame is; None if it is no such frame."""
-    if frame[:2] != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 9 <= len(frame):
-        if frame[at] != 0xFF:
-            return None
-        marker = frame[at + 1]
-        if marker == 0xFF:  # fill byte
+    for marker, at in _segments(frame):
+        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
+            return at if at + 9 <= len(frame) else None
+    return None
+
+
+def _segments(frame: bytes) -> Iterator[tuple[int, int]]:
+    """The markers of a JPEG or JPEG-LS frame and where they are; none if it is no such frame.
+
+    Source: ITU-T T.81 B.1.1.
+    """
+    at = 2 if frame[:2] == b"\xff\xd8" else len(frame)
+    while at + 4 <= len(frame) and frame[at] == 0xFF:
+        if frame[at + 1] == 0xFF:  # fill byte
             at += 1
             continue
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            return at
+        yield frame[at + 1], at
         at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return None

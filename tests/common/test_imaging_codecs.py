@@ -177,14 +177,20 @@ JFIF = b"\xff\xe0\x00\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"
 ADOBE_RGB, ADOBE_YBR = (b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + bytes([transform]) for transform in (0, 1))
 
 
-def colour_jpeg(colours: str, marker: bytes) -> bytes:
-    """200 red, 50 green, 20 blue, as lossy JPEG whose only marker is this; RGB components have the names R, G and B."""
+def colour_radiograph(colours: str, marker: bytes, header: str) -> Dataset:
+    """200 red, 50 green, 20 blue, as lossy JPEG whose only marker is this; RGB components have the names R, G and B.
+
+    Args:
+        header: Photometric Interpretation.
+    """
     rgb = np.full((16, 16, 3), (200, 50, 20), np.uint8)
     frame = bytes(imagecodecs.jpeg8_encode(rgb, colorspace="RGB", outcolorspace=colours, level=100))
     at = 2
     while frame[at + 1] in (0xE0, 0xEE):
         at += 2 + int.from_bytes(frame[at + 2 : at + 4], "big")
-    return frame[:2] + marker + frame[at:]
+    made = radiograph(np.zeros((16, 16), np.uint8), PhotometricInterpretation=header, SamplesPerPixel=3,
+                      PlanarConfiguration=0)  # fmt: skip
+    return packed(made, frame[:2] + marker + frame[at:], uid.JPEGBaseline8Bit)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +208,7 @@ def colour_jpeg(colours: str, marker: bytes) -> bytes:
 def test_a_lossy_colour_jpeg_is_converted_once_whoever_says_what_its_colours_are(
     tmp_path: Path, colours: str, marker: bytes, header: str
 ) -> None:
-    made = radiograph(np.zeros((16, 16), np.uint8), PhotometricInterpretation=header, SamplesPerPixel=3,
-                      PlanarConfiguration=0)  # fmt: skip
-    packed(made, colour_jpeg(colours, marker), uid.JPEGBaseline8Bit)
-    (image,) = read_folder(write(tmp_path, made)).images
+    (image,) = read_folder(write(tmp_path, colour_radiograph(colours, marker, header))).images
     # 0.299 * 200 + 0.587 * 50 + 0.114 * 20 = 91.43
     np.testing.assert_allclose(image.values_YX, 91.43, atol=0.5)
 
@@ -217,10 +220,8 @@ def test_a_lossy_colour_jpeg_is_converted_once_whoever_says_what_its_colours_are
 def test_a_lossy_colour_jpeg_that_contradicts_itself_or_its_header_is_refused(
     tmp_path: Path, colours: str, marker: bytes, header: str
 ) -> None:
-    made = radiograph(np.zeros((16, 16), np.uint8), PhotometricInterpretation=header, SamplesPerPixel=3,
-                      PlanarConfiguration=0)  # fmt: skip
-    packed(made, colour_jpeg(colours, marker), uid.JPEGBaseline8Bit)
-    assert all_refused(read_folder(write(tmp_path, made))) == {RefusalCode.CORRUPT}
+    folder = write(tmp_path, colour_radiograph(colours, marker, header))
+    assert all_refused(read_folder(folder)) == {RefusalCode.CORRUPT}
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "RLE"])
