@@ -121,13 +121,12 @@ def write_image(
     if spacing_mm is not None:
         dataset.ImagerPixelSpacing = [format_number_as_ds(float(step)) for step in spacing_mm]
     if machine.modality == "US":
-        dataset.UltrasoundColorDataPresent = 0
+        dataset.UltrasoundColorDataPresent, dataset.PatientOrientation = 0, ""
     else:
-        dataset.ViewPosition = "PA"
-        dataset.Laterality = ""
+        dataset.ViewPosition = "PA" if subject.body_part == "CHEST" else ""
         dataset.PatientOrientation = ["L", "F"]
     if machine.modality == "DX":
-        _radiograph(dataset, inverse)
+        _radiograph(dataset, inverse, chest=subject.body_part == "CHEST")
         # Spans every stored value, so applying it changes nothing.
         dataset.WindowCenter, dataset.WindowWidth = str(2 ** (bits - 1)), str(2**bits)
     dataset.SOPInstanceUID = subject.uid("instance", subject.study, number)
@@ -258,6 +257,10 @@ def _common(machine: Machine, subject: Subject, *, series: int) -> Dataset:
     dataset.PatientIdentityRemoved = "YES"
     dataset.DeidentificationMethod = subject.made_from
     dataset.BodyPartExamined = subject.body_part
+    if (
+        not subject.body_part and machine.modality != "DX"
+    ):  # which of two sides, where nobody knows whether there are two
+        dataset.Laterality = ""
     dataset.StudyInstanceUID = subject.uid("study", subject.study)
     dataset.SeriesInstanceUID = subject.uid("series", subject.study, series)
     dataset.StudyID, dataset.SeriesNumber = str(subject.study), series
@@ -275,17 +278,24 @@ def _pixels(
     dataset.PixelRepresentation = int(signed)
 
 
-def _radiograph(dataset: Dataset, inverse: bool) -> None:
+def _radiograph(dataset: Dataset, inverse: bool, *, chest: bool) -> None:
     """What DX asks for beyond CR (PS3.3 C.8.11.1 to C.8.11.5)."""
     dataset.PresentationIntentType = "FOR PRESENTATION"
     dataset.PixelIntensityRelationship, dataset.PixelIntensityRelationshipSign = "LOG", 1 if inverse else -1
     dataset.RescaleIntercept, dataset.RescaleSlope, dataset.RescaleType = "0", "1", "US"
     dataset.PresentationLUTShape = "INVERSE" if inverse else "IDENTITY"
-    dataset.DetectorType, dataset.ImageLaterality = "DIRECT", "U"
+    dataset.DetectorType, dataset.ImageLaterality, dataset.PositionerType = "DIRECT", "U", ""
     dataset.AcquisitionContextSequence = DicomSequence([])
-    region = Dataset()
-    region.CodeValue, region.CodingSchemeDesignator, region.CodeMeaning = "51185008", "SCT", "Chest"
-    dataset.AnatomicRegionSequence = DicomSequence([region])
+    dataset.AnatomicRegionSequence = _codes("816094009", "Chest") if chest else DicomSequence([])
+    if chest:
+        dataset.ViewCodeSequence = _codes("399348003", "postero-anterior")
+
+
+def _codes(value: str, meaning: str) -> DicomSequence:
+    """One code of SNOMED CT."""
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = value, "SCT", meaning
+    return DicomSequence([code])
 
 
 def _decimals(numbers: FloatArray) -> list[str]:

@@ -5,6 +5,8 @@ what a reader of images needs. An attribute in neither is dropped; so is a word 
 from __future__ import annotations
 
 import re
+from functools import cache
+from typing import Any
 
 from pydicom.datadict import tag_for_keyword
 
@@ -30,8 +32,42 @@ SEQUENCES = _tags(
     DiffusionGradientDirectionSequence DiffusionBMatrixSequence TemporalPositionSequence
     DimensionIndexSequence DimensionOrganizationSequence ModalityLUTSequence VOILUTSequence
     RadiopharmaceuticalInformationSequence EnergyWindowInformationSequence EnergyWindowRangeSequence
-    DetectorInformationSequence RotationInformationSequence"""
+    DetectorInformationSequence RotationInformationSequence FrameAnatomySequence
+    IrradiationEventIdentificationSequence"""
 )
+
+CODED = _tags(
+    """AnatomicRegionSequence ViewCodeSequence ViewModifierCodeSequence PatientOrientationCodeSequence
+    PatientOrientationModifierCodeSequence PatientGantryRelationshipCodeSequence RadionuclideCodeSequence"""
+)
+"""Sequences of coded concepts, which must all have a `meaning`."""
+_CONTEXT_GROUPS = (4, 18, 19, 20, 21, 4009, 4010, 4011, 4012, 4014, 4015, 4016, 4020)
+_BEFORE = {"51185008": "816094009", "113345001": "818981001", "12921003": "816092008"}
+"""Chest, abdomen and pelvis had other codes in earlier editions."""
+
+
+@cache
+def meaning(value: str, scheme: str) -> str | None:
+    """What a code stands for, in the words of PS3.16; None where it is in none of the context groups for `CODED`."""
+    from pydicom.sr.coding import Code
+
+    asked = Code(value, "SRT" if scheme in ("SNM3", "99SDM") else scheme, "")
+    return next((code.meaning for code in _concepts() if code == asked), None)
+
+
+@cache
+def _concepts() -> list[Any]:
+    from pydicom.sr.codedict import codes  # half a second
+
+    groups = (getattr(codes, f"cid{number}") for number in _CONTEXT_GROUPS)
+    known = [getattr(group, name) for group in groups for name in group.dir()]
+    return known + [code._replace(value=old) for old, new in _BEFORE.items() for code in known if code.value == new]
+
+
+def is_meaning(words: str) -> bool:
+    """Whether this is what some code of `CODED` stands for."""
+    return any(code.meaning.casefold() == words.casefold() for code in _concepts())
+
 
 TABLES = _tags(
     """LUTData RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData"""
@@ -46,7 +82,19 @@ CODES = _tags(
     PixelPresentation VolumetricProperties VolumeBasedCalculationTechnique ComplexImageComponent AcquisitionContrast
     DiffusionDirectionality DiffusionAnisotropyType DimensionOrganizationType CorrectedImage SeriesType Units
     CountsSource DecayCorrection CollimatorType FieldOfViewShape DetectorType AcquisitionType ReconstructionAlgorithm
-    ContentQualification"""
+    ContentQualification PositionerType OrganExposed ResonantNucleus KSpaceFiltering ApplicableSafetyStandardAgency
+    EchoPulseSequence MultipleSpinEcho MultiPlanarExcitation PhaseContrast TimeOfFlightContrast
+    SteadyStatePulseSequence EchoPlanarPulseSequence SaturationRecovery SpectrallySelectedSuppression
+    OversamplingPhase GeometryOfKSpaceTraversal RectilinearPhaseEncodeReordering SegmentedKSpaceTraversal
+    CoverageOfKSpace InversionRecovery FlowCompensation FlowCompensationDirection Spoiling T2Preparation
+    SpectrallySelectedExcitation SpatialPresaturation PartialFourier PartialFourierDirection ParallelAcquisition
+    ParallelAcquisitionTechnique InPlanePhaseEncodingDirection QuadratureReceiveCoil ReceiveCoilType
+    GradientOutputType FluoroscopyFlag ConstantVolumeFlag ConvolutionKernelGroup FilterMaterial
+    CardiacSynchronizationTechnique CardiacSignalSource RespiratoryMotionCompensationTechnique
+    RespiratorySignalSource BulkMotionCompensationTechnique AcquisitionTimeSynchronized SynchronizationTrigger
+    AttenuationCorrected DecayCorrected ScatterCorrected RandomsCorrected DeadTimeCorrected GantryMotionCorrected
+    PatientMotionCorrected CountLossNormalizationCorrected DetectorNormalizationCorrection
+    NonUniformRadialSamplingCorrected SensitivityCalibrated TimeOfFlightInformationUsed TableMotion"""
 )
 """Code strings whose every value must be a word of `WORDS`."""
 
@@ -72,7 +120,16 @@ _WORDS = """
     MLMINML MLML STDDEV UMOLMIN START ADMIN WHOLE_BODY WHOLE BODY
     GATED_TOMO RECON_TOMO RECON_GATED_TOMO
     RECTANGLE ROUND HEXAGONAL DIRECT SCINTILLATOR STORAGE FILM PRODUCT RESEARCH SERVICE PARA PINH FANB CONE SLNT
-    ASTG DIVG
+    ASTG DIVG YES NO CARM COLUMN MAMMOGRAPHIC PANORAMIC CEPHALOSTAT RIGID
+    1H 3HE 7LI 13C 19F 23NA 31P 129XE COSINE_SQUARED FERMI GAUSSIAN HAMMING HANNING LORENTZIAN LRNTZ_GSS_TFM IEC FDA
+    SPIN GRADIENT BOTH FREE_PRECESSION TRANSVERSE TIME_REVERSED LONGITUDINAL FAT_AND_WATER SILICON_GEL 2D_3D
+    RECTILINEAR RADIAL CENTRIC SEGMENTED REVERSE_LINEAR REVERSE_CENTRIC SINGLE PARTIAL FULL CYLINDRICAL ELLIPSOIDAL
+    WEIGHTED ACCELERATION FREQUENCY SLICE_SELECT SLICE_AND_FREQ SLICE_FREQ_PHASE PHASE_AND_FREQ SLICE_AND_PHASE
+    RF_AND_GRADIENT SLAB COMBINATION PILS SENSE SMASH ROW SURFACE MULTICOIL DB_DT ELECTRIC_FIELD PER_NERVE_STIM
+    SOFT_TISSUE BONE COPPER ALUMINUM MOLYBDENUM RHODIUM NIOBIUM LEAD TIN SILVER
+    REALTIME PROSPECTIVE RETROSPECTIVE PACED ECG VCG PP BREATH_HOLD GATING TRACKING PHASE_ORDERING PHASE_SCAN
+    CORRECTION BELT NASAL_PROBE CO2_SENSOR NAVIGATOR MR_PHASE SPIROMETER EXTERNAL_MARKER INTERNAL_MARKER
+    SOURCE EXTERNAL PASSTHRU NO_TRIGGER
 """
 WORDS = frozenset(_WORDS.split())
 _ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
@@ -116,6 +173,24 @@ DATES = _tags(
     RadiopharmaceuticalStopTime RadiopharmaceuticalStartDateTime RadiopharmaceuticalStopDateTime"""
 )
 """Kept by the options for longitudinal temporal information; no other date or time ever is."""
+
+EMPTIED = _tags(
+    """PositionReferenceIndicator AcquisitionContextSequence AnatomicRegionSequence PositionerType ScanOptions
+    RecommendedViewingMode TableMotion PositionerMotion"""
+)
+EMPTIED_IN_GROUPS = _tags("DerivationImageSequence ReferencedImageSequence MRSpatialSaturationSequence")
+EMPTIED_IN_NUCLEAR = _tags(
+    """PatientOrientationCodeSequence PatientGantryRelationshipCodeSequence RadionuclideCodeSequence BeatRejectionFlag
+    ReprojectionMethod"""
+)
+"""Of type 2 (PS3.5, 7.4.3): without a value where theirs may not stay; anywhere, in functional groups, in NM and PET"""
+
+FILLED_IN_ENHANCED = _tags(
+    """ContentDate ContentTime AcquisitionDateTime DeviceSerialNumber Manufacturer ManufacturerModelName
+    SoftwareVersions PulseSequenceName ReceiveCoilName"""
+)
+FILLED_IN_PET = _tags("SeriesDate SeriesTime")
+"""Of type 1 there: never without a value, so with a dummy where theirs may not stay."""
 
 CHARACTERISTICS = _tags("PatientSex PatientAge PatientSize PatientWeight")
 """Kept by the Retain Patient Characteristics Option, which would allow more."""

@@ -29,15 +29,23 @@ from pydicom.sequence import Sequence as DicomSequence
 from common.imaging.allowed import (
     APART,
     CHARACTERISTICS,
+    CODED,
     CODES,
     DATES,
+    EMPTIED,
+    EMPTIED_IN_GROUPS,
+    EMPTIED_IN_NUCLEAR,
+    FILLED_IN_ENHANCED,
+    FILLED_IN_PET,
     IMAGE_TYPES,
     NUMBER_GROUPS,
     NUMBERS,
     SEQUENCES,
     TABLES,
     TEXTS,
+    is_meaning,
     is_word,
+    meaning,
 )
 from common.imaging.confidentiality import EDITION, action
 from common.imaging.header import REPEATS, Overrun, identifier, raw, read_header, text
@@ -68,6 +76,13 @@ _CLASSES: dict[str, bool] = {
     uid.UltrasoundImageStorage: True,
 }
 """SOP classes that are copied; True: their machines write names into the pixels, and the header must deny it."""
+_FILLED: dict[str, frozenset[int]] = {
+    uid.EnhancedCTImageStorage: FILLED_IN_ENHANCED,
+    uid.EnhancedMRImageStorage: FILLED_IN_ENHANCED,
+    uid.EnhancedPETImageStorage: FILLED_IN_ENHANCED,
+    uid.PositronEmissionTomographyImageStorage: FILLED_IN_PET,
+}
+_NUCLEAR = {uid.PositronEmissionTomographyImageStorage, uid.NuclearMedicineImageStorage}
 
 _DEPTH = 12
 _LEAST_TEXT = 4
@@ -113,7 +128,7 @@ class Deidentifier:
     def __init__(self, key: bytes, options: Options = Options()) -> None:
         """Takes a secret of 32 bytes; who has it can link copies to patients."""
         self._key, self._options = key, options
-        self._days = 0
+        self._days, self._class = 0, ""
 
     def copy(self, path: Path) -> Copy:
         """The copy of one file, checked.
@@ -144,6 +159,7 @@ class Deidentifier:
         who = identifier(original, "PatientID") or text(original, "StudyInstanceUID")
         patient = pseudonym(self._key, "deidentified patient", who)[:16]
         self._days = 1 + int(pseudonym(self._key, "days", who)[:8], 16) % 3650
+        self._class = text(original, "SOPClassUID")
         made = self._cleaned(original, 0)
         made.PatientID = patient
         made.PatientName = ""
@@ -183,7 +199,17 @@ class Deidentifier:
         return made
 
     def _kept(self, element: DataElement, depth: int) -> DataElement | None:
-        """What becomes of one attribute; None: it is removed."""
+        """What becomes of one attribute, by its type in the object; None: it is removed."""
+        kept, tag = self._value(element, depth), int(element.tag)
+        if kept is None or kept.is_empty:
+            if tag in _FILLED.get(self._class, ()) and not element.is_empty:
+                return DataElement(tag, element.VR, _DUMMIES[element.VR])
+            nuclear = self._class in _NUCLEAR and tag in EMPTIED_IN_NUCLEAR
+            if tag in EMPTIED or (depth and tag in EMPTIED_IN_GROUPS) or nuclear:
+                return DataElement(tag, element.VR, DicomSequence() if element.VR == "SQ" else "")
+        return kept
+
+    def _value(self, element: DataElement, depth: int) -> DataElement | None:
         tag, vr, code = element.tag, element.VR, action(element.tag)
         if int(tag) in CHARACTERISTICS and self._options.characteristics:
             return _characteristic(element)
@@ -195,11 +221,25 @@ class Deidentifier:
         if code is not None:
             return _by_table(element, code)
         if vr == "SQ":
+            if int(tag) in CODED:
+                return self._coded(element, depth)
             if int(tag) not in SEQUENCES:
                 return None
             items = [self._cleaned(item, depth + 1) for item in element.value]
             return DataElement(tag, "SQ", DicomSequence(items))
         return self._allowed(element)
+
+    def _coded(self, element: DataElement, depth: int) -> DataElement | None:
+        """Concepts of the standard, in its own words; None where one is of another vocabulary."""
+        items = []
+        for original in element.value:
+            value, scheme = text(original, "CodeValue"), text(original, "CodingSchemeDesignator")
+            known, item = meaning(value, scheme), self._cleaned(original, depth + 1)
+            if known is None:
+                return None
+            item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, known
+            items.append(item)
+        return DataElement(element.tag, "SQ", DicomSequence(items))
 
     def _token(self, *words: str) -> str:
         """What stands for a text that is not to be shown, but must stay different from others."""
@@ -257,9 +297,9 @@ class Deidentifier:
         if self._options.characteristics:
             codes.append(("113108", "Retain Patient Characteristics Option"))
         items = []
-        for value, meaning in codes:
+        for value, says in codes:
             item = Dataset()
-            item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", meaning
+            item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", says
             items.append(item)
         made.PatientIdentityRemoved = "YES"
         made.DeidentificationMethod = [f"DICOM PS3.15 {EDITION} Annex E Basic Profile", "Fedicom allow list"]
@@ -360,7 +400,8 @@ def _verify(data: bytes, original: Dataset, pixels: bytes) -> None:
 def _innocent(word: str) -> bool:
     """A word of the vocabulary may stand in a removed attribute as well: CHEST in a description."""
     upper = word.upper()
-    return is_word(upper, 0) or upper in ("ANONYMIZED", "YES") or any(each.fullmatch(upper) for each in TEXTS.values())
+    known = is_word(upper, 0) or upper == "ANONYMIZED" or any(each.fullmatch(upper) for each in TEXTS.values())
+    return known or is_meaning(word)
 
 
 def _walk(dataset: Dataset) -> Iterator[DataElement]:

@@ -102,7 +102,7 @@ def full_of_markers(path: Path) -> Path:
     inner.PatientName = deeper.PatientName = MARKER
     inner.PixelMeasuresSequence = Sequence([deeper])
     for name in ("SharedFunctionalGroups", "ModalityLUT", "OtherPatientIDs", "RequestAttributes", "ReferencedImage",
-                 "Content", "SourceImage"):  # fmt: skip
+                 "Content", "SourceImage", "AnatomicRegion", "ViewCode", "FrameAnatomy"):  # fmt: skip
         setattr(made, f"{name}Sequence", Sequence([inner]))
     block = made.private_block(0x0029, f"{MARKER} CREATOR", create=True)
     block.add_new(0x01, "LO", MARKER)
@@ -229,6 +229,40 @@ def test_the_copy_keeps_what_reading_needs_and_says_what_was_done(tmp_path):
     assert (copy.PatientName, copy.PatientSex, copy.StudyDate) == ("", "", "")
     assert "PatientAge" not in copy
     assert len(copy.PatientID) == 16
+
+
+@pytest.mark.parametrize(
+    ("value", "scheme", "stays"),
+    [("T-D3000", "SRT", "Thorax"), ("T-D3000", "SNM3", "Thorax"), ("51185008", "SCT", "Thorax"),
+     ("C86043", "NCIt", "erect"), ("T-D3000", "99HOUSE", None), (MARKER, "SCT", None)],
+)  # fmt: skip
+def test_concepts_of_the_standard_stay_in_its_own_words_and_others_go(tmp_path, value, scheme, stays):
+    concept, modifier = Dataset(), Dataset()
+    concept.CodeValue, concept.CodingSchemeDesignator, concept.CodeMeaning = value, scheme, MARKER
+    modifier.CodeValue, modifier.CodingSchemeDesignator, modifier.CodeMeaning = "C86043", "NCIt", MARKER
+    concept.MappingResourceName, concept.ViewModifierCodeSequence = MARKER, Sequence([modifier])
+    made = image(AnatomicRegionSequence=Sequence([concept]), StudyDescription=stays or MARKER)
+    data = Deidentifier(KEY).copy(written(made, tmp_path / "a")).data
+    assert MARKER.encode() not in data
+    kept = dcmread(BytesIO(data)).AnatomicRegionSequence
+    assert [(each.CodeValue, each.CodingSchemeDesignator, each.CodeMeaning) for each in kept] == (
+        [(value, scheme, stays)] if stays else []
+    )
+    assert [each.ViewModifierCodeSequence[0].CodeMeaning for each in kept] == ["erect"] * len(kept)
+
+
+def test_what_an_object_must_have_stays_without_a_value_or_with_a_dummy(tmp_path):
+    made = image(PositionReferenceIndicator=MARKER, PositionerType=MARKER, SoftwareVersions=MARKER, ContentTime="1015")
+    copy = copied(made, tmp_path / "a")
+    assert (copy.PositionReferenceIndicator, copy.PositionerType, copy.ContentTime) == ("", "", "")
+    assert "SoftwareVersions" not in copy  # of type 1 in enhanced objects alone
+    made = enhanced([0.0, 1.0])
+    made.SoftwareVersions, made.Manufacturer, made.ContentTime, made.ContentDate = MARKER, MARKER, "1015", "20260301"
+    copy = copied(made, tmp_path / "c")
+    assert (copy.SoftwareVersions, copy.Manufacturer) == ("ANONYMIZED", "ANONYMIZED")
+    assert (copy.ContentDate, copy.ContentTime) == ("19000101", "000000")
+    copy = copied(made, tmp_path / "c", dates="keep")
+    assert (copy.ContentDate, copy.ContentTime) == ("20260301", "1015")
 
 
 def test_words_by_which_the_reader_tells_images_apart_stay(tmp_path):
