@@ -257,9 +257,7 @@ def _common(machine: Machine, subject: Subject, *, series: int) -> Dataset:
     dataset.PatientIdentityRemoved = "YES"
     dataset.DeidentificationMethod = subject.made_from
     dataset.BodyPartExamined = subject.body_part
-    if (
-        not subject.body_part and machine.modality != "DX"
-    ):  # which of two sides, where nobody knows whether there are two
+    if not subject.body_part and machine.modality != "DX":  # DX has Image Laterality in its place
         dataset.Laterality = ""
     dataset.StudyInstanceUID = subject.uid("study", subject.study)
     dataset.SeriesInstanceUID = subject.uid("series", subject.study, series)
