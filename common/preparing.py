@@ -214,7 +214,7 @@ class _Work:
 
 
 def _limit_s(work: _Work) -> float:
-    return _SERIES_S + _FILE_S * work.unit.files
+    return _SERIES_S + _FILE_S * max(work.unit.files, work.unit.bytes / 2**20)  # a file may hold a whole series
 
 
 def prepared(work: _Work) -> Outcome:

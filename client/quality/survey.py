@@ -317,7 +317,8 @@ def _looked(
 
 
 def _limit_s(work: _Work) -> float:
-    return _SERIES_S + _FILE_S * len(work.series.entries)
+    held_mib = sum(entry.mark.size for entry in work.series.entries if entry.mark is not None) / 2**20
+    return _SERIES_S + _FILE_S * max(len(work.series.entries), held_mib)  # a file may hold a whole series
 
 
 def look(work: _Work) -> tuple[list[_Seen], dict[str, int]]:

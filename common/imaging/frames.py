@@ -13,7 +13,7 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from common.imaging import worker
-from common.imaging.header import PHYSICAL, Header, modality_of, numbers, read_header, tags_of, text, unit_of
+from common.imaging.header import PHYSICAL, Header, limits_of, modality_of, numbers, read_header, tags_of, text, unit_of
 from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
@@ -73,7 +73,7 @@ def read_frames(path: Path) -> MultiFrame:
     Raises:
         Refusal: The file does not say where its frames lie, or holds less than it declares.
     """
-    ((head, _),) = worker.ask("frames", worker.Limits.header(path.stat().st_size), path=os.fspath(path))
+    ((head, _),) = worker.ask("frames", limits_of(path), path=os.fspath(path))
 
     def tuples(plain: dict[str, Any]) -> dict[str, Any]:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}

@@ -179,8 +179,7 @@ def scan_layout(path: Path) -> tuple[Header | Refused, Layout | None]:
 
 def _scan_in_worker(path: Path) -> Header | Refused:
     try:
-        limits = worker.Limits.header(path.stat().st_size)
-        ((head, _),) = worker.ask("scan", limits, path=os.fspath(path))
+        ((head, _),) = worker.ask("scan", limits_of(path), path=os.fspath(path))
     except Refusal as refusal:
         return Refused(path, refusal.code, refusal.why)
     except (OSError, ValueError):
@@ -189,6 +188,17 @@ def _scan_in_worker(path: Path) -> Header | Refused:
     if plain["problem"] is not None:
         plain["problem"] = RefusalCode(plain["problem"][0]), plain["problem"][1]
     return Header(path=path, **plain)
+
+
+def limits_of(path: Path) -> worker.Limits:
+    """What reading the whole header may cost in the worker; never raises for what is in the file."""
+    try:
+        with quiet():
+            dataset, _ = read_header(path, tags_of("NumberOfFrames"), frames=False)
+            frames = max(0, int(dataset.get("NumberOfFrames") or 0))
+    except Exception:  # the worker will say what is wrong with it
+        frames = 0
+    return worker.Limits.header(path.stat().st_size, frames)
 
 
 def scan_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:

@@ -27,12 +27,13 @@ from common.imaging.header import Header
 from common.imaging.parallel import Lost, cores, spread
 from common.imaging.quick import Examined, Examiner, Mark, Plan
 from common.imaging.refusal import RefusalCode, Refused
+from common.imaging.worker import CPU_S, Limits
 from common.storage import private_folder, storing
 
 Progress = Callable[[int, int], None]
 
 LIMIT_S = 2.0
-"""Longest time for one header."""
+"""Longest time for the header of a small file."""
 MEMORY_BYTES = 2**30
 """What reading a header may allocate."""
 _WORTH_WORKERS = 4096
@@ -335,7 +336,7 @@ class Index:
             for key, path in zip(todo, paths, strict=True):
                 yield key, _row(examine(Path(path)))
             return
-        for place, row in spread(row_of, paths, jobs=jobs, limit_s=LIMIT_S, at_once=64, memory_bytes=MEMORY_BYTES):
+        for place, row in spread(row_of, paths, jobs=jobs, limit_s=_limit_s, at_once=64, memory_bytes=MEMORY_BYTES):
             yield todo[place], _row(_lost(Path(paths[place]), row)) if isinstance(row, Lost) else row
 
     def _write(self, rows: Sequence[tuple[bytes, _Row]]) -> None:
@@ -379,6 +380,15 @@ def row_of(path: str) -> _Row:
     return _row(_examiner[0](Path(path)))
 
 
+def _limit_s(path: str) -> float:
+    """Seconds; beside them twice the CPU time that a long header may take, for the machine may be busy."""
+    try:
+        size = os.stat(path).st_size  # noqa: PTH116  once a file in two processes
+    except OSError:
+        size = 0
+    return LIMIT_S + 2 * (Limits.header(size, frames=size).cpu_s - CPU_S)
+
+
 def _row(found: Examined) -> _Row:
     mark: tuple[int | None, ...] = (None,) * 4
     if found.mark is not None:
@@ -407,7 +417,7 @@ def _row(found: Examined) -> _Row:
 def _lost(path: Path, lost: Lost) -> Examined:
     """A file that its worker did not survive."""
     if lost.how == "stalled":
-        why = f"Reading the header takes longer than {LIMIT_S:.0f} seconds."
+        why = f"Reading the header takes longer than {_limit_s(os.fspath(path)):.0f} seconds."
         # without a mark it is tried again next time: the disk may have been slow
         return Examined(Refused(path, RefusalCode.TOO_SLOW, why), None, "", None, None)
     try:

@@ -31,6 +31,8 @@ from common.imaging.refusal import Refusal, RefusalCode
 
 CPU_S = 2.0
 """A small file may take so long; larger ones in proportion, see `Limits`."""
+FRAMES_S, FRAMES_BYTES = 60.0, 2**30
+"""What a file says of its frames may take so much beside, however many they are."""
 WALL_RATIO = 15
 """Seconds on the clock for each second of CPU time: the machine may be busy."""
 SPARE_BYTES = 2**26
@@ -57,9 +59,16 @@ class Limits(NamedTuple):
     """Largest piece of raw bytes that may come back."""
 
     @classmethod
-    def header(cls, file_bytes: int) -> Limits:
-        """For a header; pydicom reads more than 8 MB of one in a second."""
-        return cls(CPU_S + file_bytes / 2**23, SPARE_BYTES + 4 * file_bytes, 0)
+    def header(cls, file_bytes: int, frames: int = 0) -> Limits:
+        """For a header; pydicom reads more than 8 MB of one in a second.
+
+        Args:
+            frames: How many it declares. For what it says of each, pydicom takes 1 to 5 ms and 40 KB; a file that lies
+                gets no more than its bytes could hold.
+        """
+        frames_s = min(frames / 100, file_bytes / 2**18, FRAMES_S)
+        frames_bytes = min(frames * 2**16, file_bytes * 2**5, FRAMES_BYTES)
+        return cls(CPU_S + frames_s + file_bytes / 2**23, SPARE_BYTES + 4 * file_bytes + frames_bytes, 0)
 
     @classmethod
     def pixels(cls, file_bytes: int, decoded_bytes: int, frame_bytes: int) -> Limits:

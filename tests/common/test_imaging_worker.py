@@ -24,12 +24,13 @@ from pydicom import uid
 
 from common.errors import DataError
 from common.imaging import RefusalCode, read_folder
-from common.imaging.header import TAGS, read_header
+from common.imaging.header import TAGS, limits_of, read_header
 from common.imaging.layout import layout_of
 from common.imaging.refusal import Refusal
 from common.imaging.worker import CPU_S, Limits, ask
 from tests.common.test_imaging_codecs import jpeg2000, packed, picture
 from tests.common.test_imaging_hostile import all_refused, radiograph, write
+from tests.common.test_imaging_multiframe import enhanced
 
 ROOT = Path(__file__).parents[2]
 GENEROUS = Limits(60.0, 2**30, 2**28)
@@ -290,6 +291,24 @@ def test_the_limits_of_a_small_file_are_two_seconds_and_a_few_times_its_size() -
     slice_of_ct = Limits.pixels(2**18, 2**19, 2**19)
     assert slice_of_ct.cpu_s < CPU_S + 0.2
     assert slice_of_ct.memory_bytes < 2**26 + 5 * 2**20
+
+
+def test_a_header_has_time_for_every_frame_within_what_its_bytes_could_hold() -> None:
+    """pydicom takes up to 5 ms and 40 KB for what a scanner says of one frame: 4000 of them are no attack."""
+    mib = 2**20
+    assert Limits.header(4 * mib, frames=1000) == (2 + 10 + 0.5, (64 + 16 + 62.5) * mib, 0)
+    assert Limits.header(4 * mib, frames=4000) == (2 + 16 + 0.5, (64 + 16 + 128) * mib, 0)
+    assert Limits.header(mib // 4, frames=10**9) == (2 + 1 + 1 / 32, (64 + 1 + 8) * mib, 0)
+    assert Limits.header(64 * mib, frames=10**9) == (2 + 60 + 8, (64 + 256 + 1024) * mib, 0)
+
+
+def test_the_frames_that_a_file_declares_are_known_before_it_is_read(tmp_path: Path) -> None:
+    many = enhanced([float(mm) for mm in range(60)])
+    path = write(tmp_path, many) / "000.dcm"
+    size = path.stat().st_size
+    assert limits_of(path) == Limits.header(size, frames=60) != Limits.header(size)
+    path.write_bytes(b"no DICOM" * 40)
+    assert limits_of(path) == Limits.header(320)
 
 
 def test_a_few_bytes_cannot_ask_for_a_large_picture(tmp_path: Path) -> None:

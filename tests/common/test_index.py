@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +245,22 @@ def test_a_file_that_stalls_its_worker_is_tried_again_next_time(
         codes = [code for code, _ in contents(index)[1].values()]
         assert sorted(codes) == ["corrupt"] * 12 + ["too_slow"]
         assert index.refresh().examined == 1
+
+
+def test_a_file_that_may_hold_a_long_header_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def spread(work: object, paths: list[str], *, limit_s: Callable[[str], float], **_: object) -> Iterator[None]:
+        limits.extend(map(limit_s, [*paths, str(tmp_path / "gone")]))
+        return iter(())
+
+    for name, count in (("a", 2**10), ("b", 2**22)):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, count)
+    monkeypatch.setattr(room, "spread", spread)
+    with Index(tmp_path) as index:
+        index.refresh(jobs=2)
+    assert [round(limit) for limit in limits] == [2, 35, 2]  # 4 MiB: 16.5 s in the other process
 
 
 def test_a_kill_at_any_moment_loses_at_most_what_was_not_committed(
