@@ -126,9 +126,11 @@ class DicomWeb:
         uids = need_uids(_text(answer, SOP_UID) for answer in answers)
         return [FoundInstance(uid, _text(answer, SOP_CLASS)) for uid, answer in zip(uids, answers, strict=True)]
 
-    def fetch(self, study: str, series: str, wanted: Sequence[FoundInstance], whole: bool, take: Take) -> set[str]:
+    def fetch(
+        self, study: str, series: FoundSeries, wanted: Sequence[FoundInstance], whole: bool, take: Take
+    ) -> set[str]:
         """As `Source.fetch`: the series in one answer, or instance by instance."""
-        place = f"studies/{study}/series/{series}"
+        place = f"studies/{study}/series/{series.uid}"
         if whole:
             try:
                 self._retrieve(place, take)

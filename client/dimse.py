@@ -41,6 +41,7 @@ _CLASSES = (_MOST_CONTEXTS - 1) // len(SYNTAXES)
 _PDU_BYTES = 1 << 17
 _PENDING = (0xFF00, 0xFF01)
 _OUT_OF_RESOURCES = 0xA700
+_NO_MATCHES, _NO_SENDING = 0xA701, 0xA702
 _NOT_THIS = 0xC000
 _MANY = 50
 """Answers that make one suspect that there were more."""
@@ -113,8 +114,13 @@ class Dimse:
         }
         return list(found.values())
 
-    def fetch(self, study: str, series: str, wanted: Sequence[FoundInstance], whole: bool, take: Take) -> set[str]:
-        """As `Source.fetch`: the series in one C-GET, or a C-GET for each instance."""
+    def fetch(
+        self, study: str, series: FoundSeries, wanted: Sequence[FoundInstance], whole: bool, take: Take
+    ) -> set[str]:
+        """As `Source.fetch`: the series in one C-GET, or a C-GET for each instance.
+
+        Where the kinds of images do not fit into one association, each of several brings those of some kinds.
+        """
         failure: list[BaseException] = []
 
         def store(event: Any) -> int:
@@ -127,20 +133,24 @@ class Dimse:
 
         classes = list(dict.fromkeys(each.sop_class for each in wanted if is_storage_class(each.sop_class)))
         if not classes or not all(each.sop_class for each in wanted):
-            classes = list(dict.fromkeys([*classes, *image_classes()]))
-        keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
-        association = self._open(classes[:_CLASSES], store)
-        try:
-            if whole:
-                nothing = self._get(association, question("SERIES", keys), failure)
-                return {each.uid for each in wanted} if nothing else set()
-            return {
-                each.uid
-                for each in wanted
-                if self._get(association, question("IMAGE", {**keys, "SOPInstanceUID": each.uid}), failure)
-            }
-        finally:
-            _end(association)
+            classes = list(dict.fromkeys([*classes, *image_classes(series.modality)]))
+        keys = {"StudyInstanceUID": study, "SeriesInstanceUID": series.uid}
+        gone = {each.uid for each in wanted}
+        for at in range(0, len(classes), _CLASSES):
+            association = self._open(classes[at : at + _CLASSES], store)
+            try:
+                if whole:
+                    nothing = self._get(association, question("SERIES", keys), failure)
+                    gone &= gone if nothing else set()
+                else:
+                    gone &= {
+                        each.uid
+                        for each in wanted
+                        if self._get(association, question("IMAGE", {**keys, "SOPInstanceUID": each.uid}), failure)
+                    }
+            finally:
+                _end(association)
+        return gone
 
     def _get(self, association: Association, asked: Any, failure: list[BaseException]) -> bool:
         """One C-GET to its end; True if the PACS says that there is nothing."""
@@ -156,7 +166,8 @@ class Dimse:
             done = int(getattr(status, "NumberOfCompletedSuboperations", 0) or 0)
             failed = int(getattr(status, "NumberOfFailedSuboperations", 0) or 0)
             nothing = done == 0 and failed == 0 and (code == 0 or _NOT_THIS <= code <= 0xCFFF)
-            if code == _OUT_OF_RESOURCES or 0xA701 <= code <= 0xA702:
+            # A702 is also said when every image failed, perhaps because no context of this association fits it
+            if code in (_OUT_OF_RESOURCES, _NO_MATCHES) or (code == _NO_SENDING and not failed):
                 raise Busy("C-GET: the PACS is out of resources")
         return nothing
 

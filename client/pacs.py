@@ -166,7 +166,8 @@ def _series(
                 told()
 
             try:
-                gone |= source.fetch(study, series.uid, missing, failed == 0 and len(missing) == len(instances), taken)
+                whole = failed == 0 and len(missing) == len(instances)
+                gone |= source.fetch(study, series, missing, whole, taken)
             except Busy as error:
                 busy = error
             except Vanished:

@@ -194,7 +194,9 @@ class Source(Protocol):
     def instances(self, study: str, series: str) -> list[FoundInstance]:
         """Of one series; empty when it has vanished."""
 
-    def fetch(self, study: str, series: str, wanted: Sequence[FoundInstance], whole: bool, take: Take) -> set[str]:
+    def fetch(
+        self, study: str, series: FoundSeries, wanted: Sequence[FoundInstance], whole: bool, take: Take
+    ) -> set[str]:
         """Hands what comes to `take`, in any order; returns UIDs of those that the PACS says it does not have.
 
         Args:

@@ -40,7 +40,7 @@ PHYSICAL = ("CT", "PT")
 
 Kind = Literal["slice", "multiframe", "projection"]
 
-_KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {
     uid.CTImageStorage: "slice",
     uid.MRImageStorage: "slice",
     uid.PositronEmissionTomographyImageStorage: "slice",
@@ -269,7 +269,7 @@ def modality_of(dataset: Dataset) -> str:
 
 def has_frames(dataset: Dataset) -> bool:
     """Whether spacing, exposure and the like stand with the frames (PS3.3 C.7.6.16), and not for themselves."""
-    return _KINDS.get(_sop_class(dataset)) == "multiframe"
+    return KINDS.get(_sop_class(dataset)) == "multiframe"
 
 
 def unit_of(dataset: Dataset, modality: str) -> str:
@@ -300,7 +300,7 @@ def _kind(sop_class: uid.UID, dataset: Dataset) -> Kind:
     if not sop_class:
         why = "The header does not say what kind of object this is (SOP Class), so it is not used."
         raise Refusal(RefusalCode.MISSING_HEADER, why)
-    kind = _KINDS.get(sop_class)
+    kind = KINDS.get(sop_class)
     if kind is None:
         for part, code, what in _REFUSED_CLASSES:
             if part in sop_class.name:

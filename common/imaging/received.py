@@ -19,6 +19,32 @@ from common.imaging.refusal import Refusal, RefusalCode, quiet
 SYNTAXES: tuple[str, ...] = tuple(str(each) for each in (*COMPRESSED, *UNCOMPRESSED) if each != uid.ExplicitVRBigEndian)
 """Transfer syntaxes that are taken as they are; big endian is retired, and a PACS sends it as little endian."""
 
+_RADIOGRAPHS = (
+    uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation,
+    uid.DigitalXRayImageStorageForProcessing,
+)  # fmt: skip
+_FLUOROSCOPY = uid.XRayAngiographicImageStorage, uid.XRayRadiofluoroscopicImageStorage
+_CLASSES: dict[str, tuple[str, ...]] = {
+    "CT": (uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage),
+    "MR": (uid.MRImageStorage, uid.EnhancedMRImageStorage, uid.LegacyConvertedEnhancedMRImageStorage),
+    "PT": (
+        uid.PositronEmissionTomographyImageStorage, uid.EnhancedPETImageStorage,
+        uid.LegacyConvertedEnhancedPETImageStorage,
+    ),
+    "NM": (uid.NuclearMedicineImageStorage,),
+    "CR": _RADIOGRAPHS,
+    "DX": _RADIOGRAPHS,
+    "MG": (
+        uid.DigitalMammographyXRayImageStorageForPresentation, uid.DigitalMammographyXRayImageStorageForProcessing,
+        uid.BreastTomosynthesisImageStorage, *_RADIOGRAPHS,
+    ),
+    "IO": (uid.DigitalIntraOralXRayImageStorageForPresentation, uid.DigitalIntraOralXRayImageStorageForProcessing),
+    "XA": _FLUOROSCOPY,
+    "RF": _FLUOROSCOPY,
+    "US": (uid.UltrasoundImageStorage, uid.UltrasoundMultiFrameImageStorage),
+}  # fmt: skip
+"""Modality of a series -> what may be in it; a test holds that all that is read is here."""
+
 _CUT = "The file is cut off; transfer it again."
 
 
@@ -126,19 +152,14 @@ def answered(found: Dataset) -> dict[str, list[str]]:
     return plain
 
 
-def image_classes() -> tuple[str, ...]:
-    """SOP classes of the images that are pulled where a PACS does not say what it holds."""
-    return tuple(
-        map(
-            str,
-            (
-                uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.MRImageStorage, uid.EnhancedMRImageStorage,
-                uid.ComputedRadiographyImageStorage, uid.DigitalXRayImageStorageForPresentation,
-                uid.DigitalMammographyXRayImageStorageForPresentation,
-                uid.PositronEmissionTomographyImageStorage,
-            ),
-        )
-    )  # fmt: skip
+def image_classes(modality: str) -> tuple[str, ...]:
+    """SOP classes that a series may hold, where a PACS does not say what each object is.
+
+    Those that are read, and of the others what machines put into the same series: it is used only when all of it is
+    here. A modality that does not tell the class (OT, or none) may be any of them.
+    """
+    found = _CLASSES.get(modality) or tuple(dict.fromkeys(each for classes in _CLASSES.values() for each in classes))
+    return (*map(str, found), str(uid.SecondaryCaptureImageStorage))
 
 
 def is_storage_class(text_: str) -> bool:
