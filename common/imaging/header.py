@@ -24,7 +24,7 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 
 from common.imaging import worker
-from common.imaging.layout import LAYOUT_TAGS, PIXEL_DATA, UNDEFINED, Element, Layout, layout_of
+from common.imaging.layout import FLOAT_PIXEL_DATA, LAYOUT_TAGS, PIXEL_DATA, UNDEFINED, Element, Layout, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
 
 _VALUE_BYTES, _HEADER_BYTES, _READS = 2**18, 2**20, 2**14
@@ -387,11 +387,11 @@ class _Stop:
     def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
         if tag < 0x7FE00000:
             return not self._frames and tag >= _OF_FRAMES
-        if tag == PIXEL_DATA:
+        if tag == PIXEL_DATA or tag in FLOAT_PIXEL_DATA:
             start = self._file.tell()
             left = self._size if self._deflated else max(0, self._size - start)
-            self.element = Element(start, length, left, vr not in ("OB", "UN"))
-        return tag in (0x7FE00008, 0x7FE00009, PIXEL_DATA)
+            self.element = Element(start, length, left, vr not in ("OB", "UN"), floating=tag != PIXEL_DATA)
+        return self.element is not None
 
 
 def read_header(

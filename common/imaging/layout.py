@@ -21,6 +21,7 @@ FREE_BYTES = 2**26
 MAX_RATIO = 64
 """A compressed file may unpack to `FREE_BYTES`, or to this many times its own length."""
 UNDEFINED = 0xFFFFFFFF
+FLOAT_PIXEL_DATA = (0x7FE00008, 0x7FE00009)
 PIXEL_DATA = 0x7FE00010
 
 UNCOMPRESSED = (
@@ -52,6 +53,8 @@ class Element:
     """What the file holds from `start` on; the length of the file where it is deflated."""
     words: bool
     """VR OW rather than OB."""
+    floating: bool = False
+    """Float or Double Float Pixel Data."""
     after: int = 0
     """The tag behind the value of uncompressed pixels; 0: the file ends there, or holds zeros only."""
 
@@ -165,6 +168,9 @@ def layout_of(dataset: Dataset, element: Element | None) -> Layout:
     Raises:
         Refusal: Not an image, cut off, or absurdly large.
     """
+    if element is not None and element.floating:
+        why = "The pixels are floating point numbers, which are not read; export whole numbers with a rescale."
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, why)
     rows, columns, samples, allocated, stored = (
         int(dataset.get(keyword) or 0)
         for keyword in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored")

@@ -65,7 +65,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
     "burned_in_text": ("the header says that text is in the pixels", "export without overlay"),
     "unsupported_class": ("another kind of object", "not supported"),
     "unsupported_pixels": (
-        "pixel format or compression that is not read (bits, samples, colour slices)",
+        "pixel format or compression that is not read (bits, floating point, samples, colour slices)",
         "export in another format",
     ),
     "other_units": ("a CT whose values are no Hounsfield units (Rescale Type), such as a map of iodine", "send the CT"),
