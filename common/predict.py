@@ -121,7 +121,7 @@ def predict(
         )
     return Predictions(
         samples=run.samples,
-        patients=len(run.patients),
+        patients=sum(max(1, len(issuers)) for issuers in run.patients.values()),
         positive=None if run.threshold is None else run.positive,
         refused=dict(sorted(run.refused.items())),
         path=out_csv,
@@ -155,12 +155,12 @@ class _Run:
         self.task, self.data = model.description.task, model.description.data
         self.threshold = model.description.operating_threshold if self.task.kind == "binary" else None
         self.samples = self.positive = 0
-        self.patients: set[str] = set()
+        self.patients: dict[str, set[str]] = {}  # Patient ID -> its issuers
         self.refused: Counter[str] = Counter()
         self._batch: list[tuple[Volume | Image, Array]] = []
         self._batch_size = max(1, min(_BATCH_MOST, _BATCH_NUMBERS // int(np.prod(self.data.size))))
         table.row(
-            *("patient", "study", "series", "instance", "accession", "modality"),
+            *("patient", "issuer", "study", "series", "instance", "accession", "modality"),
             *(f"probability_{name}" for name in self.task.classes),
             *("predicted", "above_operating_point"),
             *(("report",) if shelf is not None else ()),
@@ -235,9 +235,10 @@ class _Run:
                 self._refuse(source.files, "no_report", str(error))
                 report = ("",)
         self.samples += 1
-        self.patients.add(source.patient_id)
+        self.patients.setdefault(source.patient_id, set()).update(filter(None, [source.issuer]))
         self.table.row(
             source.patient_id,
+            source.issuer,
             source.study_uid,
             source.series_uid,
             # A series of single images has one row for each; a volume is its series

@@ -46,6 +46,8 @@ class Source:
     """Of a multi-frame file: which of its frames, from 1 on, in the order of the slices."""
     corrections: tuple[str, ...] = ()
     """What was done to the values beyond reading them, in words for a log."""
+    issuer: str = field(default="", repr=False)
+    """Who gave the Patient ID (0010,0021); mostly empty."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ def source_of(headers: Sequence[Header], *, frames: tuple[int, ...] = (), correc
         files=tuple(header.path for header in headers),
         frames=frames,
         corrections=corrections,
+        issuer=first.issuer,
     )
 
 

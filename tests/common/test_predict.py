@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from pydicom import uid
+from pydicom import dcmread, uid
 
 from common.config import Preprocessing, Recipe, Task
 from common.errors import ConfigError, DataError, ModelFileError
@@ -115,6 +115,18 @@ def test_a_row_holds_the_hand_computed_probability_of_its_image(model, tmp_path)
     assert (summary.samples, summary.patients, summary.positive, summary.refused) == (3, 3, 1, {})
     assert read(tmp_path / "out.refused.csv") == []
     assert summary.model_sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+
+
+def test_a_patient_id_of_two_issuers_is_two_patients_and_of_none_or_one_the_same(model, tmp_path):
+    for number, (patient, issuer) in enumerate([("7", "north"), ("7", "south"), ("8", ""), ("8", "north"), ("9", "")]):
+        path = tmp_path / "dicom" / f"{number}.dcm"
+        write_dx(path, number, patient=patient)
+        made = dcmread(path)
+        made.IssuerOfPatientID = issuer
+        made.save_as(path)
+    assert predict(model, tmp_path / "dicom", tmp_path / "out.csv").patients == 4
+    told = [(row["patient"], row["issuer"]) for row in read(tmp_path / "out.csv")]
+    assert told == [("7", "north"), ("7", "south"), ("8", ""), ("8", "north"), ("9", "")]
 
 
 def test_more_images_than_a_batch_keep_their_own_probabilities(model, tmp_path, monkeypatch):
