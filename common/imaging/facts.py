@@ -7,16 +7,20 @@ shows it decides what may be shown.
 from __future__ import annotations
 
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydicom.dataset import Dataset
 
-from common.imaging.header import has_frames, numbers, read_header, tags_of, text
-from common.imaging.refusal import quiet
+from common.imaging import worker
+from common.imaging.header import has_frames, limits_of, modality_of, numbers, read_header, tags_of, text
+from common.imaging.refusal import Refusal, quiet
 
 VENDORS = (
     "Agfa", "Bruker", "Canon", "Carestream", "Elekta", "Esaote", "Fedicom", "Fujifilm", "GE", "Hitachi", "Hologic",
@@ -46,6 +50,11 @@ _TAGS = tags_of(
     "SOPClassUID",
     *dict.fromkeys(tag for tags in _BY_MODALITY.values() for tag in tags),
 )  # fmt: skip
+_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_EXPOSURE = (
+    "CTXRayDetailsSequence", "UnassignedSharedConvertedAttributesSequence",
+    "UnassignedPerFrameConvertedAttributesSequence",
+)  # fmt: skip
 _AGE = re.compile(r"^(\d{3})([DWMY])$")
 _YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 _OLDEST = 120
@@ -56,7 +65,7 @@ class Facts:
     """Of one file."""
 
     kvp: float | None = None
-    """Peak kilovoltage."""
+    """Peak kilovoltage; of frames, where it is the same for all."""
     studied: date | None = None
     sex: Literal["F", "M", "O", ""] = ""
     age_years: float | None = None
@@ -75,9 +84,29 @@ def read_facts(path: Path) -> Facts:
     try:
         with quiet():
             dataset, _ = read_header(path, _TAGS, frames=False)
-            return _facts(dataset)
+            found = _facts(dataset)
+            if has_frames(dataset) and modality_of(dataset) == "CT":
+                with suppress(Refusal):
+                    ((said, _),) = worker.ask("voltage", limits_of(path), path=os.fspath(path))
+                    return replace(found, kvp=said["kvp"] or found.kvp)
+            return found
     except Exception:  # whatever a damaged header makes the parser raise; the reader refuses such files by name
         return Facts()
+
+
+def voltage_job(path: str) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """In the worker: the one voltage that stands with the frames, None where there are several."""
+    with quiet():
+        dataset, _ = read_header(Path(path), tags_of(*_GROUPS), bounded=False)
+        found = {
+            _positive(text(details, "KVP"))
+            for keyword in _GROUPS
+            for groups in dataset.get(keyword) or []
+            for sequence in _EXPOSURE
+            for details in groups.get(sequence) or []
+            if "KVP" in details
+        }
+    yield {"kvp": found.pop() if len(found) == 1 else None}, b""
 
 
 def vendor_of(manufacturer: str) -> str | None:

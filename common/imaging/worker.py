@@ -251,13 +251,14 @@ _CLOSED, _DAMAGE = 0, 64
 
 
 def _jobs() -> dict[str, Job]:
-    from common.imaging import codecs, frames, header, single
+    from common.imaging import codecs, facts, frames, header, single
 
     return {
         "unpack": codecs.unpack,
         "scan": header.scan_job,
         "frames": frames.frames_job,
         "single": single.single_job,
+        "voltage": facts.voltage_job,
     }
 
 

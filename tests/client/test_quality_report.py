@@ -17,6 +17,7 @@ import pydicom
 import pytest
 from PIL import Image as Picture
 from PIL import ImageDraw, ImageFont
+from pydicom.uid import EnhancedCTImageStorage
 
 from client.quality import cli, remembered
 from client.quality import survey as survey_module
@@ -28,7 +29,7 @@ from common.imaging import index as index_module
 from common.imaging.facts import read_facts, vendor_of
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
-from tests.common.test_imaging_multiframe import enhanced
+from tests.common.test_imaging_multiframe import enhanced, item
 
 KEY = b"k" * 32
 PATIENTS, SIZE = 200, 128
@@ -500,6 +501,30 @@ def test_a_long_list_of_frames_hides_nothing_that_stands_before_it(tmp_path: Pat
     made.save_as(tmp_path / "multi.dcm", enforce_file_format=True)
     found = read_facts(tmp_path / "multi.dcm")
     assert (found.sex, "Manufacturer" in found.expected, "Manufacturer" in found.missing) == ("F", True, False)
+
+
+@pytest.mark.parametrize("sequence", ["CTXRayDetailsSequence", "UnassignedPerFrameConvertedAttributesSequence"])
+@pytest.mark.parametrize(
+    ("shared", "of_frames", "found"),
+    [
+        (120, [], 120),
+        (None, [80, 80, 80], 80),
+        (None, [80, 140, 80], None),
+        (120, [80, 80, 80], None),
+        (None, [], None),
+    ],
+)
+def test_the_voltage_of_an_enhanced_ct_stands_with_its_frames(
+    tmp_path: Path, sequence, shared, of_frames, found
+) -> None:
+    made = enhanced([0, 2, 4])
+    made.SOPClassUID, made.Modality = EnhancedCTImageStorage, "CT"
+    if shared:
+        setattr(made.SharedFunctionalGroupsSequence[0], sequence, [item(KVP=shared)])
+    for groups, kvp in zip(made.PerFrameFunctionalGroupsSequence, of_frames, strict=False):
+        setattr(groups, sequence, [item(KVP=f"{kvp}.0")])
+    made.save_as(tmp_path / "multi.dcm", enforce_file_format=True)
+    assert read_facts(tmp_path / "multi.dcm").kvp == found
 
 
 def test_vendors_are_known_by_their_usual_names() -> None:
