@@ -226,6 +226,9 @@ def _check_colour(layout: Layout, dataset: Dataset) -> None:
     known = layout.photometric in ("RGB", "YBR_FULL", "YBR_FULL_422")
     if layout.signed or not (known or (layout.photometric in ("YBR_RCT", "YBR_ICT") and layout.syntax in JPEG_2000)):
         raise _of_a_kind(layout)
+    if layout.stored > 8 and layout.photometric.startswith("YBR_FULL"):
+        why = f"Colours in YBR of {layout.stored} bits are not supported; export them in RGB, or in 8 bits."
+        raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, why)
     if not layout.encapsulated and dataset.get("PlanarConfiguration") not in (0, 1):
         why = "The header does not say whether colours lie pixel by pixel or one behind the other."
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, why)

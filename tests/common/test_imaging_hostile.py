@@ -324,6 +324,13 @@ def test_pixels_of_which_nobody_says_whether_they_are_negative_are_refused(tmp_p
     assert all_refused(read_folder(write(tmp_path / "cr", picture))) == {RefusalCode.UNSUPPORTED_PIXELS}
 
 
+def test_colours_that_cannot_be_converted_are_refused_as_such_and_not_as_damaged(tmp_path: Path) -> None:
+    about = {"SamplesPerPixel": 3, "PhotometricInterpretation": "YBR_FULL", "PlanarConfiguration": 0}
+    made = radiograph(np.full((2, 2, 3), 2048, np.uint16), **about, BitsStored=12, HighBit=11)
+    (refused,) = read_folder(write(tmp_path, made)).refused
+    assert (refused.code, "of 12 bits" in refused.why) == (RefusalCode.UNSUPPORTED_PIXELS, True)
+
+
 @pytest.mark.parametrize(("keyword", "dtype"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
 def test_pixels_that_are_floating_point_numbers_are_refused_as_such(tmp_path: Path, keyword: str, dtype: str) -> None:
     kept = np.full((2, 2), 0.5, dtype)
