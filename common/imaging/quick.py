@@ -52,6 +52,8 @@ _BIG_ENDIAN, _DEFLATED = b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99"
 
 _SOP_UID, _TIME, _POSITION = 0x00080018, 0x00080032, 0x00200032
 _INTERCEPT, _SLOPE = 0x00281052, 0x00281053
+_OF_ONE_FILE = (RefusalCode.CORRUPT, RefusalCode.UNREADABLE, RefusalCode.MISSING_HEADER)
+"""Refusals that may come from bytes that the files of a series do not share, such as an empty SOP Instance UID."""
 _OWN = {_SOP_UID: b"UI", _TIME: b"TM", _POSITION: b"DS", _INTERCEPT: b"DS", _SLOPE: b"DS"}
 """Elements that may differ from slice to slice, and their VR."""
 _UID = re.compile(rb"[0-9.]{1,64}\0?")
@@ -144,8 +146,7 @@ class Examiner:
         if known is None or not known.tells(regular):
             result, layout = scan_layout(path)
             plan = _plan(regular, result, layout) if isinstance(result, Header) and layout is not None else None
-            # these two may come from bytes that the key does not hold
-            if isinstance(result, Header) or result.code not in (RefusalCode.CORRUPT, RefusalCode.UNREADABLE):
+            if isinstance(result, Header) or result.code not in _OF_ONE_FILE:
                 self._known[key] = _Known(result, plan, regular.left)
                 if len(self._known) > _KNOWN:
                     self._known.popitem(last=False)

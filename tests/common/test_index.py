@@ -179,6 +179,17 @@ def test_damage_anywhere_in_a_header_gets_the_verdict_of_the_reader(tmp_path: Pa
     assert 50 < refused < 550
 
 
+def test_a_slice_without_an_identifier_does_not_cost_those_that_come_after_it(tmp_path: Path) -> None:
+    paths = sorted(series(tmp_path).iterdir())
+    first = pydicom.dcmread(paths[0])
+    first.SOPInstanceUID = ""
+    first.save_as(paths[0])
+    examine = Examiner()
+    found = [examine(path).result for path in paths]
+    assert found == [scan(path) for path in paths]
+    assert [isinstance(each, Header) for each in found] == [False] + [True] * (len(paths) - 1)
+
+
 def test_the_index_walks_where_the_reader_walks(tmp_path: Path) -> None:
     root = tmp_path / "dicom"
     series(root / "b" / "ct")
