@@ -314,15 +314,18 @@ class Resident:
             self._account(site.ledger, site.policy)
         if isinstance(reply, Refusal):
             return reply
-        if self._approvals.find(plan.recipe_id) is None:  # withdrawn while it was trained
-            self._approvals.forget(plan.recipe_id)
-            return self._refuse(plan.recipe_id, plan.round, "recipe", "the approval was withdrawn meanwhile")
         self._set(
             updates=self.state.updates + (len(reply.delta) > 0),  # a secure sum's goes later, in a step
             evaluations=self.state.evaluations + (plan.work == "evaluate"),
             bytes_sent=self.state.bytes_sent + reply.nbytes,
         )
         return reply
+
+    def _stands(self, recipe_id: str) -> bool:
+        if self._approvals.find(recipe_id) is not None:
+            return True
+        self._approvals.forget(recipe_id)  # the work of which this is the end may have kept something since
+        return False
 
     # What is kept loaded
 
@@ -369,6 +372,7 @@ class Resident:
             keep=True,
             sums=self._sums,
             now=self._now,
+            stands=self._stands,
         )
 
     def _cohort(self, recipe: Recipe, config: SiteConfig) -> Cohort:

@@ -66,6 +66,10 @@ class _ClosedError(PrivacyError):
     """Work was asked for outside the policy's hours."""
 
 
+class _WithdrawnError(ConfigError):
+    """The approval went while the work was done."""
+
+
 Code = Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
 
 
@@ -92,6 +96,7 @@ class Site:
         trainer: Trainer | None = None,
         flush: Flush = to_disk,
         started: str = "",
+        stands: Callable[[str], bool] = lambda recipe_id: True,
     ) -> None:
         """Wires a site.
 
@@ -110,11 +115,12 @@ class Site:
             trainer: Trains in the place of this site alone, and takes the turn itself; None: this site, alone.
             flush: Has a kept reply last before it is paid for; see `common.storage`.
             started: The manifest with which this process wrote the start of this very site into its log before.
+            stands: Whether a recipe is still approved: asked once more before the log says that something leaves.
         """
         self.name, self.recipe, self.cohort, self.policy = name, recipe, cohort, policy
         self.audit, self.ledger, self.device, self._devices = audit, ledger, device, devices
         self._secure, self._sums = recipe.privacy.secure_aggregation, sums
-        self._model, self._now, self._turn, self._trainer = model, now, turn, trainer
+        self._model, self._now, self._turn, self._trainer, self._stands = model, now, turn, trainer, stands
         self._keep = keep or recipe.privacy.active or self._secure
         self._outbox = Outbox(folder / "outbox", flush)
         self._remainders = Remainders(folder / "remainders", recipe.federation.compression, flush)
@@ -168,16 +174,12 @@ class Site:
                 return stored
             self._open()
             self.audit.append(
-                "plan received",
-                recipe_id=plan.recipe_id,
-                round=plan.round,
-                work=plan.work,
-                weights=plan.weights.digest,
-                server_head=plan.audit_head,
-            )
+                "plan received", recipe_id=plan.recipe_id, round=plan.round, work=plan.work,
+                weights=plan.weights.digest, server_head=plan.audit_head,
+            )  # fmt: skip
             return self._train(plan) if plan.work == "train" else self._evaluate(plan)
-        except _ClosedError as error:
-            return self._refuse(plan.recipe_id, plan.round, "policy", str(error))
+        except _WithdrawnError as error:
+            return self._refuse(plan.recipe_id, plan.round, _code(error), str(error), kind="recipe refused")
         except FedicomError as error:
             return self._refuse(plan.recipe_id, plan.round, _code(error), str(error))
         except Exception as error:
@@ -280,6 +282,7 @@ class Site:
 
         For a secure sum the update stays, and what leaves is all else, with new keys.
         """
+        self._check_stands(update.recipe_id)
         if self._sums is not None and self._secure:
             offer, norm = self._sums.offer(self.recipe, update), update.delta.norm
             head = self.audit.append("update kept", **_facts(update), **self._ledger_fact(), **facts)
@@ -290,6 +293,10 @@ class Site:
             **self._ledger_fact(), **facts,
         )  # fmt: skip
         return replace(update, audit_head=head, ledger_head=self._ledger_head)
+
+    def _check_stands(self, recipe_id: str) -> None:
+        if not self._stands(recipe_id):
+            raise _WithdrawnError("the approval was withdrawn meanwhile")
 
     def _step(self, ask: Ask) -> Answer:
         assert self._sums is not None
@@ -309,12 +316,9 @@ class Site:
                 masked = self._sums.mask(ask, self.recipe, update)
                 head = self.audit.append(
                     "update sent again" if masked.again else "update sent",
-                    digest=masked.values.digest,
-                    bytes=masked.values.nbytes,
-                    session=ask.session,
-                    **_facts(update),
+                    digest=masked.values.digest, bytes=masked.values.nbytes, session=ask.session, **_facts(update),
                     **self._ledger_fact(),
-                )
+                )  # fmt: skip
                 return MaskedUpdate(
                     site=self.name, recipe_id=ask.recipe_id, round=ask.round, session=ask.session,
                     values=masked.values, audit_head=head,
@@ -354,6 +358,7 @@ class Site:
 
     def _measured(self, update: Update) -> Update:
         """Writes down that an evaluation leaves: nothing is trained any more."""
+        self._check_stands(update.recipe_id)
         self._remainders.forget(update.recipe_id)
         head = self.audit.append(
             "evaluation sent", round=update.round, weights=update.base, scores=_told(update.validation, update.test),
@@ -439,17 +444,10 @@ class Site:
             self.audit.append("budget refused", round=plan.round, recipe_id=recipe.id, why=str(error))
             raise
         self.audit.append(
-            "budget reserved",
-            round=plan.round,
-            recipe_id=recipe.id,
-            noise_multiplier=event.noise_multiplier,
-            sampling_rate=event.sampling_rate,
-            steps=event.steps,
-            epsilon=reserved.epsilon,
-            delta=self.policy.delta,
-            ledger_head=self._budget.head,
-            **({} if kind == "updates" else {"releases": kind}),
-        )
+            "budget reserved", round=plan.round, recipe_id=recipe.id, noise_multiplier=event.noise_multiplier,
+            sampling_rate=event.sampling_rate, steps=event.steps, epsilon=reserved.epsilon, delta=self.policy.delta,
+            ledger_head=self._budget.head, **({} if kind == "updates" else {"releases": kind}),
+        )  # fmt: skip
         return reserved
 
     def _settle(self, kept: Path, reserved: Reservation, steps: int) -> None:
@@ -559,10 +557,10 @@ class Site:
         masked = self._secure and self.recipe.federation.site_weights == "patients"
         return 0 if masked else self._cell(patients)
 
-    def _refuse(self, recipe_id: str, round_: int, code: Code, why: str) -> Refusal:
+    def _refuse(self, recipe_id: str, round_: int, code: Code, why: str, *, kind: str = "plan refused") -> Refusal:
         why = why[:500]
         try:
-            head = self.audit.append("plan refused", round=round_, recipe_id=recipe_id, code=code, why=why)
+            head = self.audit.append(kind, round=round_, recipe_id=recipe_id, code=code, why=why)
         except FedicomError:  # a full disk, or a log that does not hold: the coordinator shall still hear why
             log.exception("the refusal could not be logged")
             head = ""
@@ -595,5 +593,7 @@ def _side(error: FedicomError) -> Code:
 
 
 def _code(error: FedicomError) -> Code:
-    kinds: tuple[tuple[type, Code], ...] = ((ConfigError, "recipe"), (PrivacyError, "budget"), (DataError, "data"))
+    kinds: tuple[tuple[type, Code], ...] = (
+        (_ClosedError, "policy"), (ConfigError, "recipe"), (PrivacyError, "budget"), (DataError, "data"),
+    )  # fmt: skip
     return next((code for kind, code in kinds if isinstance(error, kind)), "training")

@@ -27,6 +27,7 @@ from common.config import Privacy, Recipe
 from common.deployment import SiteHome
 from common.errors import StorageError
 from common.exchange import Hello, Question, Refusal, RoundPlan, Update
+from common.metrics import score
 from common.models import build, get_weights
 from common.weights import Weights
 from tests.client.conftest import PLAIN, TRAIN_PATIENTS, House, recipe_of
@@ -150,6 +151,25 @@ def test_an_update_that_is_made_when_the_approval_is_withdrawn_never_leaves(
     assert "withdrawn meanwhile" in refused(node.visit(), "recipe", node)
     assert list((house.home.state / "outbox").glob("*")) == []
     assert node.entries("settle") == 1  # what was spent stays spent
+    # An auditor reads that nothing left, and a node that starts anew counts nothing as sent.
+    assert not {"update sent", "update kept", "evaluation sent"} & set(node.kinds())
+    node.restart()
+    assert (node.resident.state.updates, node.resident.state.bytes_sent) == (0, 0)
+
+
+def test_scores_that_are_made_when_the_approval_is_withdrawn_never_leave(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(house)
+
+    def withdrawn(*given: Any, **named: Any) -> Any:
+        if node.approvals.ids():
+            node.withdraw()
+        return score(*given, **named)
+
+    monkeypatch.setattr(site_module, "score", withdrawn)
+    assert "withdrawn meanwhile" in refused(node.visit(4, "evaluate"), "recipe", node)
+    assert "evaluation sent" not in node.kinds()
 
 
 def test_a_record_that_was_changed_or_put_back_runs_nothing(house: House, trained: list[int]) -> None:
