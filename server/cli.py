@@ -39,6 +39,8 @@ All take --home DIR (or FEDICOM_HOME, or the current folder). Those that ask the
 --token-file FILE (or FEDICOM_TOKEN_FILE; without both, keys/operator.token) and --control 127.0.0.1:PORT."""
 
 _POLL_S = 1.0
+_BYTES = "surrogateescape"
+"""Of an argument that is no UTF-8: they go as they are, and the coordinator says what it knows of such a name."""
 _REACHED_BY = {"gateway", "superlink"}
 """Processes without which no site reaches the coordinator."""
 _OVER = {"finished": 0, "failed": 1, "stopped": 1}
@@ -112,7 +114,7 @@ def _run(words: Sequence[str]) -> int:
     if arguments.patience_h is not None:
         query["patience_s"] = arguments.patience_h * 3600
     asking = _Asking(arguments)
-    run = asking.post(f"/v1/runs{f'?{urlencode(query)}' if query else ''}", data)
+    run = asking.post(f"/v1/runs{f'?{urlencode(query, errors=_BYTES)}' if query else ''}", data)
     name = str(run["run"])
     rounds = number_of(int(run.get("rounds") or 0), "round")
     _say(f"Run {name}: recipe {run.get('recipe')}, id {str(run.get('recipe_id'))[:12]}, {rounds}")
@@ -179,7 +181,7 @@ def _tell(action: str, says: str, words: Sequence[str], done: str) -> int:
     arguments = parser.parse_args(words)
     from urllib.parse import quote
 
-    run = _Asking(arguments).post(f"/v1/runs/{quote(arguments.run, safe='')}/{action}", b"")
+    run = _Asking(arguments).post(f"/v1/runs/{quote(arguments.run, safe='', errors=_BYTES)}/{action}", b"")
     _say(f"Run {run['run']} {done.format(run['run'])}")
     return 0
 

@@ -104,6 +104,15 @@ def test_stop_and_resume(asking, said):
     asking.until(lambda: len(asking.starts("tiny")) == 2)
 
 
+@pytest.mark.parametrize("words", [("stop", "a\udcff"), ("run", "recipe.json", "--name", "a\udcff")])
+def test_a_name_typed_in_another_encoding_is_refused_in_a_line(asking, said, monkeypatch, words):
+    monkeypatch.chdir(recipe(asking).parent)
+    code, out, err = said(*words, "--home", asking.house.home.path)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert ("there is no run 'a%FF'" if words[0] == "stop" else "no name for a run") in err
+
+
 def test_conclude(asking, said):
     said("run", recipe(asking), "--detach")
     asking.until(lambda: asking.starts("tiny"))
