@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, StringConstraints, model_validator
+from pydantic import AfterValidator, ConfigDict, StringConstraints, model_validator
 from pydantic.dataclasses import dataclass
 
 from common.composition import config_root
@@ -34,6 +34,16 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Host = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.:-]{0,251}[A-Za-z0-9])?$")]
 """A DNS name or an IP address."""
 Port = Annotated[int, Ge(1), Le(65535)]
+
+
+def _with_port(address: str) -> str:
+    port = address.rpartition(":")[2]
+    if not 1 <= int(port) <= 65535:
+        raise ValueError(f"a port is a number from 1 to 65535, got {port}; ask the coordinator for host:port")
+    return address
+
+
+Address = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}:\d{1,5}$"), AfterValidator(_with_port)]
 Hours = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
 
 
@@ -152,7 +162,7 @@ class SiteConfig:
 
     site: Name
     federation: Name
-    gateway: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.:\[\]-]{1,253}:\d{1,5}$")]
+    gateway: Address
     """host:port of the coordinator's gateway: the only address that the node calls."""
     data: str | Mapping[str, str] | None = None
     """Folder with labels.csv and the DICOM files; or, for a hospital in several studies, a folder for each recipe's

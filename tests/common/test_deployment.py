@@ -87,6 +87,8 @@ def test_the_strict_policy_is_stricter_than_the_standard_and_that_than_the_open_
         ({"site": "two words"}, "site"),
         ({"gateway": "no-port"}, "gateway"),
         ({"gateway": "https://host:1"}, "gateway"),
+        ({"gateway": "host:99999"}, "gateway: a port is a number from 1 to 65535, got 99999"),
+        ({"gateway": "host:0"}, "gateway: a port is a number from 1 to 65535, got 0"),
         ({"threads": -1}, "threads"),
         ({"threads": "many"}, "threads"),
         ({"device": "tpu"}, "device"),
