@@ -46,7 +46,7 @@ def audit_verb(words: Sequence[str]) -> int:
     )
     _shared(report)
     trace = verbs.add_parser("trace", help="from a model file to recipe, rounds, sites, data manifests and code")
-    trace.add_argument("model", type=Path, help="model.onnx")
+    trace.add_argument("model", type=named_file, help="model.onnx or another export of the run")
     trace.add_argument("--logs", type=_logs, required=True, nargs="+", metavar="DIR", help="folder of logs, or logs")
     _shared(trace)
     arguments = parser.parse_args(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from common.chain import TOLERANCE_S, Event
 from common.errors import FedicomError
 from common.logs import Check, Log, State, as_map, as_number, check_logs, first_bad, state_of
 from common.printable import number_of
+from common.storage import storing
 
 if TYPE_CHECKING:
     from common.onnx_model import Description
@@ -150,23 +152,29 @@ class Lineage:
 
 
 def trace(model: Path, logs: Sequence[Log], *, tolerance_s: float = TOLERANCE_S) -> Lineage:
-    """The lineage of a model file, from its SHA-256 and what it says of itself.
+    """The lineage of a model file, from its SHA-256 and, of an ONNX file, what it says of itself.
 
     Raises:
         ModelFileError: It is no model that Fedicom exported.
         LineageError: A log does not hold, or a link is missing; says which.
+        StorageError: The file cannot be read.
     """
     from common.onnx_model import OnnxModel
 
-    opened = OnnxModel(model, gpu=False)
+    with storing("the model file"):
+        digest = hashlib.sha256(model.read_bytes()).hexdigest()
     log = _coordinators(logs)
     for run in runs(log):
         for export in run.exports:
-            if export.facts.get("sha256") == opened.sha256:
+            if export.facts.get("sha256") == digest:
                 found = lineage(run, export, logs, tolerance_s=tolerance_s)
-                return _with_file(found, opened.description)
+                if found.file.endswith(".onnx"):
+                    return _with_file(found, OnnxModel(model, gpu=False).description)
+                bare = "what the recipe is: a TorchScript file carries no description; trace the model.onnx beside it"
+                checked = (*found.checked, "SHA-256 of the file is that of the logs")
+                return replace(found, checked=checked, not_checked=(*found.not_checked, bare))
     raise LineageError(
-        f"{log.path.name} holds no export of a file with SHA-256 {opened.sha256[:12]}; the file was changed after its "
+        f"{log.path.name} holds no export of a file with SHA-256 {digest[:12]}; the file was changed after its "
         "export, or these are the logs of another run"
     )
 

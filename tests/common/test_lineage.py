@@ -361,6 +361,20 @@ def test_a_model_file_of_a_simulation_is_traced_by_the_command(run, capsys):
     assert "2 rounds" in capsys.readouterr().out
 
 
+def test_a_torchscript_file_is_traced_by_its_hash_and_what_it_cannot_tell_is_said(tmp_path, capsys):
+    model, data = tmp_path / "model.ts.pt", b"a zip file of torch's"
+    model.write_bytes(data)
+    federation(tmp_path, at("server", "model exported", file=model.name, sha256=hashlib.sha256(data).hexdigest()))
+    code, told = said("trace", model, "--logs", tmp_path, capsys=capsys)
+    assert (code, told["traced"], told["file"], len(told["rounds"])) == (0, True, "model.ts.pt", 2)
+    assert "SHA-256 of the file is that of the logs" in told["checked"]
+    assert "carries no description" in told["not_checked"][-1]
+    model.write_bytes(data + b"x")
+    code, told = said("trace", model, "--logs", tmp_path, capsys=capsys)
+    assert (code, told["traced"]) == (1, False)
+    assert "holds no export of a file with SHA-256" in told["missing"]
+
+
 def test_a_model_file_that_was_changed_or_is_of_another_run_is_refused(run, tmp_path, capsys):
     data = bytearray((run / "model.onnx").read_bytes())
     at = data.index(b"Not a medical device")
