@@ -518,11 +518,13 @@ def _server_lines(server: Mapping[str, Any]) -> list[tuple[str, str]]:
     registry = server.get("registry") or {"sites": []}
     online, sites = server.get("online", []), registry["sites"]
     away = sorted(set(sites) - set(online))
-    head = (
-        f"Coordinator of {server['federation']}: {server['state']}, gateway on port {server['port']}, "
-        f"{len(online)} of {len(sites)} sites connected"
-    )
-    lines = [(f"{head} (not: {', '.join(away[:8])})" if away else head, "")]
+    connected = f"{len(online)} of {len(sites)} sites connected" + " when last asked" * bool(server.get("stale"))
+    if away:
+        connected += f" (not: {', '.join(away[:8])})"
+    if server.get("silent"):
+        connected = "which sites are connected is not known: nobody could be asked for two minutes"
+    head = f"Coordinator of {server['federation']}: {server['state']}, gateway on port {server['port']}, {connected}"
+    lines = [(head, "")]
     lines += [(f"{name} is down: {what}; see run/logs/{name}.log", "red") for name, what in server["down"].items()]
     lines += [(warning, "yellow") for warning in server.get("warnings", [])]
     return lines + ([(server["trouble"], "red")] if server.get("trouble") else [])

@@ -40,8 +40,8 @@ _TICK_S = 0.3
 _LOOK_S = 5.0
 """Between two looks at who is connected."""
 _STEADY_S, _LONGEST_PAUSE_S = 60.0, 60.0
-_SILENT_S = 120.0
-"""Without one successful look at the nodes, nobody is taken for connected."""
+_STALE_S, _SILENT_S = 15.0, 120.0
+"""Without one successful look at the nodes: who is connected is told as of the last one; nobody is taken for it."""
 _WARNINGS_S = 60.0
 _DONE, _STOPPED, _FAILED = 0, 3, 4
 """Exit codes of `server.runner` after which it is not started again."""
@@ -195,9 +195,7 @@ class Control:
         """
         configuration = hashlib.sha256((self.home.path / "server.yaml").read_bytes()).hexdigest()
         registry = self.home.registry.version
-        self.audit.append(
-            "server started", version=VERSION, configuration=configuration, registry=registry
-        )  # fmt: skip
+        self.audit.append("server started", version=VERSION, configuration=configuration, registry=registry)
         self.audit.append("code", packages=dict(code_hashes()))
         ports = {"port": control_port, "superlink_port": self.superlink_port, "pid": os.getpid()}
         write_whole(self.home.control_file, (json.dumps(ports) + "\n").encode())
@@ -290,7 +288,8 @@ class Control:
         """How the coordinator stands, as `run/status.json` has it."""
         seen, children = self._seen, dict(self._supervisor.children)
         registry = seen.registry
-        silent = self._ready.is_set() and time.monotonic() - seen.looked_at > _SILENT_S
+        unheard_s = time.monotonic() - seen.looked_at if self._ready.is_set() else 0.0
+        silent = unheard_s > _SILENT_S
         down = {name: seen.events.get(name, "not started yet") for name, pid in children.items() if pid is None}
         with self._lock:
             active = sorted(self._working)
@@ -306,6 +305,7 @@ class Control:
             "down": {**self._watch.expired, **down},
             "registry": {"version": registry.version, "sites": list(registry.members)} if registry else None,
             "online": [] if silent else list(seen.online),
+            "stale": unheard_s > _STALE_S,
             "silent": silent,
             "trouble": seen.trouble,
             "warnings": list(self._watch.warnings),

@@ -727,7 +727,10 @@ def test_who_was_connected_two_minutes_before_the_superlink_fell_silent_counts_a
     def silent(home, port):
         raise ExchangeError("the SuperLink did not answer")
 
+    assert running.control.status["stale"] is False
     monkeypatch.setattr(running.control, "_parts", replace(running.control._parts, online=silent))
-    running.control._seen.looked_at -= 121.0
+    running.control._seen.looked_at -= 16.0
+    assert [running.control.status[name] for name in ("online", "stale", "silent")] == [["east"], True, False]
+    running.control._seen.looked_at -= 105.0
     running.until(lambda: running.control.status["trouble"])
     assert (running.control.status["online"], running.control.status["silent"]) == ([], True)

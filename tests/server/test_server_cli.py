@@ -185,7 +185,10 @@ def test_the_exit_code_of_status_tells_a_health_check_whether_sites_can_reach_th
     monkeypatch.setattr("server.cli._Asking.status", lambda self: plain)
     assert said("status", "--json")[0] == code
     assert said("status")[0] == code
-    plain["server"] |= {"down": {}, "silent": True}
+    plain["server"] |= {"down": {}, "stale": True}
+    assert "0 of 3 sites connected when last asked (not: east, north, west)" in " ".join(said("status")[1].split())
+    plain["server"] |= {"silent": True}
+    assert "which sites are connected is not known" in " ".join(said("status")[1].split())
     assert said("status", "--json")[0] == 1
 
 
