@@ -450,6 +450,12 @@ def _with_findings(report: Report) -> Report:
         "error", several, f"{_many(several, 'row')} of labels.csv with images of more than one patient",
         "label by patient or series, or correct the images",
     )  # fmt: skip
+    nothing = report.unlabelled == report.images + report.volumes
+    say(
+        "error", nothing, f"no row of labels.csv has the {report.key} of an image: there is nothing to train on",
+        f"look whether its first column holds what the images have as {report.key}, and just so: zeros in front, which "
+        "spreadsheets drop, count",
+    )  # fmt: skip
     for each in report.agreement:
         value = each.kappa.value
         if value is None:
@@ -469,7 +475,10 @@ def _with_findings(report: Report) -> Report:
     )
     say("warning", len(report.blank), f"{_many(len(report.blank), 'image')} with one grey value only", "remove them")
     say("warning", report.unlabelled, f"{_many(report.unlabelled, 'image')} without a label, not used")
-    say("warning", report.rows_without_image, f"{_many(report.rows_without_image, 'row')} of labels.csv without image")
+    say(
+        "warning", report.rows_without_image, f"{_many(report.rows_without_image, 'row')} of labels.csv without image",
+        "add the images, or remove the rows: nothing is trained on a table with rows of which no file has the image",
+    )  # fmt: skip
     count = sum(report.refused.values())
     say("warning", count, f"{_many(count, 'file')} that cannot be used", "the reasons are counted below")
     rare = [name for name, patients in report.class_patients.items() if patients < 2 * 5]

@@ -334,6 +334,16 @@ def test_a_folder_without_images_or_labels_is_refused(small: Path, run: Run, tmp
         run(small)
 
 
+def test_labels_that_match_no_image_are_an_error_that_says_what_to_look_at(small: Path, run: Run) -> None:
+    (small / "labels.csv").write_text("patient,label\n" + "".join(f"{n},{'lr'[n % 2]}\n" for n in range(6)))
+    code, found, page = run(small)
+    assert (code, found["unlabelled"], found["rows_without_image"]) == (1, 6, 6)
+    (error,) = [each for each in found["findings"] if each["level"] == "error"]
+    assert "no row of labels.csv has the patient of an image" in error["what"]
+    assert "zeros in front" in error["do"]
+    assert "has the patient of an image" in page
+
+
 def test_a_page_is_not_laid_among_the_images(small: Path, tmp_path: Path) -> None:
     before = sorted(small.rglob("*"))
     for out in ("dicom/quality.html", "dicom/pages"):
