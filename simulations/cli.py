@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from common.config import Phantom, load_settings, validate_json
 from common.epsilon import rounded_up
 from common.errors import ConfigError
 from common.imports import importing
-from common.printable import number_of
+from common.printable import number_of, printable
 from common.storage import named_path
 
 # The rooms behind these verbs take seconds to import (torch, MONAI): a typo shall be answered at once.
@@ -247,6 +247,7 @@ def hospitals_verb(words: Sequence[str]) -> int:
     def progress(done: int, total: int) -> None:
         terminal.step("Writing DICOM", done, total)
 
+    left: Mapping[str, int] = {}
     with terminal.progress:
         if arguments.verb == "phantom":
             from simulations.phantoms import make_phantoms
@@ -254,7 +255,13 @@ def hospitals_verb(words: Sequence[str]) -> int:
             given = {field.name: getattr(arguments, field.name) for field in fields(Phantom)}
             make_phantoms(arguments.out, validate_json(Phantom, json.dumps(given)), arguments.sites, progress)
         else:
-            _import(arguments, _partition(arguments), progress)
+            left = _import(arguments, _partition(arguments), progress)
+    if left:
+        what = ", ".join(number_of(count, kind) for kind, count in sorted(left.items()))
+        console.print(
+            printable(f"Left out: {what}. Taken are PNG and JPEG files that lie in the folder of a class itself"),
+            style="yellow", highlight=False, markup=False,
+        )  # fmt: skip
     console.print(f"Hospitals in {arguments.out}; use them with simulation.hospitals={arguments.out}", highlight=False)
     return 0
 
@@ -266,7 +273,10 @@ def _seed(word: str) -> int:
     return seed
 
 
-def _import(arguments: argparse.Namespace, partition: Partition, progress: Callable[[int, int], None]) -> None:
+def _import(
+    arguments: argparse.Namespace, partition: Partition, progress: Callable[[int, int], None]
+) -> Mapping[str, int]:
+    """What was left out: kind -> how many."""
     from simulations import hospitals
 
     source, out, sites = arguments.source, arguments.out, arguments.sites
@@ -296,13 +306,14 @@ def _import(arguments: argparse.Namespace, partition: Partition, progress: Calla
         )  # fmt: skip
     elif source.is_dir():
         pattern = {"patient": arguments.patient_pattern} if arguments.patient_pattern else {}
-        hospitals.import_images(
+        return hospitals.import_images(
             source, out, sites, partition, classes=classes, modality=arguments.modality or "CR",
             central_fraction=arguments.central_fraction, seed=arguments.seed, key=arguments.key, progress=progress,
             **pattern,
         )  # fmt: skip
     else:
         raise ConfigError(f"{source} is neither an .npz file nor a folder")
+    return {}
 
 
 def _partition(arguments: argparse.Namespace) -> Partition:

@@ -6,14 +6,18 @@
     OUT/central/                 the coordinator's test set, which no hospital holds
     OUT/hospitals.json           what made it, and counts
 
-A folder is written under a temporary name beside OUT and renamed when complete.
+A folder is written under a temporary name beside OUT and renamed when complete; what a kill left of one goes the next
+time.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
+import glob
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +25,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,7 +152,7 @@ def import_images(
     central_fraction: float = 0.2,
     seed: int = 0,
     progress: Progress | None = None,
-) -> None:
+) -> Mapping[str, int]:
     """Makes hospitals of a folder of PNG and JPEG files, one subfolder for each class.
 
     Args:
@@ -157,6 +161,9 @@ def import_images(
         classes: Subfolders in the order of the classes; null: all, by name.
         key: `patient`: all images of a patient have one label; `accession`: each image has its own.
         central_fraction: Share of the patients, of every class, that no hospital gets.
+
+    Returns:
+        What lies in the subfolders and was left out: kind -> how many. Names that begin with a dot do not count.
 
     Raises:
         ConfigError: `out` holds something else, or the pattern does not fit.
@@ -167,7 +174,7 @@ def import_images(
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     folder, made = folder.absolute(), out.resolve()  # what an earlier import made inside of it is no class
-    lying = sorted(folder.iterdir()) if folder.is_dir() else []
+    lying = _visible(folder) if folder.is_dir() else []
     names = tuple(classes or (path.name for path in lying if path.is_dir() and path.resolve() != made))
     if len(names) < 2:
         raise DataError(f"{folder.name}: got {len(names)} subfolders; expected one for each of at least 2 classes")
@@ -199,9 +206,12 @@ def import_images(
         found = {name: value or "" for name, value in match.groupdict().items()}
         return Item(patient=found.pop("patient").strip(), labels=(label,), columns=found, write=write)
 
-    items, digest = [], hashlib.sha256()
+    items, digest, left = [], hashlib.sha256(), Counter[str]()
     for label in names:
-        files = sorted(path for path in (folder / label).glob("*") if path.suffix.lower() in _PICTURES)
+        inside = _visible(folder / label) if (folder / label).is_dir() else []
+        files = [path for path in inside if path.suffix.lower() in _PICTURES and not path.is_dir()]
+        other = [path for path in inside if path.is_dir() or path.suffix.lower() not in _PICTURES]
+        left.update("folder" if path.is_dir() else f"{path.suffix.lower()[:8]} file".strip() for path in other)
         if not files:  # a class that was typed wrongly would be missing without a word
             raise DataError(
                 f"{folder.name}: no PNG or JPEG file in a subfolder {label!r}; put some there, or name the classes "
@@ -224,6 +234,11 @@ def import_images(
         if writer is not None:
             ours, central = _hold_out(items, central_fraction, seed)
             writer.fill(ours, central, sites, partition, progress=progress, classes=names, key=key)
+    return left
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def import_nifti(
@@ -404,7 +419,26 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
             ) from None
     with storing("the folder of the hospitals"):
         out.parent.mkdir(parents=True, exist_ok=True)
+        for cut_off in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+            with suppress(BlockingIOError), _held(cut_off):  # not held: its process was killed
+                shutil.rmtree(cut_off)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    with _held(partial):
+        yield from _filled(partial, out, source)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Held against other processes, and free when this one ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _filled(partial: Path, out: Path, source: Mapping[str, Any]) -> Iterator[Writer]:
     try:
         writer = Writer(partial, source)
         with storing("the hospitals"):

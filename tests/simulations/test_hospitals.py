@@ -19,7 +19,7 @@ from common.errors import ConfigError, DataError, StorageError
 from common.imaging import read_folder
 from simulations.cli import hospitals_verb
 from simulations.dicom_writer import Machine, Subject, quantise, write_image, write_series
-from simulations.hospitals import import_images, import_medmnist, import_nifti, site_names
+from simulations.hospitals import _held, import_images, import_medmnist, import_nifti, site_names
 from simulations.partition import ByColumn, Dirichlet, Iid, Quantity
 
 DATA = Path(os.environ.get("FEDICOM_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -228,6 +228,31 @@ def test_two_pictures_of_one_name_are_not_made_one_patient(tmp_path: Path) -> No
     (tmp_path / "in" / "yes" / "1.png").rename(tmp_path / "in" / "yes" / "4.png")
     import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), central_fraction=0)
     assert len(_table(tmp_path / "out" / "north")) == 4
+
+
+def test_what_is_left_out_of_a_folder_of_pictures_is_told_in_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _pictures(tmp_path / "in")
+    (tmp_path / "in" / "NORMAL" / "2019").mkdir()
+    for name in ("NORMAL/a.tif", "NORMAL/b.TIF", "PNEUMONIA/README", "PNEUMONIA/.DS_Store"):
+        (tmp_path / "in" / name).write_bytes(b"")
+    (tmp_path / "in" / ".git").mkdir()  # no class
+    words = ["import", str(tmp_path / "in"), str(tmp_path / "out"), "--sites", "1", "--partition", "iid"]
+    for _ in range(2):
+        assert hospitals_verb(words) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "Left out: 2 .tif files, 1 file, 1 folder. Taken are PNG and JPEG files" in told
+
+
+def test_what_a_killed_import_left_goes_the_next_time_and_one_at_work_is_left_alone(tmp_path: Path) -> None:
+    _pictures(tmp_path / "in")
+    left, busy = (tmp_path / f".out.partial-{name}" for name in ("left", "busy"))
+    for folder in (left, busy):
+        (folder / "north").mkdir(parents=True)
+    with _held(busy):
+        import_images(tmp_path / "in", tmp_path / "out", 1, Iid(), patient=KERMANY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [busy.name, "in", "out"]
 
 
 def test_hospitals_made_inside_of_their_source_are_left_as_they_are_when_made_again(
