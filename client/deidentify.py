@@ -15,6 +15,7 @@ from common.errors import ConfigError, DataError
 from common.identity import read_private
 from common.imaging.deidentify import Deidentifier, Options
 from common.imaging.refusal import Refusal
+from common.kit import new_folder
 from common.printable import number_of
 from common.storage import named_file, named_place, private_folder, storing, write_whole
 
@@ -90,8 +91,21 @@ def deidentify_folder(
     files = list(_files(source))
     if not files:
         raise DataError("the folder to copy from holds no files; give a folder with DICOM files")
-    private_folder(out)
     copied = Copied()
+    # Under its name when all is copied: half of it may hold patients of whom what follows tells that they are two.
+    with new_folder(out) as part:
+        _copy(files, part, deidentifier, copied, progress)
+    progress(len(files), len(files))
+    return copied
+
+
+def _copy(
+    files: Sequence[Path],
+    folder: Path,
+    deidentifier: Deidentifier,
+    copied: Copied,
+    progress: Callable[[int, int], None],
+) -> None:
     issuers: dict[Path, set[str]] = {}
     for done, path in enumerate(files):
         progress(done, len(files))
@@ -101,7 +115,7 @@ def deidentify_folder(
         except Refusal as refusal:
             copied.refused[str(refusal.code)] += 1
             continue
-        place = out / copy.name
+        place = folder / copy.name
         patient = place.parent.parent
         known = issuers.setdefault(patient, set())
         known.update(filter(None, [copy.issuer]))
@@ -116,8 +130,6 @@ def deidentify_folder(
             continue
         write_whole(place, copy.data)
         copied.files += 1
-    progress(len(files), len(files))
-    return copied
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from io import BytesIO
@@ -157,6 +158,30 @@ def test_the_command_copies_a_tree_under_new_names_and_says_nothing_of_a_patient
         deidentify_verb(words)
     with pytest.raises(ConfigError, match="lies in the other"):
         deidentify_verb([words[0], str(tmp_path / "in" / "out"), *words[2:]])
+
+
+def test_a_copy_that_was_killed_leaves_nothing_that_looks_like_one_and_is_made_when_asked_for_again(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "in").mkdir()
+    for at in range(2):
+        written(image(SOPInstanceUID=f"1.2.3.777.{at}"), tmp_path / "in" / f"{at}.dcm")
+    words = [str(tmp_path / "in"), str(tmp_path / "out"), "--key-file", str(tmp_path / "key")]
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(0o600)
+    if (child := os.fork()) == 0:
+        seen = []
+        copy = Deidentifier.copy
+        monkeypatch.setattr(
+            Deidentifier, "copy", lambda self, path: os._exit(9) if seen else (seen.append(path), copy(self, path))[1]
+        )
+        deidentify_verb(words)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "out").exists()
+    assert deidentify_verb(words) == 0
+    assert len(list((tmp_path / "out").rglob("*.dcm"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "key", "out"]
 
 
 def test_two_people_who_share_a_patient_id_are_not_copied_as_one(tmp_path, capsys):
