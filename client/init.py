@@ -47,18 +47,17 @@ def site_init(home: Path, *, site: str, federation: str, gateway: str, policy: s
     config = site_yaml(site=site, federation=federation, gateway=gateway, policy=policy)
     signing, node = new_signing_key(), NodeKey.new()
     keys, public = public_file(Signer.from_bytes(signing), node, federation=federation, site=site)
-    kits.write_folder(
-        {
-            "site.yaml": config,
-            PUBLIC_FILE: public,
-            kits.SIGNING: signing,
-            kits.NODE: node.private,
-            kits.COHORT: os.urandom(32),
-            "keys/superexec.secret": secrets.token_hex(32).encode(),
-        },
-        home,
-    )
-    note(SiteHome(home), "keys made", by, public_key=keys.signing)
+    files = {
+        "site.yaml": config,
+        PUBLIC_FILE: public,
+        kits.SIGNING: signing,
+        kits.NODE: node.private,
+        kits.COHORT: os.urandom(32),
+        "keys/superexec.secret": secrets.token_hex(32).encode(),
+    }
+    with kits.new_folder(home) as part:
+        kits.put(files, part)
+        note(SiteHome(part), "keys made", by, public_key=keys.signing)
     return home / PUBLIC_FILE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_a_site_makes_its_keys_and_only_public_ones_are_to_be_sent(home):
 def test_a_home_that_waits_for_its_kit_is_told_to_join_it(home):
     with pytest.raises(ConfigError, match=r"the registry is missing.*`fedicom site join` it where `fedicom site init`"):
         start(home, lambda line, style: None, allow_root=True)
+
+
+def test_a_home_whose_making_was_killed_before_the_log_told_of_its_keys_is_made_when_asked_for_again(
+    tmp_path, monkeypatch
+):
+    given = {"site": "south", "federation": "chest", "gateway": GATEWAY}
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr("client.init.note", lambda *_, **__: os._exit(9))
+        site_init(tmp_path / "south", **given)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    site_init(tmp_path / "south", **given)
+    assert [event.facts.get("action") for event in verify(SiteHome(tmp_path / "south").audit_file)] == [
+        None, "keys made",
+    ]  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["south"]
 
 
 def test_two_sites_share_no_secret(home, tmp_path):
