@@ -228,6 +228,18 @@ def test_the_budget_adds_up_by_recipe_with_what_is_reserved(site: Site, tmp_path
     assert "<svg" in (tmp_path / "budget.svg").read_text()
 
 
+def test_noised_scores_stand_beside_the_updates_of_their_recipe(site: Site) -> None:
+    delta, scored = site.house.home.config.policy.delta, Event(noise_multiplier=3.0, sampling_rate=1.0, steps=1)
+    site.ledger.settle(site.ledger.reserve("a" * 64, round=1, base="a" * 64, event=EVENT), 4)
+    site.ledger.reserve("a" * 64, round=1, base="a" * 64, event=scored, kind="scores")
+    site.ledger.reserve("b" * 64, round=1, base="a" * 64, event=scored, kind="scores")
+    first, second = json.loads(site("budget", "--json"))["recipes"]
+    assert (first["visits"], first["open"], first["steps"]) == (1, 1, 4)
+    assert first["epsilon"] == epsilon_pld([EVENT], delta)
+    assert first["scores_epsilon"] == second["scores_epsilon"] == epsilon_pld([scored], delta)
+    assert (second["visits"], second["open"], second["epsilon"]) == (0, 1, 0)
+
+
 def test_a_budget_that_nobody_touched_is_whole(site: Site, tmp_path: Path) -> None:
     said = site("budget", "--plot", tmp_path / "budget.png")
     assert "Spent: epsilon 0.00 of 8. Left: 8.00." in said
