@@ -16,6 +16,7 @@ from torch import nn
 
 from client.dp import PrivateGradient, bookkeeping, layers, seeded_noise
 from client.dp import engine as dp_engine
+from client.dp.book import NoRuleError
 from client.dp.engine import loop, vectorised
 from common.config import ModelConfig, Preprocessing, Privacy, Recipe, Task
 from common.errors import PrivacyError
@@ -1005,6 +1006,61 @@ def test_what_lies_on_the_first_axis_of_a_layer_without_being_the_records_is_not
     private.step(x, target)
     assert private.way == "torch.func"
     assert distance(gradients(model), loop(model, cross_entropy, x, target, 1.0)[0]) < 1e-4
+
+
+class Using(nn.Module):
+    """One function of a parameter and of four records, 1 x 8 x 8 each."""
+
+    def __init__(self, use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *shape: int) -> None:
+        super().__init__()
+        self.use, self.p = use, nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.use(self.p, x).reshape(4, -1)
+
+
+IDS = torch.tensor([[0], [1], [2], [0]])
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"),
+    [
+        (lambda p, x: F.conv2d(p, x), (4, 1, 8, 8)),
+        (lambda p, x: F.linear(p, x.flatten(1)), (4, 64)),
+        (lambda p, x: F.group_norm(p, 1, x[:, 0, 0, 0]), (4, 4)),
+        (lambda p, x: F.layer_norm(p, (64,), x[0].flatten()), (4, 64)),
+        (lambda p, x: F.batch_norm(p, x[0, 0, 0], x[0, 0, 1].square(), x[0, 0, 2]), (4, 8)),
+        (lambda p, x: p * p.sum() + x, (4, 1, 8, 8)),
+    ],
+)
+def test_a_parameter_of_as_many_rows_as_records_is_not_taken_for_them(
+    use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(NoRuleError):
+        bookkeeping.clipped_sum(Using(use, *shape), cross_entropy, *batch(4), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("use", "shape"),
+    [
+        (lambda p, x: F.conv2d(x[:, 0], p), (4, 4, 3, 3)),  # one record of four channels
+        (lambda p, x: F.layer_norm(x, tuple(x.shape), p), (4, 1, 8, 8)),
+        (lambda p, x: F.instance_norm(x[:, 0, 0], weight=p), (4,)),
+        (lambda p, x: F.instance_norm(x, x[0, 0, 0, :1], x[0, 0, 1, :1], p), (1,)),
+        (lambda p, x: F.batch_norm(x, None, None, p, training=True), (1,)),
+        (lambda p, x: F.batch_norm(x, x[0, 0, 0, :1], x[0, 0, 1, :1] ** 2, p, training=True), (1,)),
+        (lambda p, x: F.embedding(IDS, p, max_norm=1.0) + x[:, 0], (3, 8)),
+        (lambda p, x: F.embedding(IDS, p, scale_grad_by_freq=True) + x[:, 0], (3, 8)),
+        (lambda p, x: F.embedding(IDS, p, sparse=True) + x[:, 0], (3, 8)),
+        (lambda p, x: p.expand(4, 8) * x[:, 0, 0], (4, 1)),  # another one for each record
+        (lambda p, x: x[:, 0, 0] * p, (4, 1)),
+    ],
+)
+def test_a_use_that_is_not_one_for_each_record_has_no_rule(
+    use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(NoRuleError):
+        bookkeeping.clipped_sum(Using(use, *shape), cross_entropy, *batch(4), 1.0)
 
 
 class Tokens(nn.Module):
