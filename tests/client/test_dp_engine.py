@@ -209,6 +209,17 @@ def test_every_method_gives_the_gradient_of_each_record_for_any_convolution(
     assert layers.convolution_method(x, gy, weight, shape) in ("loop", "grouped", "unfold", "gram", "norms")
 
 
+def test_a_gram_matrix_is_taken_of_single_records_and_untouched_weights_alone() -> None:
+    # 16 gradients of 9 MiB are not kept, and four positions make a small Gram matrix.
+    weight = torch.empty(512, 512, 3, 3, device="meta")
+    x = gy = torch.empty(16, 512, 2, 2, device="meta")
+    shape = layers.Shape.of(weight, 1, 1, 1, 1)
+    assert shape is not None
+    assert layers.convolution_method(x, gy, weight, shape) == "gram"
+    assert layers.convolution_method(x, gy, weight, shape, views=2) == "norms"
+    assert layers.convolution_method(x, gy, weight, shape, gram=False) == "norms"
+
+
 @pytest.mark.parametrize("positions", [1, 7])
 def test_both_methods_give_the_gradient_of_each_record_for_linear_layers(positions: int) -> None:
     x, gy = torch.randn(4, positions, 5).double(), torch.randn(4, positions, 3).double()
@@ -773,6 +784,31 @@ def test_more_layers_are_booked_and_right(make: Callable[[], nn.Module], views: 
     x, target = batch(6)
     sums, norms = loop(model, cross_entropy, x.double(), target, 1.0, views)
     got, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x.double(), target, 1.0, views)
+    assert distance(got, sums) < 1e-12
+    assert distance([got_norms], [norms]) < 1e-12
+
+
+@pytest.mark.parametrize("part", [1, 1 << 11, 1 << 13])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("method", ["loop", "grouped", "unfold", "norms", "gram"])
+def test_work_in_portions_gives_what_it_gives_at_once(
+    method: str, views: int, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convolution_method(*_: object, gram: bool) -> str:
+        return "norms" if method == "gram" and views > 1 else method
+
+    monkeypatch.setattr(layers, "convolution_method", convolution_method)
+    monkeypatch.setattr(layers, "_PART_BYTES", part)
+    if method in ("norms", "gram"):
+        monkeypatch.setattr(layers, "_KEPT_BYTES", 0)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(2), nn.Linear(16, 5), nn.Tanh(),
+        nn.Flatten(), nn.Linear(30, 3),
+    ).double()  # fmt: skip
+    x, target = batch(10)
+    sums, norms = loop(model, cross_entropy, x.double(), target, 0.5, views)
+    got, got_norms = bookkeeping.clipped_sum(model, cross_entropy, x.double(), target, 0.5, views)
     assert distance(got, sums) < 1e-12
     assert distance([got_norms], [norms]) < 1e-12
 
