@@ -138,7 +138,7 @@ class _Book(TorchFunctionMode):
                         raise
                     what = f"{func.__name__} of {self._names[used[0]]!r} with these arguments"
                     raise NoRuleError(what) from missing
-        made = func not in SAME_ORDER or len(used) > 1 or any(self._is_made(value) for value in args)
+        made = func not in SAME_ORDER or any(self._is_made(value) for value in args)
         if made:  # its Jacobian is applied to single gradients and to their sum: both in full precision
             with torch.autocast(self._parameters[0].device.type, enabled=False):
                 result = func(*args, **kwargs)

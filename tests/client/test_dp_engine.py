@@ -853,11 +853,11 @@ class TimeFirst(nn.Module):
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation by hand: the parameter is used several times, what is made of it once."""
+    """Weight standardisation by hand: the parameter is used several times, what is made of it once, as a view."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
-        return F.conv2d(input, weight, self.bias)
+        return F.conv2d(input, weight.view(self.weight.shape), self.bias)
 
 
 class Blended(nn.Module):
