@@ -436,6 +436,14 @@ def test_an_unsigned_message_is_no_signed_one():
         wire.check_signature(RecordDict(), SIGNER.public)
 
 
+@pytest.mark.parametrize("signature", [5, 0.5, b"a" * 64, "", "z" * 128, [1, 2], ["a" * 128]])
+def test_a_signature_that_is_none_is_an_exchange_error(signature):
+    record = wire.encode(update())
+    record.config_records["message"]["signature"] = signature
+    with pytest.raises(ExchangeError, match="not signed by key"):
+        wire.check_signature(record, SIGNER.public)
+
+
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_no_part_of_a_signed_message_can_be_changed(data):
@@ -569,6 +577,12 @@ def test_a_small_array_stays_in_its_message():
     assert heap.pieces == {}
     assert wire.ticket(record) is None
     assert wire.decode(record, Update, heap.open) == update()
+
+
+def test_a_large_array_stays_in_its_message_where_nothing_takes_it():
+    record = wire.encode(update(delta=LARGE), SIGNER)
+    assert wire.ticket(record) is None
+    assert wire.decode(record, Update) == update(delta=LARGE)
 
 
 def test_an_array_beside_its_message_is_refused_where_none_is_expected():

@@ -136,8 +136,9 @@ def test_each_wrong_content_is_refused_with_its_reason(changes, why):
     assert why in (refusal(update(OPEN, **changes), plan(OPEN), OPEN) or "")
 
 
-def test_a_norm_at_the_limit_is_admitted():
-    assert refusal(update(OPEN, delta=delta(w=[[5, 5], [5, 5]], b=[0, 0])), plan(OPEN), OPEN) is None  # sqrt(100)
+def test_a_norm_at_the_limit_and_a_single_step_are_admitted():
+    reply = update(OPEN, delta=delta(w=[[5, 5], [5, 5]], b=[0, 0]), steps=1)
+    assert refusal(reply, plan(OPEN), OPEN) is None  # sqrt(100)
 
 
 def test_patient_counts_as_weights_only_where_the_recipe_asks():

@@ -505,6 +505,7 @@ def ready(**changes: Any) -> Update:
         ({"offer": None}, "without keys"),
         ({"norm": None}, "without keys for the secure sum, or without its norm"),
         ({"norm": 101.0}, "norm 101 exceeds"),
+        ({"norm": 100.0}, None),
         ({"weight": 30.0}, "weight, steps or loss of a single site"),
         ({"steps": 4}, "weight, steps or loss of a single site"),
         ({"train_loss": 0.5}, "weight, steps or loss of a single site"),
@@ -519,11 +520,12 @@ def test_what_is_admitted_to_a_secure_sum(changes, why):
     assert found is None if why is None else why in str(found)
 
 
-def test_a_kept_update_is_refused_where_no_sum_is_asked_for():
+@pytest.mark.parametrize("changes", [{}, {"norm": None}, {"offer": None}])
+def test_a_kept_update_is_refused_where_no_sum_is_asked_for(changes):
     recipe = replace(recipe_of(), privacy=Privacy())
     plan = RoundPlan(recipe_id=recipe.id, round=1, work="train", weights=START)
     hello = Hello(site="s1", recipe_id=recipe.id, versions={}, patients={"train": 0}, manifest="d" * 64)
-    assert "which this recipe has not" in str(refusal(ready(recipe_id=recipe.id), plan, recipe, hello))
+    assert "which this recipe has not" in str(refusal(ready(recipe_id=recipe.id, **changes), plan, recipe, hello))
 
 
 def test_a_mean_beyond_the_norm_of_any_site_is_refused():
