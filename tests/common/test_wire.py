@@ -207,6 +207,11 @@ def test_boxes_and_offers_are_read_with_their_own_bounds():
         record["message"] = ConfigRecord({"kind": "masking", "version": WIRE_VERSION, "body": wrong})
         with pytest.raises(ExchangeError, match=r"Masking|fields"):
             wire.decode_request(record)
+    for odd in (None, 5, "xyz", ["x", "y", "z"], {"x": 5, "y": None, "z": []}):
+        wrong = json.dumps(json.loads(text) | {"boxes": odd})
+        record["message"] = ConfigRecord({"kind": "masking", "version": WIRE_VERSION, "body": wrong})
+        with pytest.raises(ExchangeError, match=r"Masking with fields"):
+            wire.decode_request(record)
 
 
 def test_weights_keep_their_order_and_bits():
@@ -246,6 +251,7 @@ SECRET = "Mustermann"
         mutilated(kind=SECRET),
         mutilated(kind=["update"]),
         mutilated(body=b"{}"),
+        mutilated(body=body().encode()),
         mutilated(body=""),
         mutilated(body="{"),
         mutilated(body="[]"),
@@ -287,6 +293,7 @@ SECRET = "Mustermann"
         mutilated(body=body(spent=SECRET)),
         mutilated(body=body(audit_head="zz")),
         mutilated(body=body(compression=SECRET)),
+        mutilated(body=body(compression=SECRET, delta={"b": [7]})),  # nothing that would be rounded
         mutilated(body=body(compression=None)),
         mutilated(body=body(compression=["int8"])),
         mutilated(body=body(compression="int8")),  # its bytes are float32
@@ -295,13 +302,17 @@ SECRET = "Mustermann"
         mutilated(array=flat(bytes(28), (28,), "fedicom.packed.i8", "uint8")),
         mutilated(body=body(delta=None)),
         mutilated(body=body(delta=[[2, 3]])),
+        mutilated(body=body(delta="w")),
+        mutilated(body=body(delta=["w"])),
         mutilated(body=body(delta={"w": 6})),
+        mutilated(body=body(delta={"w": {}, "b": [6]})),
+        mutilated(body=body(delta={"w": "", "b": [6]})),
         mutilated(body=body(delta={"w": [-2, -3], "b": [1]})),
         mutilated(body=body(delta={"w": [2.0, 3], "b": [1]})),
         mutilated(body=body(delta={"w": [True, 3], "b": [1]})),
         mutilated(body=body(delta={"w": [1 << 40], "b": [1]})),
         mutilated(body=body(delta={"w": [1 << 28] * 8})),
-        mutilated(body=body(delta={"w": [1] * 9})),
+        mutilated(body=body(delta={"w": [7, *[1] * 8]})),
         mutilated(body=body(delta={"w": [2, 3]})),
         mutilated(body=body(delta={"w": [7]})[:-1] + "}", array=flat(bytes(24))),
         mutilated(body=body(delta={f"{SECRET} Max": [7]})),
@@ -577,6 +588,7 @@ def test_a_small_array_stays_in_its_message():
     assert heap.pieces == {}
     assert wire.ticket(record) is None
     assert wire.decode(record, Update, heap.open) == update()
+    assert len(wire.decode(masked(), MaskedUpdate, heap.open).values) == 2
 
 
 def test_a_large_array_stays_in_its_message_where_nothing_takes_it():
