@@ -98,7 +98,9 @@ def packed(weights: Weights, form: Form) -> memoryview:
         return weights.flat
     if not holds(weights, form):
         raise ExchangeError(f"an update of float32 numbers was to be sent as {form}; quantise it first")
-    return (weights if isinstance(weights, _Small) else _small(weights, form)).data
+    if isinstance(weights, _Small) and weights.form == form:
+        return weights.data
+    return _small(weights, form).data
 
 
 def unpacked(data: bytes | memoryview, shapes: Shapes, form: Form) -> Weights:

@@ -116,6 +116,24 @@ def test_what_was_not_rounded_is_not_packed(form, number):
         packed(value, form)
 
 
+def test_no_form_rounds_nothing_and_bfloat16_packs_what_is_not_finite_as_it_is():
+    value = Weights({"w": np.array([[math.inf, -math.inf, math.nan, 1]], np.float32)})
+    assert quantised(value, "none") is value
+    assert packed(value, "bfloat16") == bytes([0x80, 0x7F, 0x80, 0xFF, 0xC0, 0x7F, 0x80, 0x3F])
+
+
+@pytest.mark.parametrize(("form", "other"), [("bfloat16", "int8"), ("int8", "bfloat16")])
+def test_what_was_rounded_to_one_form_and_is_of_another_too_is_packed_as_that(form, other):
+    value = Weights({"w": np.array([[1, -0.5, 0]], np.float32)})
+    small = quantised(value, form)
+    assert holds(small, other)
+    assert packed(small, other) == packed(value, other)
+
+
+def test_a_number_of_eight_digits_is_none_of_int8_though_it_was_rounded():
+    assert not holds(quantised(Weights({"w": np.array([[1, 1 / 3]], np.float32)}), "bfloat16"), "int8")
+
+
 def test_int8_has_one_zero_and_no_infinity():
     for number in (-0.0, math.inf, math.nan):
         assert not holds(Weights({"w": np.full((1, 2), number, np.float32)}), "int8")
