@@ -111,6 +111,7 @@ def test_coarse_counts_round_down_by_at_most_a_quarter() -> None:
         0, 9, 10, 10, 12, 80, 100, 120, 250, 1200, 10**6
     ]  # fmt: skip
     assert [told(n, FREE) for n in (11, 308)] == [11, 308]
+    assert [told(n, replace(FREE, counts="none")) for n in (11, 308)] == [10, 250]  # the sampling rate tells it
     for n in range(10, 3000):
         assert 0.75 * n < told(n, coarse) <= n
 
