@@ -58,6 +58,13 @@ def test_each_rule_forbids_alone_and_is_named(rule: str, recipe: Recipe, forbids
     assert objections(recipe, replace(FREE, **{rule: allows}), 30) == ()
 
 
+def test_what_a_recipe_protects_is_not_objected_to() -> None:
+    assert objections(RECIPE, replace(FREE, require_privacy=True), 30) == ()
+    federation = replace(WEIGHTED.federation, sites=3, quorum=3, max_patients=30, max_update_norm=10)
+    masked = replace(WEIGHTED, federation=federation, privacy=Privacy(secure_aggregation=True))
+    assert objections(masked, replace(FREE, require_secure_aggregation=True, counts="coarse"), 30) == ()
+
+
 def test_every_rule_that_is_broken_is_told_at_once() -> None:
     policy = replace(FREE, epsilon=1.0, max_rounds=5, models=("timm/vit",), min_patients=100)
     assert len(objections(RECIPE, policy, 30)) == 4
