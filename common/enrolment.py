@@ -26,7 +26,7 @@ from common.journal import SharedLog
 from common.printable import number_of
 from common.registry import COORDINATOR, Name, PublicKey, Registry, Time, parse_registry
 from common.registry import NodeKey as NodePublic
-from common.storage import locked, private_folder, storing, write_whole
+from common.storage import drop_unfinished, locked, private_folder, storing, write_whole
 
 PUBLIC_FILE = "public.json"
 NEXT = "next"
@@ -257,6 +257,8 @@ def _explained(line: str) -> str:
 @contextmanager
 def _changing(home: SiteHome | ServerHome) -> Iterator[None]:
     with locked(private_folder(home.trust)):
+        for folder in (home.keys, home.trust):
+            drop_unfinished(folder)  # it may hold a private key
         yield
 
 

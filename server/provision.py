@@ -6,7 +6,9 @@ to it is an event of its audit log.
 
 from __future__ import annotations
 
+import glob
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -22,7 +24,7 @@ from common.errors import ConfigError, StorageError
 from common.identity import AUTHORITY_ENDS, Certificate, NodeKey, Signer, expiring, new_signing_key, read_private
 from common.kit import NODE, SIGNING, Files, new_folder, pack, put, signed_kit
 from common.registry import COORDINATOR, Member, Registry, read_registry
-from common.storage import commit, locked, storing, write_whole
+from common.storage import commit, drop_unfinished, locked, storing, write_whole
 from common.vault import Secret, new_passphrase
 from server.certificates import CertificateAuthority
 from server.kit_contents import auditor_files, certificates, coordinator_files, join_files, site_files
@@ -261,6 +263,7 @@ class _Authority:
                 "you keep"
             )
         with locked(path):
+            drop_unfinished(path)
             yield cls(path)
 
     @property
@@ -421,6 +424,9 @@ class _Authority:
         folder = out if out is not None else self.path.parent
         with storing(folder.name):
             folder.mkdir(parents=True, exist_ok=True)
+            # What a kill left of an earlier kit has private keys in it, and no name under which it would be made again.
+            for left in folder.glob(f".{glob.escape(name.rpartition('-')[0])}-*.partial"):
+                left.unlink() if left.is_file() else shutil.rmtree(left)
         if sealing is None:
             with new_folder(folder / name) as part:
                 put(kit, part)

@@ -598,6 +598,24 @@ def test_a_crash_while_new_keys_are_put_in_is_mended_by_doing_it_again(kits, mon
     assert len([event for event in verify(home.audit_file) if event.kind == "key rotated"]) == 1
 
 
+def test_keys_that_a_kill_left_half_written_are_gone_with_the_next_try(kits):
+    rotate(kits / "authority", "north")
+    home = SiteHome(kits / "north")
+    half = (kits / "authority" / ".ca.key.4711.tmp", home.keys / ".node.key.4711.tmp", home.trust / ".ca.crt.9.tmp",
+            kits / ".north-3.kit.partial", kits / ".north-4.partial" / "keys" / "node.key")  # fmt: skip
+    others = (kits / ".south-3.kit.partial", home.keys / "mine.tmp")
+    for path in (*half, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"secret")
+    install_kit(home, read_folder(kits / "north-2"))
+    rotate(kits / "authority", "north")
+    assert [path for path in half if path.exists()] == []
+    assert not (kits / ".north-4.partial").exists()
+    assert all(path.exists() for path in others)
+    install_kit(home, read_folder(kits / "north-3"))
+    assert check_kit(home.path) == ()
+
+
 def test_a_new_key_of_the_coordinator_is_pinned_by_the_next_registry(kits):
     home, authority = ServerHome(kits / "coordinator"), kits / "authority"
     old = Signer.load(home.signing_key)
