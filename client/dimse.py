@@ -140,8 +140,8 @@ class Dimse:
             association = self._open(classes[at : at + _CLASSES], store)
             try:
                 if whole:
-                    nothing = self._get(association, question("SERIES", keys), failure)
-                    gone &= gone if nothing else set()
+                    if not self._get(association, question("SERIES", keys), failure):
+                        gone = set()
                 else:
                     gone &= {
                         each.uid

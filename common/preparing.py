@@ -20,7 +20,7 @@ from common.errors import DataError, StorageError
 from common.imaging import Image, RefusalCode, Refused, Source, Volume, prepare
 from common.imaging.fastread import Catalogue, Series, read_series
 from common.imaging.header import Header
-from common.imaging.parallel import Lost, cores, spread
+from common.imaging.parallel import Lost, cores, series_limit_s, spread
 from common.pseudonyms import pseudonym
 from common.shard import Appender, Form, Rows
 
@@ -28,8 +28,6 @@ _WORTH_WORKERS_BYTES = 2**28
 """Smaller folders are prepared in this process: starting others takes longer."""
 _WORKER_BYTES, _COPIES = 2**29, 3
 """What a process takes, and how many times a volume: itself, a copy for percentiles, or one made straight."""
-_SERIES_S, _FILE_S = 120.0, 5.0
-"""What a series, and each of its files, may take before its worker is given up."""
 
 
 def identifier(source: Source | Header, task: Task) -> str:
@@ -214,7 +212,7 @@ class _Work:
 
 
 def _limit_s(work: _Work) -> float:
-    return _SERIES_S + _FILE_S * max(work.unit.files, work.unit.bytes / 2**20)  # a file may hold a whole series
+    return series_limit_s(work.unit.files, work.unit.bytes)
 
 
 def prepared(work: _Work) -> Outcome:

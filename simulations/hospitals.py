@@ -13,11 +13,9 @@ time.
 from __future__ import annotations
 
 import csv
-import fcntl
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -25,7 +23,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +31,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import ConfigError, DataError
-from common.storage import storing
+from common.errors import ConfigError, DataError, StorageError
+from common.storage import held_alone, storing
 from simulations.dicom_writer import Machine, Modality, Subject, axial, quantise, write_image, write_series
 from simulations.partition import CENTRAL as CENTRAL
 from simulations.partition import Partition
@@ -420,22 +418,16 @@ def hospitals_folder(out: Path, source: Mapping[str, Any]) -> Iterator[Writer | 
     with storing("the folder of the hospitals"):
         out.parent.mkdir(parents=True, exist_ok=True)
         for cut_off in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            with suppress(BlockingIOError), _held(cut_off):  # not held: its process was killed
+            with suppress(StorageError), _held(cut_off):  # not held: its process was killed
                 shutil.rmtree(cut_off)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     with _held(partial):
         yield from _filled(partial, out, source)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Held against other processes, and free when this one ends, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
+def _held(partial: Path) -> AbstractContextManager[int]:
+    said = f"{partial.name} is being written by another process; wait for its end"
+    return held_alone(partial / _LOCK, "the folder of the hospitals", lambda: StorageError(said))
 
 
 def _filled(partial: Path, out: Path, source: Mapping[str, Any]) -> Iterator[Writer]:
@@ -445,6 +437,7 @@ def _filled(partial: Path, out: Path, source: Mapping[str, Any]) -> Iterator[Wri
             yield writer
             text = json.dumps({"source": source, "sites": writer.summary}, indent=1, sort_keys=True, ensure_ascii=False)
             (partial / "hospitals.json").write_text(text + "\n", encoding="utf-8")
+            (partial / _LOCK).unlink()
             partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -459,6 +452,7 @@ def source_of(folder: Path) -> Any:
         return None
 
 
+_LOCK = ".lock"
 _PATIENT_ID = re.compile(r"[^\\\x00-\x1f\x7f]{1,64}")  # VR LO
 _PICTURES = (".png", ".jpg", ".jpeg")
 _MEDMNIST: dict[str, dict[str, Any]] = {

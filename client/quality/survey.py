@@ -32,7 +32,7 @@ from common.imaging.facts import Facts, read_facts, vendor_of
 from common.imaging.fastread import Catalogue, Series, read_series
 from common.imaging.index import Index
 from common.imaging.overview import MODALITIES
-from common.imaging.parallel import Lost, cores, expect, spread
+from common.imaging.parallel import Lost, cores, expect, series_limit_s, spread
 from common.imaging.volume import source_of
 from common.pseudonyms import pseudonym
 from common.storage import storing
@@ -44,7 +44,6 @@ LEVELS = 64
 """Steps of the prepared intensities."""
 _SHOWN = 12
 _LONGEST = 40
-_SERIES_S, _FILE_S = 120.0, 5.0
 _WORTH_WORKERS = 64
 
 
@@ -317,8 +316,8 @@ def _looked(
 
 
 def _limit_s(work: _Work) -> float:
-    held_mib = sum(entry.mark.size for entry in work.series.entries if entry.mark is not None) / 2**20
-    return _SERIES_S + _FILE_S * max(len(work.series.entries), held_mib)  # a file may hold a whole series
+    entries = work.series.entries
+    return series_limit_s(len(entries), sum(entry.mark.size for entry in entries if entry.mark is not None))
 
 
 def look(work: _Work) -> tuple[list[_Seen], dict[str, int]]:

@@ -237,8 +237,7 @@ class Deidentifier:
             known, item = meaning(value, scheme), self._cleaned(original, depth + 1)
             if known is None:
                 return None
-            item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, known
-            items.append(item)
+            items.append(_concept(item, value, scheme, known))
         return DataElement(element.tag, "SQ", DicomSequence(items))
 
     def _token(self, *words: str) -> str:
@@ -296,17 +295,18 @@ class Deidentifier:
             codes.append(("113107", "Retain Longitudinal Temporal Information Modified Dates Option"))
         if self._options.characteristics:
             codes.append(("113108", "Retain Patient Characteristics Option"))
-        items = []
-        for value, says in codes:
-            item = Dataset()
-            item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, "DCM", says
-            items.append(item)
+        items = [_concept(Dataset(), value, "DCM", says) for value, says in codes]
         made.PatientIdentityRemoved = "YES"
         made.DeidentificationMethod = [f"DICOM PS3.15 {EDITION} Annex E Basic Profile", "Fedicom allow list"]
         made.DeidentificationMethodCodeSequence = DicomSequence(items)
         made.LongitudinalTemporalInformationModified = modified
         if text(original, "BurnedInAnnotation") == "NO":
             made.BurnedInAnnotation = "NO"
+
+
+def _concept(item: Dataset, value: str, scheme: str, says: str) -> Dataset:
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, says
+    return item
 
 
 def _need_clean(original: Dataset) -> None:

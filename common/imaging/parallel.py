@@ -74,6 +74,11 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def series_limit_s(files: int, held_bytes: int) -> float:
+    """Seconds that reading a series may take before its worker is given up; one file may hold a whole series."""
+    return 120.0 + 5.0 * max(files, held_bytes / 2**20)
+
+
 def spread(
     work: Callable[[T], R],
     items: Sequence[Any],
