@@ -73,6 +73,12 @@ def predict_verb(words: Sequence[str]) -> int:
         f"{number_of(done.samples, 'image')} of {number_of(done.patients, 'patient')}{positive}: {done.path}",
         highlight=False,
     )
+    if done.nameless:
+        console.print(
+            f"  {number_of(done.nameless, 'image')} without a readable Patient ID, of nobody knows how many patients: "
+            "their rows say study, series and instance",
+            highlight=False,
+        )
     if arguments.sr is not None:
         console.print(f"{number_of(done.reports, 'structured report')}, unverified: {arguments.sr}", highlight=False)
     for code, files in sorted(done.refused.items()):

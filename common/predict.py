@@ -49,6 +49,9 @@ class Predictions:
 
     samples: int
     patients: int
+    """By Patient ID and issuer."""
+    nameless: int
+    """Samples without a Patient ID that can be read: how many patients they show is not known."""
     positive: int | None
     """Samples at or above the operating threshold; None where the file holds none."""
     refused: dict[str, int]
@@ -122,6 +125,7 @@ def predict(
     return Predictions(
         samples=run.samples,
         patients=sum(max(1, len(issuers)) for issuers in run.patients.values()),
+        nameless=run.nameless,
         positive=None if run.threshold is None else run.positive,
         refused=dict(sorted(run.refused.items())),
         path=out_csv,
@@ -154,7 +158,7 @@ class _Run:
         self.model, self.folder, self.table, self.refusals, self.shelf = model, folder, table, refusals, shelf
         self.task, self.data = model.description.task, model.description.data
         self.threshold = model.description.operating_threshold if self.task.kind == "binary" else None
-        self.samples = self.positive = 0
+        self.samples = self.positive = self.nameless = 0
         self.patients: dict[str, set[str]] = {}  # Patient ID -> its issuers
         self.refused: Counter[str] = Counter()
         self._batch: list[tuple[Volume | Image, Array]] = []
@@ -235,7 +239,10 @@ class _Run:
                 self._refuse(source.files, "no_report", str(error))
                 report = ("",)
         self.samples += 1
-        self.patients.setdefault(source.patient_id, set()).update(filter(None, [source.issuer]))
+        if source.patient_id:
+            self.patients.setdefault(source.patient_id, set()).update(filter(None, [source.issuer]))
+        else:
+            self.nameless += 1
         self.table.row(
             source.patient_id,
             source.issuer,

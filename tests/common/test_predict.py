@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 from pydicom import dcmread, uid
 
+from common.cli import predict_verb
 from common.config import Preprocessing, Recipe, Task
 from common.errors import ConfigError, DataError, ModelFileError
 from common.imaging import iterate_folder, prepare
@@ -127,6 +128,19 @@ def test_a_patient_id_of_two_issuers_is_two_patients_and_of_none_or_one_the_same
     assert predict(model, tmp_path / "dicom", tmp_path / "out.csv").patients == 4
     told = [(row["patient"], row["issuer"]) for row in read(tmp_path / "out.csv")]
     assert told == [("7", "north"), ("7", "south"), ("8", ""), ("8", "north"), ("9", "")]
+
+
+def test_images_without_a_patient_id_have_their_rows_and_are_not_counted_as_a_patient(model, tmp_path, capsys):
+    for number, patient in enumerate(["7", "", "", " "]):
+        write_dx(tmp_path / "dicom" / f"{number}.dcm", number, patient=patient)
+    done = predict(model, tmp_path / "dicom", tmp_path / "out.csv")
+    assert (done.samples, done.patients, done.nameless) == (4, 1, 3)
+    rows = [(row["patient"], row["study"]) for row in read(tmp_path / "out.csv")]
+    assert rows == [("7", "2.25.2000"), ("", "2.25.2001"), ("", "2.25.2002"), ("", "2.25.2003")]
+    assert predict_verb([str(model), str(tmp_path / "dicom"), "--out", str(tmp_path / "out.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "4 images of 1 patient" in said
+    assert "3 images without a readable Patient ID" in said
 
 
 def test_more_images_than_a_batch_keep_their_own_probabilities(model, tmp_path, monkeypatch):
