@@ -28,7 +28,7 @@ SEQUENCES = _tags(
     CTAcquisitionDetailsSequence CTTableDynamicsSequence CTPositionSequence CTGeometrySequence
     CTReconstructionSequence CTExposureSequence CTXRayDetailsSequence CardiacSynchronizationSequence
     MRTimingAndRelatedParametersSequence MREchoSequence MRModifierSequence MRReceiveCoilSequence
-    MRFOVGeometrySequence MRAveragesSequence MRDiffusionSequence
+    MRFOVGeometrySequence MRAveragesSequence MRDiffusionSequence MRVelocityEncodingSequence
     DiffusionGradientDirectionSequence DiffusionBMatrixSequence TemporalPositionSequence
     DimensionIndexSequence DimensionOrganizationSequence ModalityLUTSequence VOILUTSequence
     RadiopharmaceuticalInformationSequence EnergyWindowInformationSequence EnergyWindowRangeSequence

@@ -13,7 +13,19 @@ from pydicom import uid
 from pydicom.dataset import Dataset
 
 from common.imaging import worker
-from common.imaging.header import PHYSICAL, Header, limits_of, modality_of, numbers, read_header, tags_of, text, unit_of
+from common.imaging.header import (
+    PHYSICAL,
+    Header,
+    length_mm,
+    limits_of,
+    modality_of,
+    numbers,
+    read_header,
+    repeats_of,
+    tags_of,
+    text,
+    unit_of,
+)  # fmt: skip
 from common.imaging.layout import LAYOUT_TAGS, Layout, layout_of
 from common.imaging.refusal import Refusal, RefusalCode, quiet
 
@@ -23,8 +35,10 @@ _TAGS = tags_of(
     "SliceThickness", "FrameIncrementPointer", "SliceVector", "DetectorInformationSequence",
 )  # fmt: skip
 
-_PLACES = tags_of("InStackPositionNumber", "ImagePositionPatient", "ImagePositionVolume", "SliceLocation")
-"""Dimensions that say where a frame lies; all others tell frames of one place apart."""
+_PLACES = tags_of(
+    "InStackPositionNumber", "ImagePositionPatient", "ImagePositionVolume", "SliceLocation", "InstanceNumber"
+)  # fmt: skip
+"""Dimensions that say where a frame lies, or merely count; all others tell frames of one place apart."""
 
 _REPEATS = (
     ("FrameContentSequence", "StackID"),
@@ -39,8 +53,12 @@ _REPEATS = (
     ("TemporalPositionSequence", "TemporalPositionTimeOffset"),
     ("CTXRayDetailsSequence", "KVP"),
     ("CTReconstructionSequence", "ConvolutionKernel"),
-    ("FrameContentSequence", "FrameAcquisitionDateTime"),
+    ("MRVelocityEncodingSequence", "VelocityEncodingDirection"),
+    ("MRArterialSpinLabelingSequence", "ASLContext"),
+    ("FrameContentSequence", "FrameReferenceDateTime"),
 )
+_CONVERTED = "UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence"
+"""What a converted series says as its slices said it (PS3.3 C.7.6.16.2.25 and 26)."""
 _FRAME_TYPES = ("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence")
 
 
@@ -56,6 +74,8 @@ class Frame:
     units: str
     slope: float
     intercept: float
+    thickness_mm: float = 0.0
+    between_mm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +116,8 @@ def as_slices(header: Header, frames: Sequence[Frame]) -> list[Header]:
             image_type=frame.image_type,
             repeats=frame.repeats,
             units=frame.units,
+            thickness_mm=frame.thickness_mm,
+            between_mm=frame.between_mm,
         )
         for number, frame in enumerate(frames)
     ]
@@ -133,22 +155,30 @@ def _enhanced(dataset: Dataset, modality: str) -> list[Frame]:
         indices = [] if index is None else [index] if isinstance(index, int) else list(index)
         dimensions = [str(indices[place]) if place < len(indices) else "" for place in telling]
         direction = group("MRDiffusionSequence").get("DiffusionGradientDirectionSequence") or [Dataset()]
-        meaning = group("PixelValueTransformationSequence")
+        meaning, measures = group("PixelValueTransformationSequence"), group("PixelMeasuresSequence")
         slope, intercept = rescale(meaning, modality)
+        own, common = (group(keyword) for keyword in _CONVERTED)
+        *deliberate, time = repeats_of(own)
         frames.append(
             Frame(
                 position_mm=numbers(group("PlanePositionSequence"), "ImagePositionPatient"),
                 orientation=numbers(group("PlaneOrientationSequence"), "ImageOrientationPatient"),
-                spacing_mm=numbers(group("PixelMeasuresSequence"), "PixelSpacing"),
+                spacing_mm=numbers(measures, "PixelSpacing"),
                 image_type=_frame_type(group, dataset),
                 repeats=(
                     *dimensions,
                     text(direction[0], "DiffusionGradientOrientation"),
                     *(text(group(sequence), keyword) for sequence, keyword in _REPEATS),
+                    *deliberate,
+                    text(group("FrameContentSequence"), "FrameAcquisitionDateTime") or time,
                 ),
-                units=unit_of(meaning, modality),
+                units=unit_of(meaning, modality) or text(own, "Units"),
                 slope=slope,
                 intercept=intercept,
+                thickness_mm=length_mm(measures, "SliceThickness"),
+                between_mm=next(  # that of the slices first: a converter may have measured its own
+                    (mm for each in (own, common, measures) if (mm := length_mm(each, "SpacingBetweenSlices"))), 0.0
+                ),
             )
         )
     return frames
@@ -161,7 +191,7 @@ def _frame_type(group: Any, dataset: Dataset) -> tuple[str, ...]:
             found = (str(value),) if isinstance(value, str) else tuple(str(part) for part in value)
             if "LOCALIZER" in found:
                 raise Refusal(RefusalCode.LOCALIZER, "This is a localizer (scout) image, made for planning only.")
-            return found
+            return *found, text(group(keyword), "ComplexImageComponent")
     return tuple(str(part) for part in dataset.get("ImageType") or ())
 
 

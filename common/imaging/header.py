@@ -63,6 +63,13 @@ KINDS: dict[str, Kind] = {
     uid.NuclearMedicineImageStorage: "projection",  # or "multiframe", where it is a reconstruction
 }
 
+CONVERTED = (
+    uid.LegacyConvertedEnhancedCTImageStorage,
+    uid.LegacyConvertedEnhancedMRImageStorage,
+    uid.LegacyConvertedEnhancedPETImageStorage,
+)
+"""Files that somebody made of a series of slices, of which some may have been lost before."""
+
 _MODALITIES: dict[str, str] = {
     sop_class: modality
     for modality, classes in {
@@ -240,7 +247,7 @@ def _scan(path: Path, *, bounded: bool = True) -> tuple[Header, Layout | None]:
         position_mm=numbers(dataset, "ImagePositionPatient"),
         orientation=numbers(dataset, "ImageOrientationPatient"),
         spacing_mm=_projection_spacing(dataset) if kind == "projection" else numbers(dataset, "PixelSpacing"),
-        repeats=tuple(text(dataset, name) if isinstance(name, str) else raw(dataset, name) for name in REPEATS),
+        repeats=repeats_of(dataset),
         thickness_mm=length_mm(dataset, "SliceThickness"),
         between_mm=length_mm(dataset, "SpacingBetweenSlices"),
         units=units,
@@ -265,6 +272,11 @@ def modality_of(dataset: Dataset) -> str:
     """
     stated = text(dataset, "Modality")
     return stated if stated not in ("", "OT") else _MODALITIES.get(_sop_class(dataset), stated)
+
+
+def repeats_of(dataset: Dataset) -> tuple[str, ...]:
+    """What the header of a slice says of each of `REPEATS`."""
+    return tuple(text(dataset, name) if isinstance(name, str) else raw(dataset, name) for name in REPEATS)
 
 
 def has_frames(dataset: Dataset) -> bool:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError, FedicomError
 from common.imaging.frames import as_slices, read_frames
-from common.imaging.header import Header, scan
+from common.imaging.header import CONVERTED, Header, scan
 from common.imaging.layout import MAX_FILE_BYTES
 from common.imaging.pixels import decode, decode_frames, fill_padding
 from common.imaging.refusal import Refusal, RefusalCode, Refused, quiet
@@ -341,12 +341,14 @@ def _check_size(stack: Stack, shape: tuple[int, int, int]) -> None:
 def _multiframe(header: Header, *, correct_tilt: bool) -> Iterator[Volume]:
     """The stacks of a multi-frame file; all of them, or none.
 
-    Its frames pass the same gate as single-frame slices. highdicom's own `get_volume` would give the same geometry,
-    but it leaves the bits above Bits Stored in the values (0.28.2).
+    Its frames pass the same gate as single-frame slices; of such some may be missing where it was made of them.
+    highdicom's own `get_volume` would give the same geometry, but it leaves the bits above Bits Stored in the values
+    (0.28.2).
     """
     found = read_frames(header.path)
     divided = []
-    for item in stacks(as_slices(header, found.frames), whole=True, tilted=correct_tilt):
+    whole = header.sop_class not in CONVERTED
+    for item in stacks(as_slices(header, found.frames), whole=whole, tilted=correct_tilt):
         if not isinstance(item, Stack):
             raise Refusal(item[1], item[2])
         divided.append(item)

@@ -177,6 +177,14 @@ def test_a_file_with_several_stacks_counts_once_in_the_progress(tmp_path: Path) 
         ),
         ("CardiacSynchronizationSequence", lambda k: item(NominalCardiacTriggerDelayTime=50.0 * k)),
         ("MRImageFrameTypeSequence", lambda k: item(FrameType=["ORIGINAL", "PRIMARY", "M", "MP"[k]])),
+        (
+            "MRImageFrameTypeSequence",
+            lambda k: item(FrameType=["ORIGINAL", "PRIMARY"], ComplexImageComponent=["MAGNITUDE", "PHASE"][k]),
+        ),
+        ("MRModifierSequence", lambda k: item(InversionTimes=[100.0 * k, 5.0])),
+        ("MRVelocityEncodingSequence", lambda k: item(VelocityEncodingDirection=[float(k), 1.0 - k, 0.0])),
+        ("MRArterialSpinLabelingSequence", lambda k: item(ASLContext=["LABEL", "CONTROL"][k])),
+        ("FrameContentSequence", lambda k: item(FrameReferenceDateTime=f"2020010112000{k}")),
     ],
 )
 def test_frames_of_one_place_are_told_apart_by_what_the_header_says(
