@@ -57,6 +57,8 @@ def unpack(path: str, layout: dict[str, Any], frames: list[int]) -> Iterator[tup
         file.seek(wanted.element.start)
         length = wanted.element.length
         raw = _whole(file.read()) if length == UNDEFINED else file.read(length)
+    if _beginnings(raw) > wanted.frames:  # a film that does not say so would be read as its first frame
+        raise Refusal(RefusalCode.CORRUPT, "The file holds more frames than its header says; export it again.")
     with quiet():
         sought = iter(frames)
         number = next(sought, None)
@@ -82,6 +84,17 @@ def _whole(raw: bytes) -> bytes:
             raise Refusal(RefusalCode.CORRUPT, "The compressed pixels are not divided as DICOM wants it.")
         at += 8 + length
     raise Refusal(RefusalCode.TRUNCATED, "The file is cut off; transfer it again.")
+
+
+def _beginnings(raw: bytes) -> int:
+    """How many fragments begin as a compressed frame does; a frame may have several fragments."""
+    at = found = 0
+    while at + 8 <= len(raw):
+        start, at = at + 8, at + 8 + int.from_bytes(raw[at + 4 : at + 8], "little")
+        head = raw[start : min(at, start + 8)]
+        run_length = head[1:] == b"\0\0\0\x40\0\0\0" and 0 < head[0] < 16
+        found += run_length or head.startswith((b"\xff\xd8\xff", _SIGNATURE)) or head[4:] == b"jP  "
+    return found
 
 
 def _decoded(frame: bytes, layout: Layout) -> NDArray[Any]:

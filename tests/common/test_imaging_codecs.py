@@ -292,6 +292,21 @@ def test_a_piece_of_another_image_behind_the_pixels_is_refused_and_padding_is_no
         assert (refused.code, "piece of another image" in refused.why) == (RefusalCode.CORRUPT, True)
 
 
+@pytest.mark.parametrize("name", [*LOSSLESS, "JP2"])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_a_film_that_does_not_say_so_is_not_read_as_its_first_frame(tmp_path: Path, name: str, offsets: bool) -> None:
+    syntax, encode = LOSSLESS.get(name, (uid.JPEG2000Lossless, lambda x: imagecodecs.jpeg2k_encode(x, level=0)))
+    values = picture("u1", 256)
+    frame = bytes(encode(values))
+    assert (frame[4:8] == b"jP  ") == (name == "JP2")
+    made = packed(radiograph(values), frame, syntax)
+    made.PixelData = encapsulate([frame] * 3, has_bot=offsets)
+    assert all_refused(read_folder(write(tmp_path / "three", made))) == {RefusalCode.CORRUPT}
+    made.PixelData = encapsulate([frame], fragments_per_frame=3, has_bot=offsets)
+    (image,) = read_folder(write(tmp_path / "one in three pieces", made)).images
+    np.testing.assert_array_equal(image.values_YX, values)
+
+
 @pytest.mark.parametrize("frames", [1, 64])
 def test_a_compressed_file_may_declare_64_times_its_length(frames: int) -> None:
     made = radiograph(np.zeros((1, 1), "<u2"), Rows=2**14, Columns=2**13 // frames, NumberOfFrames=frames)  # 2^28 bytes
