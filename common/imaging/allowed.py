@@ -33,15 +33,20 @@ SEQUENCES = _tags(
     DimensionIndexSequence DimensionOrganizationSequence ModalityLUTSequence VOILUTSequence
     RadiopharmaceuticalInformationSequence EnergyWindowInformationSequence EnergyWindowRangeSequence
     DetectorInformationSequence RotationInformationSequence FrameAnatomySequence
-    IrradiationEventIdentificationSequence"""
+    IrradiationEventIdentificationSequence MaskSubtractionSequence PhaseInformationSequence GatedInformationSequence
+    DataInformationSequence TimeSlotInformationSequence RadiopharmaceuticalUsageSequence PETFrameAcquisitionSequence
+    PETDetectorMotionDetailsSequence PETPositionSequence PETFrameCorrectionFactorsSequence PETReconstructionSequence
+    PETTableDynamicsSequence RespiratorySynchronizationSequence SpecificAbsorptionRateSequence OperatingModeSequence
+    MRImagingModifierSequence MRTransmitCoilSequence MultiCoilDefinitionSequence VelocityEncodingAcquisitionSequence"""
 )
 
 CODED = _tags(
     """AnatomicRegionSequence ViewCodeSequence ViewModifierCodeSequence PatientOrientationCodeSequence
-    PatientOrientationModifierCodeSequence PatientGantryRelationshipCodeSequence RadionuclideCodeSequence"""
+    PatientOrientationModifierCodeSequence PatientGantryRelationshipCodeSequence RadionuclideCodeSequence
+    PrimaryAnatomicStructureSequence AdministrationRouteCodeSequence RadiopharmaceuticalCodeSequence"""
 )
 """Sequences of coded concepts, which must all have a `meaning`."""
-_CONTEXT_GROUPS = (4, 18, 19, 20, 21, 4009, 4010, 4011, 4012, 4014, 4015, 4016, 4020)
+_CONTEXT_GROUPS = (4, 11, 18, 19, 20, 21, 25, 26, 4009, 4010, 4011, 4012, 4014, 4015, 4016, 4018, 4019, 4020, 4021)
 _BEFORE = {"51185008": "816094009", "113345001": "818981001", "12921003": "816092008"}
 """Chest, abdomen and pelvis had other codes in earlier editions."""
 
@@ -94,7 +99,13 @@ CODES = _tags(
     RespiratorySignalSource BulkMotionCompensationTechnique AcquisitionTimeSynchronized SynchronizationTrigger
     AttenuationCorrected DecayCorrected ScatterCorrected RandomsCorrected DeadTimeCorrected GantryMotionCorrected
     PatientMotionCorrected CountLossNormalizationCorrected DetectorNormalizationCorrection
-    NonUniformRadialSamplingCorrected SensitivityCalibrated TimeOfFlightInformationUsed TableMotion"""
+    NonUniformRadialSamplingCorrected SensitivityCalibrated TimeOfFlightInformationUsed TableMotion
+    RadiationSetting RecommendedViewingMode MaskOperation ShutterShape CollimatorShape FieldOfViewHorizontalFlip
+    TypeOfDetectorMotion ReprojectionMethod RandomsCorrectionMethod AttenuationCorrectionSource
+    AttenuationCorrectionTemporalRelationship AcquisitionStartCondition AcquisitionTerminationCondition
+    ReconstructionType IterativeReconstructionMethod CardiacBeatRejectionTechnique CardiacFramingType
+    RespiratoryTriggerType SpecificAbsorptionRateDefinition OperatingModeType OperatingMode MagnetizationTransfer
+    BloodSignalNulling Tagging TransmitCoilType MultiCoilElementUsed DetectorGeometry SliceProgressionDirection"""
 )
 """Code strings whose every value must be a word of `WORDS`."""
 
@@ -131,6 +142,13 @@ _WORDS = """
     REALTIME PROSPECTIVE RETROSPECTIVE PACED ECG VCG PP BREATH_HOLD GATING TRACKING PHASE_ORDERING PHASE_SCAN
     CORRECTION BELT NASAL_PROBE CO2_SENSOR NAVIGATOR MR_PHASE SPIROMETER EXTERNAL_MARKER INTERNAL_MARKER
     SOURCE EXTERNAL PASSTHRU NO_TRIGGER
+    SINGLE_PLANE BIPLANE_A BIPLANE_B SC GR SUB NAT AVG_SUB TID REV_TID RECTANGULAR CIRCULAR POLYGONAL
+    STEP_AND_SHOOT CONTINUOUS ROCKING CC REPROJECTION SUM MAX_PIXEL DLYD SING RING TRUE FALSE POSITRON_SOURCE
+    SINGLE_PHOTON CALCULATED CONCURRENT SEPARATE SIMULTANEOUS DENS RDD MANU AUTO OVFL TIME TRIG MLEM OSEM RAMLA
+    ANGULAR LONGITUDINAL ECG_BASED ORGAN_BASED RR_INTERVAL QRS_LENGTH PVC FORW BACK PCNT AMPLITUDE IEC_WHOLE_BODY
+    IEC_PARTIAL_BODY IEC_HEAD IEC_LOCAL STATIC_FIELD RF GRADIENT IEC_NORMAL IEC_FIRST_LEVEL IEC_SECOND_LEVEL
+    ON_RESONANCE OFF_RESONANCE GRID LINE CYLINDRICAL_RING CYL_RING_PARTIAL MULTIPLE_PLANAR MUL_PLAN_PART_RING
+    APEX_TO_BASE BASE_TO_APEX
 """
 WORDS = frozenset(_WORDS.split())
 _ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
@@ -179,7 +197,10 @@ EMPTIED = _tags(
     """PositionReferenceIndicator AcquisitionContextSequence AnatomicRegionSequence PositionerType ScanOptions
     RecommendedViewingMode TableMotion PositionerMotion"""
 )
-EMPTIED_IN_GROUPS = _tags("DerivationImageSequence ReferencedImageSequence MRSpatialSaturationSequence")
+EMPTIED_IN_GROUPS = _tags(
+    """DerivationImageSequence ReferencedImageSequence MRSpatialSaturationSequence ReceiveCoilManufacturerName
+    TransmitCoilManufacturerName"""
+)
 EMPTIED_IN_NUCLEAR = _tags(
     """PatientOrientationCodeSequence PatientGantryRelationshipCodeSequence RadionuclideCodeSequence BeatRejectionFlag
     ReprojectionMethod"""
@@ -188,7 +209,8 @@ EMPTIED_IN_NUCLEAR = _tags(
 
 FILLED_IN_ENHANCED = _tags(
     """ContentDate ContentTime AcquisitionDateTime DeviceSerialNumber Manufacturer ManufacturerModelName
-    SoftwareVersions PulseSequenceName ReceiveCoilName"""
+    SoftwareVersions PulseSequenceName ReceiveCoilName TransmitCoilName MultiCoilElementName ImageFilter
+    RadiopharmaceuticalStartDateTime ScatterCorrectionMethod"""
 )
 FILLED_IN_PET = _tags("SeriesDate SeriesTime")
 """Of type 1 there: never without a value, so with a dummy where theirs may not stay."""
