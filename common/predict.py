@@ -164,7 +164,7 @@ class _Run:
         self._batch: list[tuple[Volume | Image, Array]] = []
         self._batch_size = max(1, min(_BATCH_MOST, _BATCH_NUMBERS // int(np.prod(self.data.size))))
         table.row(
-            *("patient", "issuer", "study", "series", "instance", "accession", "modality"),
+            *("patient", "issuer", "study", "series", "instance", "frame", "accession", "modality"),
             *(f"probability_{name}" for name in self.task.classes),
             *("predicted", "above_operating_point"),
             *(("report",) if shelf is not None else ()),
@@ -248,8 +248,9 @@ class _Run:
             source.issuer,
             source.study_uid,
             source.series_uid,
-            # A series of single images has one row for each; a volume is its series
-            source.sop_uids[0] if len(source.sop_uids) == 1 else "",
+            # of a volume its first slice: a series of two echoes, and a file of two stacks, are two volumes
+            source.sop_uids[0],
+            *map(str, source.frames[:1] or [""]),
             source.accession,
             source.modality,
             *(f"{p:.7f}" for _, p in of_class),

@@ -21,7 +21,8 @@ from common.errors import ConfigError, DataError, ModelFileError
 from common.imaging import iterate_folder, prepare
 from common.onnx_model import Description, OnnxModel
 from common.predict import _harmless, predict
-from tests.common.test_imaging_hostile import dataset
+from tests.common.test_imaging_hostile import ct, dataset
+from tests.common.test_imaging_multiframe import enhanced
 
 GAIN = 4.0
 
@@ -200,14 +201,36 @@ def test_what_the_model_was_not_made_for_is_refused_with_a_reason(tmp_path):
     assert sum(summary.refused.values()) == 2
 
 
-def test_a_2d_image_is_refused_by_a_3d_model(tmp_path):
+def write_3d_model(path):
     volume = Recipe(
         name="3D",
         task=Task(dimensions=3),
         data=Preprocessing(size=(8, 8, 8)),
         model={"family": "monai", "dimensions": 3},
     )
-    path = write_model(tmp_path / "model.onnx", description(volume).to_metadata(), size=(8, 8, 8))
+    return write_model(path, description(volume).to_metadata(), size=(8, 8, 8))
+
+
+def test_a_row_says_which_of_the_volumes_of_a_series_or_of_a_file_it_is_about(tmp_path):
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    for echo in (1, 2):
+        for z in (1, 0, 2):
+            made = ct(z, name=f"{echo}.", sop_class=uid.MRImageStorage, modality="MR", EchoTime=10.0 * echo)
+            made.save_as(folder / f"{echo}{z}.dcm", enforce_file_format=True)
+    made = enhanced([0, 2, 4, 0, 2, 4])
+    made.SeriesInstanceUID = "1.2.3.5"
+    for k, groups in enumerate(made.PerFrameFunctionalGroupsSequence):
+        groups.FrameContentSequence[0].StackID = str(k // 3)
+    made.save_as(folder / "two stacks.dcm", enforce_file_format=True)
+    assert predict(write_3d_model(tmp_path / "model.onnx"), folder, tmp_path / "out.csv").samples == 4
+    told = [(row["series"], row["instance"], row["frame"]) for row in read(tmp_path / "out.csv")]
+    echoes = [("1.2.3.4", f"1.2.9.{echo}.1", "") for echo in (1, 2)]  # the slice at 0 mm
+    assert told == [*echoes, ("1.2.3.5", "1.2.9.1", "1"), ("1.2.3.5", "1.2.9.1", "4")]
+
+
+def test_a_2d_image_is_refused_by_a_3d_model(tmp_path):
+    path = write_3d_model(tmp_path / "model.onnx")
     write_dx(tmp_path / "dicom" / "0.dcm", 0)
     with pytest.raises(DataError, match="'wrong_dimensions': 1"):
         predict(path, tmp_path / "dicom", tmp_path / "out.csv")
