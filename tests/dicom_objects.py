@@ -204,12 +204,18 @@ def enhanced_mr() -> Dataset:
                                   TransmitterFrequency=63.0, PixelBandwidth=100.0),
         "MRVelocityEncoding": item(VelocityEncodingDirection=[1.0, 0.0, 0.0], VelocityEncodingMinimumValue=0.0,
                                    VelocityEncodingMaximumValue=100.0),
+        "MRArterialSpinLabeling": item(
+            ASLTechniqueDescription="one of ours", ASLContext="LABEL", ASLCrusherFlag="NO", ASLBolusCutoffFlag="NO",
+            ASLSlabSequence=[item(ASLSlabNumber=1, ASLSlabThickness=10.0, ASLSlabOrientation=[0.0, 0.0, 1.0],
+                                  ASLMidSlabPosition=[0.0, 0.0, 0.0], ASLPulseTrainDuration=1000)],
+        ),
         "RespiratorySynchronization": item(NominalRespiratoryTriggerDelayTime=1.0,
                                            ActualRespiratoryTriggerDelayTime=1.0),
     }  # fmt: skip
     return enhanced(
         uid.EnhancedMRImageStorage, "MR", groups, ComplexImageComponent="MAGNITUDE", AcquisitionContrast="T1",
         ResonantNucleus="1H", KSpaceFiltering="NONE", MagneticFieldStrength=1.5, PhaseContrast="YES",
+        ArterialSpinLabelingContrast="PULSED",
         VelocityEncodingAcquisitionSequence=[item(VelocityEncodingDirection=[1.0, 0.0, 0.0])],
         RespiratoryMotionCompensationTechnique="GATING", RespiratorySignalSource="BELT", RespiratoryTriggerType="TIME",
         PulseSequenceName="se", MRAcquisitionType="2D", EchoPulseSequence="SPIN", **HEART,

@@ -37,7 +37,8 @@ SEQUENCES = _tags(
     DataInformationSequence TimeSlotInformationSequence RadiopharmaceuticalUsageSequence PETFrameAcquisitionSequence
     PETDetectorMotionDetailsSequence PETPositionSequence PETFrameCorrectionFactorsSequence PETReconstructionSequence
     PETTableDynamicsSequence RespiratorySynchronizationSequence SpecificAbsorptionRateSequence OperatingModeSequence
-    MRImagingModifierSequence MRTransmitCoilSequence MultiCoilDefinitionSequence VelocityEncodingAcquisitionSequence"""
+    MRImagingModifierSequence MRTransmitCoilSequence MultiCoilDefinitionSequence VelocityEncodingAcquisitionSequence
+    MRArterialSpinLabelingSequence ASLSlabSequence"""
 )
 
 CODED = _tags(
@@ -105,7 +106,8 @@ CODES = _tags(
     AttenuationCorrectionTemporalRelationship AcquisitionStartCondition AcquisitionTerminationCondition
     ReconstructionType IterativeReconstructionMethod CardiacBeatRejectionTechnique CardiacFramingType
     RespiratoryTriggerType SpecificAbsorptionRateDefinition OperatingModeType OperatingMode MagnetizationTransfer
-    BloodSignalNulling Tagging TransmitCoilType MultiCoilElementUsed DetectorGeometry SliceProgressionDirection"""
+    BloodSignalNulling Tagging TransmitCoilType MultiCoilElementUsed DetectorGeometry SliceProgressionDirection
+    ArterialSpinLabelingContrast ASLContext ASLCrusherFlag ASLBolusCutoffFlag"""
 )
 """Code strings whose every value must be a word of `WORDS`."""
 
@@ -148,7 +150,7 @@ _WORDS = """
     ANGULAR LONGITUDINAL ECG_BASED ORGAN_BASED RR_INTERVAL QRS_LENGTH PVC FORW BACK PCNT AMPLITUDE IEC_WHOLE_BODY
     IEC_PARTIAL_BODY IEC_HEAD IEC_LOCAL STATIC_FIELD RF GRADIENT IEC_NORMAL IEC_FIRST_LEVEL IEC_SECOND_LEVEL
     ON_RESONANCE OFF_RESONANCE GRID LINE CYLINDRICAL_RING CYL_RING_PARTIAL MULTIPLE_PLANAR MUL_PLAN_PART_RING
-    APEX_TO_BASE BASE_TO_APEX
+    APEX_TO_BASE BASE_TO_APEX LABEL CONTROL M_ZERO_SCAN PSEUDOCONTINUOUS PULSED
 """
 WORDS = frozenset(_WORDS.split())
 _ORIENTATION = re.compile(r"[LRAPHF]{1,3}")
@@ -210,7 +212,7 @@ EMPTIED_IN_NUCLEAR = _tags(
 FILLED_IN_ENHANCED = _tags(
     """ContentDate ContentTime AcquisitionDateTime DeviceSerialNumber Manufacturer ManufacturerModelName
     SoftwareVersions PulseSequenceName ReceiveCoilName TransmitCoilName MultiCoilElementName ImageFilter
-    RadiopharmaceuticalStartDateTime ScatterCorrectionMethod"""
+    RadiopharmaceuticalStartDateTime ScatterCorrectionMethod ASLTechniqueDescription"""
 )
 FILLED_IN_PET = _tags("SeriesDate SeriesTime")
 """Of type 1 there: never without a value, so with a dummy where theirs may not stay."""
