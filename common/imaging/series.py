@@ -324,8 +324,8 @@ def _axes(group: Sequence[Header]) -> tuple[NDArray[np.float64], NDArray[np.floa
 def _irregular(step_mm: NDArray[np.float64]) -> Refusal:
     """Names what keeps ordered slices from being a grid."""
     in_slices = step_mm / float(np.median(step_mm))
-    if np.allclose(in_slices, np.round(in_slices), rtol=0, atol=2 * SPACING_RTOL):
-        missing = int(np.round(in_slices).sum() - len(in_slices))
+    missing = int(np.round(in_slices).sum() - len(in_slices))
+    if missing > 0 and np.allclose(in_slices, np.round(in_slices), rtol=0, atol=2 * SPACING_RTOL):
         return Refusal(RefusalCode.GAP, f"{missing} slice(s) inside this series are missing; export it again.")
     return Refusal(
         RefusalCode.MIXED_SPACING,

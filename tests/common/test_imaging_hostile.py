@@ -151,6 +151,7 @@ def tilted(z: int) -> Dataset:
             lambda: [ct(z, mm=(0, 0, 2 * z + 0.018 * abs(z - 30))) for z in range(60)],
         ),
         (RefusalCode.MIXED_SPACING, lambda: [ct(z, mm=(0.6 * (z == 2), 0, 2.0 * z)) for z in range(5)]),
+        (RefusalCode.MIXED_SPACING, lambda: [ct(z, mm=(0, 0, 2 * z + 0.03 * (z > 2))) for z in range(5)]),  # no gap
         (RefusalCode.MIXED_PATIENTS, lambda: [ct(z, PatientID=f"P{z % 2}") for z in range(4)]),
         (RefusalCode.MIXED_PATIENTS, lambda: [ct(z, StudyInstanceUID=f"1.2.{z % 2}") for z in range(4)]),
         (RefusalCode.SINGLE_SLICE, lambda: [ct(0)]),
