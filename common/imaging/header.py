@@ -525,7 +525,7 @@ def text(dataset: Dataset, keyword: str) -> str:
 
 def identifier(dataset: Dataset, keyword: str) -> str:
     """As `text`; empty where a character is not of the Specific Character Set, for two of them would look alike."""
-    found = text(dataset, keyword)
+    found = text(dataset, keyword).replace("\x1b$)A", "")  # ISO 2022 IR 58, whose escape pydicom 3.0 leaves there
     return "" if "\N{REPLACEMENT CHARACTER}" in found else found
 
 

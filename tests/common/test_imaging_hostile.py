@@ -601,6 +601,24 @@ def test_progress_ends_at_its_total_and_never_goes_back(tmp_path: Path) -> None:
     assert seen[-1] == (10, 10)
 
 
+@pytest.mark.parametrize(
+    ("charset", "patient_id"),
+    [
+        ("ISO_IR 192", "王小东".encode()),
+        ("GB18030", "王小东".encode("gb18030")),
+        (["", "ISO 2022 IR 58"], b"\x1b$)A" + "王小东".encode("gb2312")),
+    ],
+)
+def test_an_identifier_is_the_same_in_whatever_characters_it_is_written(
+    tmp_path: Path, charset: str | list[str], patient_id: bytes
+) -> None:
+    width = len(patient_id) + len(patient_id) % 2
+    write(tmp_path, *(ct(z, SpecificCharacterSet=charset, PatientID="X" * width) for z in range(3)))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"X" * width, patient_id.ljust(width)))
+    assert one_volume(read_folder(tmp_path)).source.patient_id == "王小东"
+
+
 def test_identifiers_do_not_show_when_a_volume_is_printed(tmp_path: Path) -> None:
     reading = read_folder(write(tmp_path, *(ct(z, PatientID="SMITH77") for z in range(2)), ct(0, PatientID="SMITH77")))
     for text in (repr(reading), str(reading.volumes)):
