@@ -37,6 +37,15 @@ class Copied:
         self.files -= before
         self.refused["shared_patient"] += before + 1
 
+    def contradict(self, place: Path) -> None:
+        """Refuses what was copied to this place: another file claims to be the same image."""
+        place.unlink()
+        for folder in (place.parent, place.parent.parent):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        self.files -= 1
+        self.refused["conflict"] += 1
+
 
 def deidentify_verb(words: Sequence[str]) -> int:
     """`fedicom data deidentify`."""
@@ -75,7 +84,7 @@ def deidentify_folder(
     """Copies every image of a tree that can be copied; file and folder names are new.
 
     A Patient ID that two issuers gave is of two people, who would become one: as the reader uses neither, neither is
-    copied, and what was copied of them is removed.
+    copied, and what was copied of them is removed. So it is with different files that claim to be the same image.
 
     Raises:
         ConfigError: `out` lies in `source` or is not empty.
@@ -107,6 +116,7 @@ def _copy(
     progress: Callable[[int, int], None],
 ) -> None:
     issuers: dict[Path, set[str]] = {}
+    conflicts: set[Path] = set()
     for done, path in enumerate(files):
         progress(done, len(files))
         try:
@@ -123,11 +133,18 @@ def _copy(
             with storing("an image"):
                 copied.withdraw(patient)
             continue
+        with storing("an image"):
+            if place.exists():
+                if place.read_bytes() == copy.data:
+                    copied.refused["copy"] += 1
+                    continue
+                copied.contradict(place)
+                conflicts.add(place)
+        if place in conflicts:
+            copied.refused["conflict"] += 1
+            continue
         private_folder(patient)
         private_folder(place.parent)
-        if place.exists():
-            copied.refused["duplicate"] += 1
-            continue
         write_whole(place, copy.data)
         copied.files += 1
 

@@ -207,6 +207,18 @@ def test_two_people_who_share_a_patient_id_are_not_copied_as_one(tmp_path, capsy
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_different_files_that_claim_to_be_one_image_are_not_copied_and_a_copy_is_once(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "key").write_bytes(KEY)
+    (tmp_path / "key").chmod(0o600)
+    for at, (image_uid, slope) in enumerate([("1", "1"), ("1", "2"), ("1", "1"), ("2", "1"), ("2", "1")]):
+        study = {"StudyInstanceUID": f"1.2.3.{image_uid}", "PatientID": f"MRN-{image_uid}"}
+        written(image(SOPInstanceUID=f"1.2.3.777.{image_uid}", RescaleSlope=slope, **study), tmp_path / "in" / f"{at}")
+    assert deidentify_verb([str(tmp_path / "in"), str(tmp_path / "out"), "--key-file", str(tmp_path / "key")]) == 0
+    assert capsys.readouterr().out.startswith("1 image copied, 4 files refused\n  3 conflict\n  1 copy\n")
+    assert len(list((tmp_path / "out").rglob("*"))) == 3  # a patient, a study, an image
+
+
 def test_two_people_whose_ids_are_alike_where_they_cannot_be_read_are_not_copied_as_one(tmp_path):
     names = []
     for at, letter in enumerate((b"\xfc", b"\xf6")):  # Latin-1 in a file that says UTF-8
