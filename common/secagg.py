@@ -215,7 +215,7 @@ class Member:
         return seeds, keys
 
     def _same(self, session: str) -> None:
-        if not self.session or session != self.session:
+        if session != self.session:
             raise SecureAggregationError("another session than the one that these keys were made for")
 
     def _opened(self, dealer: str, box: Box) -> tuple[bytes, bytes]:

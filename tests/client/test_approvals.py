@@ -11,7 +11,7 @@ import pytest
 
 from client.approvals import Approvals
 from common.audit import verify
-from common.config import Privacy, Recipe, as_plain
+from common.config import Recipe, as_plain
 from common.errors import ConfigError, PrivacyError, StorageError
 from common.identity import Signer
 from common.journal import SharedLog
@@ -149,10 +149,12 @@ def renamed(plain: dict[str, Any]) -> None:
         changed("site", "south"),
         changed("format", "fedicom approval 2"),
         changed("signature", "0" * 128),
+        changed("signature", 7),
         changed("note", "one field more"),
         changed("recipe", {}),
         rounds,
         renamed,
+        lambda plain: plain["recipe"]["recipe"].__setitem__("rounds", 0),
         lambda plain: plain["recipe"].__setitem__("coordinator", "0" * 64),
         lambda plain: plain["recipe"].__setitem__("signature", "0" * 128),
         lambda plain: plain.pop("by"),
@@ -172,10 +174,11 @@ def test_a_record_that_was_changed_is_an_error_and_never_used(house: House, tamp
     assert approvals.find(recipe_id) is None
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"RECORD" + b" " * (2 << 20)])
 def test_a_record_that_cannot_be_read_is_an_error(house: House, text: bytes) -> None:
     recipe_id = approve(house)
-    (house.home.approved / f"{recipe_id}.json").write_bytes(text)
+    path = house.home.approved / f"{recipe_id}.json"
+    path.write_bytes(text.replace(b"RECORD", path.read_bytes()))
     with pytest.raises(ConfigError, match="approve the recipe anew"):
         Approvals(house.home).find(recipe_id)
 
@@ -216,7 +219,15 @@ def test_an_approval_ends_when_the_coordinators_key_is_exchanged(house: House) -
     assert approvals.all() == ()
 
 
-def test_a_name_that_is_no_hash_finds_nothing(house: House) -> None:
-    approve(house, privacy=Privacy(mechanism="dp_sgd", epsilon=1.0, delta=1e-5))
-    for name in ("", "../keys/signing", "a" * 63, "A" * 64):
-        assert Approvals(house.home).find(name) is None
+@pytest.mark.parametrize("name", ["", "../keys/signing", "a" * 63, "A" * 64])
+def test_a_name_that_is_no_hash_finds_nothing_and_withdraws_nothing_whatever_file_has_it(
+    house: House, name: str
+) -> None:
+    recipe_id, approvals = approve(house), Approvals(house.home)
+    copy = house.home.approved / f"{name}.json"
+    copy.write_bytes((house.home.approved / f"{recipe_id}.json").read_bytes())
+    assert approvals.find(name) is None
+    assert approvals.ids() == (recipe_id,)
+    with pytest.raises(ConfigError, match="not approved here"):
+        approvals.withdraw(name, by="Dr Roe", log=house.log)
+    assert copy.exists()

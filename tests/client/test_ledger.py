@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import os
 import stat
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import Ledger, SitePolicy
+from client.ledger import Kind, Ledger, Reservation, SitePolicy
 from common.accounting import Event, epsilon_pld
 from common.errors import PrivacyError, StorageError
 
@@ -28,7 +29,7 @@ def make(folder: Path, policy: SitePolicy = POLICY) -> Ledger:
 
 def test_epsilon_is_that_of_all_recipes_and_rounds_together(tmp_path: Path) -> None:
     ledger = make(tmp_path)
-    assert ledger.spent() == 0
+    assert (ledger.spent(), ledger.head) == (0, "0" * 64)
     for recipe, number in (("a", 1), ("a", 2), ("b", 1)):
         last = ledger.reserve(recipe, round=number, base="w", event=EVENT)
         ledger.settle(last, 20)
@@ -62,6 +63,28 @@ def test_a_visit_beyond_the_cap_is_refused_before_it_starts_and_writes_nothing(t
 def test_what_the_policy_forbids_is_refused_whatever_was_spent(tmp_path: Path, event: Event, why: str) -> None:
     with pytest.raises(PrivacyError, match=why):
         make(tmp_path).reserve("a", round=1, base="w", event=event)
+
+
+def test_a_visit_at_every_limit_is_allowed(tmp_path: Path) -> None:
+    event = Event(noise_multiplier=200.0, sampling_rate=0.5, steps=1000)
+    cap = epsilon_pld([event], 1e-5)
+    assert cap < 1
+    ledger = make(tmp_path, replace(POLICY, epsilon=cap, min_noise_multiplier=200.0))
+    assert ledger.reserve("a", round=1, base="w", event=event).epsilon == cap
+
+
+def test_a_recipe_has_its_number_of_visits_of_each_kind_those_that_cost_nothing_left_out(tmp_path: Path) -> None:
+    ledger = make(tmp_path)
+
+    def ask(recipe: str = "a", kind: Kind = "updates") -> Reservation:
+        return ledger.reserve(recipe, round=1, base="w", event=replace(EVENT, steps=1), kind=kind, visits=2)
+
+    for steps in (0, 1, 1):
+        ledger.settle(ask(), steps)
+    with pytest.raises(PrivacyError, match="has paid for all 2 rounds of recipe a already"):
+        ask()
+    ask(kind="scores")
+    ask("b")
 
 
 def test_a_crash_counts_as_spent_and_the_retry_of_the_same_visit_pays_once(tmp_path: Path) -> None:
@@ -297,7 +320,8 @@ def test_only_one_of_two_processes_may_answer_the_same_visit(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "delta", "noise"), [(0.0, 1e-5, 0.5), (8.0, 1.0, 0.5), (8.0, 0.0, 0.5), (8.0, 1e-5, 0.0)]
+    ("epsilon", "delta", "noise"),
+    [(0.0, 1e-5, 0.5), (math.inf, 1e-5, 0.5), (8.0, 1.0, 0.5), (8.0, 0.0, 0.5), (8.0, 1e-5, 0.0)],
 )
 def test_a_policy_that_limits_nothing_is_refused(epsilon: float, delta: float, noise: float) -> None:
     with pytest.raises(PrivacyError, match="policy"):

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from common.config import validate_json
 from common.errors import ConfigError, FedicomError, StorageError
 from common.identity import NodeKey, Signer
-from common.registry import FORMAT, Member, Registry, parse_registry, read_registry
+from common.registry import FORMAT, Member, Registry, _signed_bytes, parse_registry, read_registry
 
 AUTHORITY = Signer.from_bytes(bytes(range(32)))
 COORDINATOR, NORTH, SOUTH, OLD = (Signer.from_bytes(bytes([n]) * 32).public for n in (1, 2, 3, 4))
@@ -29,9 +29,9 @@ REGISTRY = Registry(
     issued=WHEN,
     authority=AUTHORITY.public,
     coordinator=COORDINATOR,
-    sites={
-        "north": Member(signing=NORTH, node=NodeKey.new().public, since=WHEN),
+    sites={  # in no order: the file has them in that of their names, and the signature is under the same
         "south": Member(signing=SOUTH, node=NodeKey.new().public, since=WHEN, revoked=WHEN, why="left the study"),
+        "north": Member(signing=NORTH, node=NodeKey.new().public, since=WHEN),
     },
     auditors=("anna",),
     retired={"north": (OLD,)},
@@ -144,6 +144,14 @@ def test_a_registry_of_another_authority_is_refused_even_if_well_signed():
     assert parse_registry(forged, forger.public).authority == forger.public
     with pytest.raises(ConfigError, match="not signed by authority"):
         parse_registry(forged, AUTHORITY.public)
+
+
+def test_a_registry_that_names_another_authority_than_its_signers_is_refused():
+    foreign = replace(REGISTRY, authority=Signer.temporary().public)
+    forged = {**PLAIN, "registry": asdict(foreign), "signature": AUTHORITY.sign(_signed_bytes(foreign))}
+    for trusted in (AUTHORITY.public, foreign.authority):
+        with pytest.raises(ConfigError, match="not signed by authority"):
+            parse_registry(json.dumps(forged).encode(), trusted)
 
 
 def test_only_the_authority_signs_its_registry(tmp_path):

@@ -56,7 +56,8 @@ class Circle:
         self.view.append(json.dumps(what, default=lambda value: asdict(value), sort_keys=True))
 
     def offered(self) -> Aggregator:
-        offers = {site: member.offer for site, member in self.members.items()}
+        # from the last: neither a hash nor a holder's number may hang on the order in which they come
+        offers = {site: self.members[site].offer for site in reversed(self.names)}
         self.seen("offers", offers)
         self.server = Aggregator(SUBJECT, offers, threshold=self.threshold, numbers=self.numbers)
         return self.server
@@ -515,9 +516,11 @@ def test_a_step_asked_again_has_the_same_answer_and_another_one_is_refused():
     circle = Circle(5)
     server = circle.agreed(unmasked=["s5"])
     member, session, boxes = circle.members["s1"], server.session, server.boxes()["s1"]
-    assert member.deal(server.offers) == (session, *member.deal(server.offers)[1:])
-    assert member.mask(session, boxes, circle.updates["s1"]) == circle.sent["s1"]
-    assert member.agree(session, server.masked) == server.signatures["s1"]
+    turned = [dict(reversed(said.items())) for said in (server.offers, boxes, server.masked)]
+    for offers_, boxes_, masked in ((server.offers, boxes, server.masked), turned):  # the same words in another order
+        assert member.deal(offers_) == (session, *member.deal(server.offers)[1:])
+        assert member.mask(session, boxes_, circle.updates["s1"]) == circle.sent["s1"]
+        assert member.agree(session, masked) == server.signatures["s1"]
     opened = member.open(session, server.masked, server.signatures)
     assert member.open(session, server.masked, server.signatures) == opened
     again = Circle(5).offered()
@@ -567,6 +570,7 @@ def test_the_coordinator_refuses_what_is_not_for_its_sum():
         (lambda: server.sign("s1", "f" * 64, ""), "another session"),
         (lambda: server.open("s1", "f" * 64, {}, {}), "another session"),
         (lambda: server.open("s1", server.session, {}, {}), "not of the seeds in the sum"),
+        (lambda: server.open("s1", server.session, {}, {"s4": "0" * 66}), "not of the seeds in the sum"),
         (lambda: server.open("s1", server.session, dict.fromkeys(server.masked, "0" * 66), {}), "keys of those who"),
         (lambda: Aggregator(SUBJECT, {}, threshold=3, numbers=1), "0 offers of keys, expected at least 3"),
     ):

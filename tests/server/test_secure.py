@@ -530,7 +530,10 @@ def test_a_kept_update_is_refused_where_no_sum_is_asked_for(changes):
 
 def test_a_mean_beyond_the_norm_of_any_site_is_refused():
     recipe = recipe_of(max_update_norm=1.0)
-    assert sum_refusal(START * 0.5, recipe) is None
+    one = START * 3**-0.5  # of norm 1
+    for norm in (0.5, 1, 1.0009):  # every number of a sum is rounded
+        assert sum_refusal(one * norm, recipe) is None
+    assert "norm 1.001, above federation.max_update_norm 1" in str(sum_refusal(one * 1.0011, recipe))
     assert "norm 1.732, above federation.max_update_norm 1" in str(sum_refusal(START, recipe))
     assert "NaN" in str(sum_refusal(START * float("nan"), recipe))
 
