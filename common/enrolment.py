@@ -151,9 +151,10 @@ def install_registry(home: SiteHome | ServerHome, file: Path, *, by: str = "") -
         data = file.read_bytes()
     new = parse_registry(data, home.authority, file.name)
     with _changing(home):
-        changed = _take_registry(home, data, new)
-    if changed:
-        note(home, "registry installed", by, version=new.version)
+        if _newer(home, new):
+            # First: what was cut off in between is asked for again, and a registry in force is never a new one again.
+            note(home, "registry installed", by, version=new.version)
+            kits.put({kits.REGISTRY: data}, home.path)
     return new
 
 
@@ -204,7 +205,8 @@ def install_kit(
         elif _read(home.ca) != files.get("trust/ca.crt"):
             kits.put({path: files[path] for path in ("trust/ca.crt",) if path in files}, home.path)
             done.append(f"ca.crt of the authority is in use; it runs out on {Certificate.load(home.ca).ends:%Y-%m-%d}")
-        _take_registry(home, files[kits.REGISTRY], registry)
+        if _newer(home, registry):
+            kits.put({kits.REGISTRY: files[kits.REGISTRY]}, home.path)
         done.append(f"registry of version {registry.version}, {number_of(len(registry.members), 'site')}")
         done += _take_keys(home, files, signer, node)
         first = not (home.path / kits.MANIFEST).exists()
@@ -268,7 +270,12 @@ def _owner(home: SiteHome | ServerHome) -> tuple[str, str]:
     return COORDINATOR, home.config.federation
 
 
-def _take_registry(home: SiteHome | ServerHome, data: bytes, new: Registry) -> bool:
+def _newer(home: SiteHome | ServerHome, new: Registry) -> bool:
+    """Whether the registry takes the place of the home's; False where it is that one.
+
+    Raises:
+        ConfigError: It may never take its place.
+    """
     federation = _owner(home)[1]
     if new.federation != federation:
         raise ConfigError(f"the registry is of federation {new.federation}, this home is of {federation}")
@@ -285,7 +292,6 @@ def _take_registry(home: SiteHome | ServerHome, data: bytes, new: Registry) -> b
                 "call the coordinator"
             )
         return False
-    kits.put({kits.REGISTRY: data}, home.path)
     return True
 
 

@@ -49,11 +49,11 @@ def install_token(home: ServerHome, role: Role, name: str, *, by: str = "") -> P
         raise ConfigError(f"{name!r} is no name; expected letters, digits, `_`, `.` and `-`, at most 63")
     token = new_token()
     place = home.keys / f"{role}-{name}.token"
-    with _tokens(home) as tokens:
+    with _changing(home) as tokens:
+        note(home, "token made", by, role=role, name=name)  # before it counts
         write_whole(place, f"{token}\n".encode())
-        kept = [entry for entry in tokens.get(role, []) if entry["name"] != name]
+        kept = [entry for entry in tokens[role] if entry["name"] != name]
         tokens[role] = [*kept, {"name": name, "sha256": _sha256(token)}]
-    note(home, "token made", by, role=role, name=name)
     return place
 
 
@@ -64,24 +64,36 @@ def remove_token(home: ServerHome, role: Role, name: str, *, by: str = "") -> No
         ConfigError: There is none of this name.
         StorageError: A file cannot be read or written.
     """
-    with _tokens(home) as tokens:
-        kept = [entry for entry in tokens.get(role, []) if entry["name"] != name]
-        if len(kept) == len(tokens.get(role, [])):
+    with _changing(home) as tokens:
+        kept = [entry for entry in tokens[role] if entry["name"] != name]
+        if len(kept) == len(tokens[role]):
             raise ConfigError(f"no {role} is called {name}; {home.tokens_file.name} lists them")
+        note(home, "token removed", by, role=role, name=name)
         tokens[role] = kept
-    note(home, "token removed", by, role=role, name=name)
+
+
+def read_tokens(home: ServerHome) -> dict[str, list[dict[str, str]]]:
+    """`name` and `sha256` of everybody who has a token, by role.
+
+    Raises:
+        StorageError: The file is missing, readable by others, or no such table.
+    """
+    data = read_private(home.tokens_file, "the tokens' file")
+    try:
+        table = json.loads(data)
+        return {
+            role: [{"name": str(row["name"]), "sha256": str(row["sha256"])} for row in table.get(role, [])]
+            for role in ("operator", "auditor")
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StorageError(f"{home.tokens_file.name} cannot be read; restore it from the kit") from None
 
 
 @contextmanager
-def _tokens(home: ServerHome) -> Iterator[dict[str, list[dict[str, str]]]]:
+def _changing(home: ServerHome) -> Iterator[dict[str, list[dict[str, str]]]]:
     """The tokens' table, written whole at the end."""
     with locked(private_folder(home.keys)):
-        try:
-            tokens = json.loads(read_private(home.tokens_file, "the tokens' file"))
-            if not isinstance(tokens, dict):
-                raise ValueError
-        except ValueError:
-            raise StorageError(f"{home.tokens_file.name} cannot be read; restore it from the kit") from None
+        tokens = read_tokens(home)
         yield tokens
         write_whole(home.tokens_file, (json.dumps(tokens, indent=1) + "\n").encode())
 

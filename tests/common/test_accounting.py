@@ -166,7 +166,17 @@ def test_steps_without_noise_have_no_privacy_and_no_steps_cost_nothing() -> None
 
 @pytest.mark.parametrize(
     ("noise", "rate", "steps"),
-    [(-1.0, 0.1, 1), (math.nan, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1), (1.0, 0.1, -1), (1.0, 0.1, 1.5)],
+    [
+        (-1.0, 0.1, 1),
+        (math.nan, 0.1, 1),
+        (math.inf, 0.1, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1.1, 1),
+        (1.0, math.nan, 1),
+        (1.0, 0.1, -1),
+        (1.0, 0.1, 1.5),
+        (1.0, 0.1, True),
+    ],
 )
 def test_numbers_outside_their_range_are_refused(noise: float, rate: float, steps: int) -> None:
     with pytest.raises(PrivacyError, match="expected"):
@@ -177,8 +187,9 @@ def test_a_budget_that_no_noise_reaches_is_refused() -> None:
     for delta in (0.0, 1.0):
         with pytest.raises(PrivacyError, match="delta"):
             solve_noise(1.0, delta, 0.1, 10)
-    with pytest.raises(PrivacyError, match="epsilon"):
-        solve_noise(0.0, 1e-5, 0.1, 10)
+    for epsilon in (0.0, math.nan, math.inf):
+        with pytest.raises(PrivacyError, match="epsilon"):
+            solve_noise(epsilon, 1e-5, 0.1, 10)
     with pytest.raises(PrivacyError, match="at least 1"):
         solve_noise(1.0, 1e-5, 0.1, 0)
     with pytest.raises(PrivacyError, match="reaches epsilon"):

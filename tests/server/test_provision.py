@@ -12,6 +12,8 @@ import tarfile
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 from cryptography import x509
@@ -46,7 +48,7 @@ from server import provision as provisioning
 from server.certificates import CertificateAuthority
 from server.kit_contents import EXAMPLE
 from server.provision import add, provision, revoke, rotate
-from server.tokens import install_token, remove_token
+from server.tokens import install_token, read_tokens, remove_token
 
 HOST, ADDRESS = "fl.example.org", "10.1.2.3"
 PLAN = FederationPlan(name="chest", host=HOST, also_hosts=(ADDRESS,), sites=("north", "south"), auditors=("anna",))
@@ -421,6 +423,57 @@ def test_a_person_gets_a_token_of_his_own_and_loses_it(kits):
     assert check_kit(home.path) == ()  # tokens are there to be changed
     done = [event.facts["action"] for event in verify(home.audit_file) if event.kind == "operator action"]
     assert done == ["token made", "token made", "token removed"]
+
+
+@pytest.mark.parametrize(
+    "table", ["{", "[]", '{"operator": [{"nom": "x"}]}', '{"operator": "x"}', '{"operator": null}', "[" * 100_000]
+)
+def test_a_table_that_cannot_be_read_is_not_written_over_and_no_token_is_made(kits, table):
+    home = ServerHome(kits / "coordinator")
+    home.tokens_file.write_text(table)
+    for change in (install_token, read_tokens, remove_token):
+        with pytest.raises(StorageError, match="cannot be read; restore it from the kit"):
+            change(home, "operator", "bob")
+    assert home.tokens_file.read_text() == table
+    assert not (home.keys / "operator-bob.token").exists()
+
+
+def test_two_who_change_the_tokens_at_once_lose_none(kits, monkeypatch):
+    home, real = ServerHome(kits / "coordinator"), read_tokens
+    other = Thread(target=install_token, args=(home, "auditor", "eve"))
+
+    def read(home):
+        monkeypatch.setattr("server.tokens.read_tokens", real)
+        other.start()
+        other.join(0.05)
+        assert other.is_alive()
+        return real(home)
+
+    monkeypatch.setattr("server.tokens.read_tokens", read)
+    install_token(home, "auditor", "bob")
+    other.join(60)
+    assert [entry["name"] for entry in read_tokens(home)["auditor"]] == ["anna", "bob", "eve"]
+
+
+def test_tokens_and_registries_count_when_the_log_has_them_and_not_before(kits, monkeypatch):
+    home, authority = ServerHome(kits / "coordinator"), kits / "authority"
+    install_token(home, "auditor", "bob")
+    revoke(authority, "north", "left")
+    before = home.tokens_file.read_bytes()
+    for change in (
+        lambda: install_token(home, "operator", "eve"),
+        lambda: remove_token(home, "auditor", "bob"),
+        lambda: install_registry(home, authority / "registry.json"),
+    ):
+        with monkeypatch.context() as full:
+            full.setattr(SharedLog, "append", Mock(side_effect=StorageError("the disk is full")))
+            with pytest.raises(StorageError, match="the disk is full"):
+                change()
+        assert (home.tokens_file.read_bytes(), home.registry.version) == (before, 1)
+        change()
+        before = home.tokens_file.read_bytes()
+    done = [event.facts["action"] for event in verify(home.audit_file) if event.kind == "operator action"]
+    assert done == ["token made", "token made", "token removed", "registry installed"]
 
 
 # --- members come, change and go ------------------------------------------------------------------------------
