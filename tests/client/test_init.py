@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -157,9 +158,12 @@ def test_a_kit_of_another_authority_than_the_one_on_the_telephone_is_not_put_in(
     with pytest.raises(ConfigError, match="was forged"):
         install_kit(home, office.kit(home.path / "public.json"), authority=Signer.temporary().public)
     assert not home.trust.joinpath("authority.pub").exists()
-    install_kit(home, office.kit(home.path / "public.json"), authority=office.signer.public)
+    for _ in range(2):
+        install_kit(home, office.kit(home.path / "public.json"), authority=office.signer.public)
     with pytest.raises(ConfigError, match="was forged"):
         install_kit(home, Office().kit(home.path / "public.json"))
+    with pytest.raises(ConfigError, match="this home trusts authority"):
+        install_kit(home, office.kit(home.path / "public.json"), authority=Signer.temporary().public)
     assert home.authority == office.signer.public
 
 
@@ -207,18 +211,43 @@ def test_public_keys_that_were_changed_on_their_way_are_found(home, field):
         read_public(home.path / "public.json")
 
 
-def test_nobody_hands_in_the_public_keys_of_another_as_his_own(home, tmp_path):
-    """Signed by a signer of one's own, but with the node key of another, or the other way round."""
-    theirs, mine = json.loads((home.path / "public.json").read_text()), Signer.temporary()
-    keys, data = public_file(mine, NodeKey.new(), federation="chest", site="west")
-    for name in ("signing", "node"):
-        plain = json.loads(data)
-        plain["keys"][name] = theirs["keys"][name]
-        plain["signatures"][name] = theirs["signatures"][name]
-        (tmp_path / "public.json").write_text(json.dumps(plain))
-        with pytest.raises(ConfigError, match="a signature does not hold"):
-            read_public(tmp_path / "public.json")
-    assert keys.site == "west"
+@pytest.mark.parametrize("name", ["signing", "node", "previous"])
+def test_nobody_hands_in_the_public_keys_of_another_as_his_own(home, name):
+    """All is signed by the sender, with keys of his own also where he names another's."""
+    file = home.path / "public.json"
+    theirs = read_public(file)
+    signers = {"signing": Signer.temporary(), "node": NodeKey.new(), "previous": Signer.temporary()}
+    keys, data = public_file(
+        signers["signing"], signers["node"], federation="chest", site="west", previous=signers["previous"]
+    )
+    file.write_bytes(data)
+    assert read_public(file) == keys
+    keys = replace(keys, **{name: theirs.node if name == "node" else theirs.signing})
+    signatures = {name: signer.sign(keys.signed_bytes) for name, signer in signers.items()}
+    file.write_text(json.dumps(json.loads(data) | {"keys": asdict(keys), "signatures": signatures}))
+    with pytest.raises(ConfigError, match="a signature does not hold"):
+        read_public(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda plain: plain.update(format="fedicom site keys 2"), "has another format"),
+        (lambda plain: plain.update(note="one field more"), "has another format"),
+        (lambda plain: plain.update(signatures=list(plain["signatures"])), "has another format"),
+        (lambda plain: plain["signatures"].update(signing=7), "a signature does not hold"),
+        (lambda plain: plain["signatures"].pop("node"), "a signature does not hold"),
+        (lambda plain: plain["signatures"].update(previous=plain["signatures"]["signing"]), "a signature does not"),
+        (lambda plain: plain.update(format=" " * (1 << 16)), "holds no public keys"),
+    ],
+)
+def test_public_keys_with_other_fields_or_signatures_than_there_are_or_too_long_are_refused(home, change, why):
+    file = home.path / "public.json"
+    plain = json.loads(file.read_text())
+    change(plain)
+    file.write_text(json.dumps(plain))
+    with pytest.raises(ConfigError, match=why):
+        read_public(file)
 
 
 @pytest.mark.parametrize(
