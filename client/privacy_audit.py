@@ -36,7 +36,7 @@ def privacy_audit(
         weights: Digest of the model that is to be released on this audit; empty: of none.
         canaries: For the one-run audit; 0 leaves it out.
         steps: Noised steps of the one-run audit; None: as many as the whole run has.
-        seed: Of coins and made-up images; None: of the operating system.
+        seed: Of coins and made-up images; None: coins of the operating system, and the same images each time.
         show: Told what begins.
 
     Raises:

@@ -14,11 +14,11 @@ from client.node import start
 from common import kit
 from common.audit import verify
 from common.deployment import SiteHome
-from common.enrolment import install_kit, public_file, read_public
+from common.enrolment import install_kit, install_registry, public_file, read_public
 from common.errors import ConfigError, StorageError
 from common.identity import NodeKey, Signer
 from common.kit import check_kit, read_folder
-from common.registry import Member, Registry
+from common.registry import Member, Registry, parse_registry
 from common.vault import Secret
 
 WHEN = "2026-01-02T03:04:05+00:00"
@@ -176,10 +176,21 @@ def test_a_kit_under_keys_that_are_not_here_is_not_put_in(home, tmp_path):
     assert not home.registry_file.exists()
 
 
+@pytest.mark.parametrize("revoked", [False, True])
+def test_a_kit_whose_registry_does_not_name_its_site_is_not_put_in(home, revoked):
+    office, keys = Office(), read_public(home.path / "public.json")
+    sites = {"north": Member(signing=keys.signing, node=keys.node, since=WHEN, revoked=WHEN)} if revoked else {}
+    registry = parse_registry(office.registry(sites=sites), office.signer.public)
+    with pytest.raises(ConfigError, match="does not name north as a member"):
+        install_kit(home, kit.signed_kit({"trust/ca.crt": b"certificate\n"}, registry, "north", WHEN, office.signer))
+    assert not home.registry_file.exists()
+
+
 def test_new_keys_take_effect_with_the_kit_that_names_them_and_the_log_goes_on(home):
     office = Office()
     install_kit(home, office.kit(home.path / "public.json"))
     old, cohort = Signer.load(home.signing_key), home.cohort_key.read_bytes()
+    (home.path / "older.json").write_bytes(home.registry_file.read_bytes())
     public = site_renew(home, by="nina")
     assert read_public(public).previous == old.public
     assert Signer.load(home.signing_key).public == old.public  # still in use
@@ -196,6 +207,9 @@ def test_new_keys_take_effect_with_the_kit_that_names_them_and_the_log_goes_on(h
     assert check_kit(home.path) == ()
     kinds = [event.kind for event in verify(home.audit_file, [old.public, new.public])]
     assert kinds.count("key rotated") == 1
+    home.registry_file.write_bytes(b"junk")  # it may be repaired, but not with the one of the first kit
+    with pytest.raises(ConfigError, match="has version 2, this home has version 3"):
+        install_registry(home, home.path / "older.json")
 
 
 @pytest.mark.parametrize("field", ["federation", "site", "signing", "node", "made", "previous"])
