@@ -209,7 +209,9 @@ def revoke(authority: Path, name: str, why: str, *, by: str = "") -> tuple[str, 
         member = registry.sites.get(name)
         if member is None or member.revoked is not None:
             state = "was revoked before" if member is not None else "is no site of this federation"
-            raise ConfigError(f"{name} {state}; `fedicom provision list` shows who takes part")
+            # Perhaps by a command that was cut off and said nothing.
+            then = f". {_registry_advice(authority, registry.version)}" if member is not None else ""
+            raise ConfigError(f"{name} {state}; `fedicom provision list` shows who takes part{then}")
         if not why.strip():
             raise ConfigError("a revocation needs a reason, one line; it stands in the registry and in the log")
         gone = _with(member, revoked=now(), why=why.strip())
@@ -263,7 +265,7 @@ class _Authority:
                 "you keep"
             )
         with locked(path):
-            drop_unfinished(path)
+            drop_unfinished(path, below=True)
             yield cls(path)
 
     @property
@@ -379,7 +381,8 @@ class _Authority:
         old, ca = Certificate.load(self.path / "ca.crt"), self.ca().renewed()
         new, pem = self.changed(self.registry), ca.certificate_pem
         takes = {COORDINATOR: "fedicom provision install KIT", **dict.fromkeys(new.members, "fedicom site join KIT")}
-        folder = (out if out is not None else self.path.parent) / f"certificates-{new.version}"
+        name = f"certificates-{new.version}"
+        folder = self._folder(out, name) / name
         with new_folder(folder) as part:
             for owner, verb in takes.items():
                 what = "a new certificate of the authority"
@@ -421,12 +424,7 @@ class _Authority:
         **facts: str,
     ) -> str:
         """Writes the kit under another name, commits, and gives the kit its name; returns where it is."""
-        folder = out if out is not None else self.path.parent
-        with storing(folder.name):
-            folder.mkdir(parents=True, exist_ok=True)
-            # What a kill left of an earlier kit has private keys in it, and no name under which it would be made again.
-            for left in folder.glob(f".{glob.escape(name.rpartition('-')[0])}-*.partial"):
-                left.unlink() if left.is_file() else shutil.rmtree(left)
+        folder = self._folder(out, name)
         if sealing is None:
             with new_folder(folder / name) as part:
                 put(kit, part)
@@ -444,6 +442,19 @@ class _Authority:
         finally:
             part.unlink(missing_ok=True)
         return str(place)
+
+    def _folder(self, out: Path | None, name: str) -> Path:
+        """Where a kit of this name goes, without what a kill left of an earlier one.
+
+        That has private keys in it, and no name under which it would be made again.
+        """
+        folder = out if out is not None else self.path.parent
+        with storing(folder.name):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f".{glob.escape(name.rpartition('-')[0])}-*.partial"):
+                left.unlink() if left.is_file() else shutil.rmtree(left)
+            drop_unfinished(folder, ".*.kit.partial.*")
+        return folder
 
 
 def _with(member: Member, **changes: str) -> Member:

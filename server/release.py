@@ -50,10 +50,12 @@ def release(folder: Path, out: Path, *, audit: PrivacyAudit | None, unaudited: b
     Raises:
         ExportError: The audit is missing, failed or of something else and `unaudited` was not said; or the model file
             is not the run's.
-        ConfigError: The folder is no run that has ended.
+        ConfigError: The folder is no run that has ended, or `out` is that folder.
         StorageError: A file cannot be read or written.
     """
     recipe, summary = ended(folder)
+    if out.resolve() == folder.resolve():
+        raise ConfigError("--out is the run's own folder, whose model a release would replace; give another")
     candidate = OnnxModel(folder / MODEL, gpu=False)
     weights = candidate.description.weight_digest
     if candidate.sha256 != summary["onnx"]["sha256"] or candidate.description.recipe_id != recipe.id:
@@ -81,6 +83,9 @@ def release(folder: Path, out: Path, *, audit: PrivacyAudit | None, unaudited: b
         log.append("model exported", file=INT8, sha256=hashlib.sha256(small).hexdigest(), weights=weights)
     with storing("the release"):
         out.mkdir(parents=True, exist_ok=True)
+        # An earlier release goes first: killed half way, its model must not lie beside the new one's card.
+        for name in (MODEL, INT8, FILE):
+            (out / name).unlink(missing_ok=True)
     write_whole(out / CARD, card.encode())
     if audit is not None:
         audit.write(out / FILE)

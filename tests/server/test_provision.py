@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
+import shutil
 import ssl
 import stat
 import tarfile
@@ -49,6 +51,7 @@ from server.certificates import CertificateAuthority
 from server.kit_contents import EXAMPLE
 from server.provision import add, provision, revoke, rotate
 from server.tokens import install_token, read_tokens, remove_token
+from tests.kill import killed_before_change
 
 HOST, ADDRESS = "fl.example.org", "10.1.2.3"
 PLAN = FederationPlan(name="chest", host=HOST, also_hosts=(ADDRESS,), sites=("north", "south"), auditors=("anna",))
@@ -655,7 +658,9 @@ def test_keys_that_a_kill_left_half_written_are_gone_with_the_next_try(kits):
     rotate(kits / "authority", "north")
     home = SiteHome(kits / "north")
     half = (kits / "authority" / ".ca.key.4711.tmp", home.keys / ".node.key.4711.tmp", home.trust / ".ca.crt.9.tmp",
-            kits / ".north-3.kit.partial", kits / ".north-4.partial" / "keys" / "node.key")  # fmt: skip
+            kits / ".north-3.kit.partial", kits / ".north-4.partial" / "keys" / "node.key",
+            kits / "authority" / "passphrases" / ".north.passphrase.4711.tmp", kits / "..north-3.kit.partial.7.tmp",
+    )  # fmt: skip
     others = (kits / ".south-3.kit.partial", home.keys / "mine.tmp")
     for path in (*half, *others):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -667,6 +672,88 @@ def test_keys_that_a_kill_left_half_written_are_gone_with_the_next_try(kits):
     assert all(path.exists() for path in others)
     install_kit(home, read_folder(kits / "north-3"))
     assert check_kit(home.path) == ()
+
+
+def test_certificates_that_a_kill_left_half_written_are_gone_with_the_next_try(kits):
+    half = kits / ".certificates-2.partial" / "coordinator-2" / "keys" / "gateway.key"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"secret")
+    rotate(kits / "authority", "gateway")
+    rotate(kits / "authority", "authority")
+    assert not (kits / ".certificates-2.partial").exists()
+    assert (kits / "certificates-3").is_dir()
+
+
+# --- killed at any write --------------------------------------------------------------------------------------
+
+
+def killed_at_any_write(before, work):
+    """A copy of the folder for each write of `work(folder)`, in which it was killed there."""
+    for number in itertools.count(1):
+        folder = before.with_name("killed")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        if not killed_before_change(number, lambda folder=folder: work(folder)):
+            assert number > 4
+            return
+        yield folder
+
+
+def acts(home):
+    return [event.facts["action"] for event in verify(home.audit_file) if event.kind == "operator action"]
+
+
+def test_nobody_has_a_token_or_lost_one_of_whom_the_log_does_not_know(kits):
+    def names(home):
+        return [entry["name"] for entry in json.loads(home.tokens_file.read_text())["operator"]]
+
+    AuditLog(ServerHome(kits / "coordinator").audit_file, Signer.load(ServerHome(kits / "coordinator").signing_key))
+    for folder in killed_at_any_write(
+        kits, lambda at: install_token(ServerHome(at / "coordinator"), "operator", "bob")
+    ):
+        home = ServerHome(folder / "coordinator")
+        assert "bob" not in names(home) or "token made" in acts(home)
+        install_token(home, "operator", "bob")
+    install_token(ServerHome(kits / "coordinator"), "operator", "bob")
+    for folder in killed_at_any_write(kits, lambda at: remove_token(ServerHome(at / "coordinator"), "operator", "bob")):
+        home = ServerHome(folder / "coordinator")
+        assert "bob" in names(home) or "token removed" in acts(home)
+
+
+def test_no_registry_is_in_force_of_which_the_log_does_not_know(kits):
+    AuditLog(SiteHome(kits / "south").audit_file, Signer.load(SiteHome(kits / "south").signing_key))
+    revoke(kits / "authority", "north", "left")
+    new = kits / "authority" / "registry.json"
+    for folder in killed_at_any_write(kits, lambda at: install_registry(SiteHome(at / "south"), new)):
+        home = SiteHome(folder / "south")
+        assert home.registry.version == 1 or "registry installed" in acts(home)
+        install_registry(home, new)
+        assert home.registry.version == 2
+        assert check_kit(home.path) == ()
+
+
+def test_a_revocation_that_was_killed_is_asked_for_again_or_says_where_its_registry_goes(kits):
+    for folder in killed_at_any_write(kits, lambda at: revoke(at / "authority", "north", "left")):
+        try:
+            told = revoke(folder / "authority", "north", "left")[0]
+        except ConfigError as error:
+            told = str(error)
+        assert "registry.json (version 2) to the coordinator's server" in told
+        assert list(registry(folder / "authority").members) == ["south"]
+        events = [event for event in verify(folder / "authority" / "audit.jsonl") if event.kind == "operator action"]
+        assert (events[-1].facts["action"], events[-1].facts["version"]) == ("keys revoked", 2)
+
+
+def test_a_rotation_of_the_coordinator_that_was_killed_goes_through_the_next_time(kits):
+    for number, folder in enumerate(killed_at_any_write(kits, lambda at: rotate(at / "authority", "coordinator"))):
+        if number % 8 and number < 70:  # of the kit's own files a few will do
+            continue
+        rotate(folder / "authority", "coordinator")
+        version = registry(folder / "authority").version
+        home = ServerHome(folder / "coordinator")
+        install_kit(home, read_folder(folder / f"coordinator-{version}"))
+        assert check_kit(home.path) == ()
+        assert [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))] == []
 
 
 def test_a_new_key_of_the_coordinator_is_pinned_by_the_next_registry(kits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -24,6 +25,7 @@ from common.privacy_audit import Bound, Check, PrivacyAudit, audited_code, read_
 from server.export import export_onnx
 from server.model_card import release_section
 from server.release import ended, export_verb, release
+from tests.kill import killed_before_change
 
 RECIPE = Recipe(
     name="gate",
@@ -114,6 +116,33 @@ def test_an_8_bit_file_is_released_beside_it_with_the_same_words(run: Path, tmp_
     with pytest.raises(FedicomError):
         release(tmp_path, tmp_path / "again", audit=audit_of(run), unaudited=False, log=Notes())
     assert not (tmp_path / "again").exists()
+
+
+def test_a_release_that_was_killed_leaves_no_model_beside_the_words_of_another(run: Path, tmp_path: Path) -> None:
+    before, audit = tmp_path / "before", audit_of(run)
+    release(run, before, audit=None, unaudited=True, log=Notes())
+    for number in itertools.count(1):
+        out = tmp_path / str(number)
+        shutil.copytree(before, out)
+        whole = not killed_before_change(
+            number, lambda out=out: release(run, out, audit=audit, unaudited=False, log=Notes())
+        )
+        if (out / "model.onnx").is_file():
+            audited = OnnxModel(out / "model.onnx", gpu=False).description.privacy["audit"]["status"] == "passed"
+            assert ("UNAUDITED" in (out / "model_card.md").read_text()) != audited
+            assert (out / "privacy_audit.json").is_file() == audited
+        if whole:
+            break
+    assert number > 6
+    release(run, out, audit=None, unaudited=True, log=Notes())
+    assert not (out / "privacy_audit.json").exists()
+
+
+def test_a_release_does_not_take_the_place_of_the_run_itself(run: Path) -> None:
+    before = (run / "model.onnx").read_bytes()
+    with pytest.raises(ConfigError, match="the run's own folder"):
+        release(run, run, audit=audit_of(run), unaudited=False, log=Notes())
+    assert (run / "model.onnx").read_bytes() == before
 
 
 def test_the_same_release_has_the_same_bytes(run: Path, tmp_path: Path) -> None:
