@@ -64,6 +64,7 @@ from server.gateway_rules import (
     RegistryKeys,
     flower_header,
     less,
+    let_go,
     network,
     server_tls,
     stamp,
@@ -276,8 +277,9 @@ class Gateway:
                 lambda: protocol, sock, ssl=self._current_tls(),
                 ssl_handshake_timeout=self.limits.handshake_s, ssl_shutdown_timeout=_LINGER_S,
             )  # fmt: skip
-        except OSError:  # ssl.SSLError and timeouts are of this family
+        except OSError as error:  # ssl.SSLError and timeouts are of this family
             self.stats.refused("handshake")
+            let_go(error)
             return
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_RESET)
         transport.set_write_buffer_limits(high=4 * _CHUNK_BYTES)
@@ -296,6 +298,7 @@ class Gateway:
                 async with asyncio.timeout(2 * _LINGER_S):
                     await writer.wait_closed()
             transport.abort()
+            let_go(reader.exception())
 
     def _current_tls(self) -> ssl.SSLContext:
         now = (stamp(self.config.certificate), stamp(self.config.key))

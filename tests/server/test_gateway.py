@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime as dt
+import gc
 import hashlib
 import ipaddress
 import json
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -1094,6 +1096,48 @@ def test_a_handshake_that_takes_too_long_ends_with_a_reset(open_door, upstream):
     door = open_door("embedded", upstream.port, replace(LOOSE, handshake_s=0.2))
     with silent(door, "127.0.0.1", handshake=False) as sock, pytest.raises(ConnectionResetError):
         sock.recv(1)
+
+
+def asks_and_leaves(door: Door) -> None:
+    with silent(door, "127.0.0.1", handshake=True) as sock:
+        sock.sendall(head())
+        sock.recv(1000)
+
+
+def talks_no_tls(door: Door) -> None:
+    with silent(door, "127.0.0.1", handshake=False) as sock, suppress(ConnectionResetError):
+        sock.sendall(b"hello")
+        sock.recv(1000)
+
+
+@pytest.mark.parametrize(
+    "visit",
+    [
+        lambda door: silent(door, "127.0.0.1", handshake=False).close(),
+        lambda door: silent(door, "127.0.0.1", handshake=True).close(),
+        talks_no_tls,
+        asks_and_leaves,
+        lambda door: tried(door),
+    ],
+    ids=["leaves", "handshake", "no TLS", "refused", "member"],
+)
+def test_what_a_connection_took_is_free_when_it_has_ended(open_door, upstream, visit):
+    """256 KiB for TLS each: strangers who come again and again would fill the memory before Python looks for rings."""
+    door = open_door("embedded", upstream.port)
+
+    def connections() -> int:
+        return sum(isinstance(each, SSLProtocol) for each in gc.get_objects())
+
+    visit(door)
+    gc.collect()
+    gc.disable()
+    try:
+        before = connections()
+        for _ in range(5):
+            visit(door)
+        until(lambda: connections() <= before)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("defect", ["missing", "half", "not signed", "older", "raises"])
