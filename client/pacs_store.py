@@ -12,14 +12,13 @@ series enters `dicom/`, and leaves it when the PACS has more of it, by one renam
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from client.pacs_source import FoundInstance, Pace
@@ -27,7 +26,7 @@ from common.errors import StorageError
 from common.imaging.received import Received, examine
 from common.imaging.refusal import Refusal
 from common.pseudonyms import pseudonym
-from common.storage import commit, flush_folder, private_folder, storing
+from common.storage import commit, flush_folder, held_alone, private_folder, storing
 
 MOST_INSTANCE_BYTES = 2**33
 _DIGITS = 32
@@ -54,7 +53,8 @@ class Store:
         self.state = private_folder(folder / "pull")
         self.partial = private_folder(self.state / "partial")
         self._key, self._pace = key, pace
-        self._lock = _only_one(self.state)
+        self._lock = ExitStack()
+        self._lock.enter_context(held_alone(self.state / ".lock", "a lock file", _busy))
         self.fetched = self.fetched_bytes = self.bad = 0
         for part in self.state.glob("*.part"):
             part.unlink()
@@ -78,7 +78,7 @@ class Store:
     def close(self) -> None:
         """Closes the journal and lets others in."""
         self._journal.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def name(self, kind: str, identifier: str) -> str:
         """The pseudonym that stands for an identifier; empty for none."""
@@ -250,15 +250,8 @@ def _examined(path: Path) -> Received | None:
         return None
 
 
-def _only_one(folder: Path) -> int:
-    with storing("a lock file"):
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise StorageError("another pull is at work in this folder; wait for it, or give another --out") from None
-    return handle
+def _busy() -> StorageError:
+    return StorageError("another pull is at work in this folder; wait for it, or give another --out")
 
 
 @contextmanager

@@ -9,10 +9,9 @@ here it is written.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from common.chain import (
     verify_against,
 )
 from common.identity import Signer
-from common.storage import Flush, commit, flush_folder, private_folder, storing, to_disk
+from common.storage import Flush, commit, flush_folder, held_alone, private_folder, storing, to_disk
 
 __all__ = ["GENESIS", "AuditError", "AuditLog", "Event", "verify", "verify_against"]
 
@@ -220,17 +219,9 @@ class AuditLog:
                 return None
         return _Stamp(found.st_dev, found.st_ino, found.st_size)
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> AbstractContextManager[int]:
         # A lock of its own: the folder's may be held for as long as a run takes.
-        with storing("the audit log"):
-            handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            with storing("the audit log"):
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+        return held_alone(self._lock, "the audit log")
 
 
 def _private(name: str, flags: int) -> int:

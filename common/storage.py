@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from common.errors import ConfigError, FedicomError, StorageError
@@ -116,26 +116,18 @@ def flush_folder(folder: Path, flush: Flush = to_disk) -> None:
         os.close(handle)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder against other processes; the system frees it when this one ends, however it ends."""
-    with storing("a lock file"):
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        with storing("a lock file"):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def locked(folder: Path) -> AbstractContextManager[int]:
+    """Holds the folder against other processes, once they let go of it; as `held_alone`."""
+    return held_alone(folder / ".lock", "a lock file")
 
 
 @contextmanager
-def held_alone(path: Path, what: str, busy: Callable[[], FedicomError]) -> Iterator[int]:
+def held_alone(path: Path, what: str, busy: Callable[[], FedicomError] | None = None) -> Iterator[int]:
     """Holds a lock file against every other process; the system frees it when this one ends, however it ends.
 
     Args:
         what: The lock's name in a `StorageError`.
-        busy: The error when another process holds it.
+        busy: The error when another process holds it; None waits for it.
 
     Returns:
         The file, open.
@@ -143,10 +135,12 @@ def held_alone(path: Path, what: str, busy: Callable[[], FedicomError]) -> Itera
     with storing(what):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise busy() from None
+        with storing(what):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+            except BlockingIOError:
+                assert busy is not None
+                raise busy() from None
         yield handle
     finally:
         os.close(handle)
