@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from client.approvals import Approvals
-from client.ledger import Entry, Ledger, remembered
-from client.policy import ledger_policy
+from client.ledger import Entry, remembered
+from client.policy import ledger_of
 from common.accounting import accounts, epsilon_pld
-from common.chain import GENESIS, parts, verify
+from common.chain import GENESIS
 from common.deployment import SiteHome
 from common.errors import ConfigError
-from common.identity import Signer
+from common.journal import own_events
 from common.storage import storing
 
 _FORMATS = (".png", ".svg", ".pdf")
@@ -86,11 +86,10 @@ def budget(home: SiteHome) -> Budget:
         ConfigError: The configuration does not hold.
         StorageError: The ledger cannot be read or trusted.
     """
-    config = home.config
-    policy = config.policy
+    policy = home.config.policy
     visits: tuple[Entry, ...] = ()
     if home.ledger_file.exists():
-        visits = Ledger(home.ledger_file, config.site, ledger_policy(policy)).entries()
+        visits = ledger_of(home).entries()
     names = {approval.recipe_id: approval.signed.recipe.name for approval in Approvals(home).all()}
     recipes = []
     for recipe_id in dict.fromkeys(visit.recipe_id for visit in visits):
@@ -124,15 +123,12 @@ def trouble(home: SiteHome) -> str:
         AuditError: The log does not hold.
         StorageError: Log or ledger cannot be read or trusted.
     """
-    path, config = home.audit_file, home.config
-    began = path.exists() or parts(path)
-    head = remembered(verify(path, Signer.load(home.signing_key).public)) if began else GENESIS
+    head = remembered(own_events(home.audit_file, home.signing_key))
     if head == GENESIS:
         return ""
     if not home.ledger_file.exists():
         return "the privacy ledger is missing, which this site's log remembers"
-    holds = Ledger(home.ledger_file, config.site, ledger_policy(config.policy)).holds(head)
-    return "" if holds else "the privacy ledger is older than this site's log remembers"
+    return "" if ledger_of(home).holds(head) else "the privacy ledger is older than this site's log remembers"
 
 
 def draw(home: SiteHome, found: Budget, path: Path) -> None:

@@ -81,7 +81,7 @@ def site_verb(words: Sequence[str]) -> int:
 
 def preflight_verb(words: Sequence[str]) -> int:
     """`fedicom site preflight`: exit 1 when a check fails."""
-    parser = _parser(
+    parser = site_parser(
         "preflight",
         "Check everything that may keep this node from working: user, kit, certificates, keys, versions, GPU, disk, "
         "log, approvals, budget, images and labels, name server, proxy, gateway, clock, and that nothing but the "
@@ -94,7 +94,7 @@ def preflight_verb(words: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON array instead of lines")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.preflight import preflight
 
     colour = {"ok": "green", "warn": "yellow", "FAIL": "bold red"}
@@ -119,24 +119,26 @@ def preflight_verb(words: Sequence[str]) -> int:
 
 def review_verb(words: Sequence[str]) -> int:
     """`fedicom site review`: what a recipe would do here."""
-    parser = _parser(
+    parser = site_parser(
         "review",
         "Read a recipe before anybody says yes: what would be trained, on which of this site's patients (counted "
         "here, by reading the images), what would leave, what it would cost of the privacy budget, and what this "
         "site's policy says to it. Nothing is approved and nothing is sent.",
     )
-    _recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--no-count", action="store_true", help="do not read the images; patients stay uncounted")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     signed = signed_recipe(home, arguments.recipe)
     config, trouble = home.config, ""
     cohort: Cohort | None = None
     if not arguments.no_count and config.data is not None:
+        from client.cohort import site_cohort
+
         with _reading(console, shown=not arguments.json) as told:
             try:
-                cohort = _cohort(home, signed, told)
+                cohort = site_cohort(home, signed.recipe, told, decide=False)
             except DataError as error:
                 trouble = str(error)
     from client.budget import trouble as trouble_of_ledger
@@ -163,17 +165,17 @@ def review_verb(words: Sequence[str]) -> int:
 
 def approve_verb(words: Sequence[str]) -> int:
     """`fedicom site approve`: allows a recipe."""
-    parser = _parser(
+    parser = site_parser(
         "approve",
         "Allow a recipe at this site. It must be signed by the coordinator whose key this site has, and this site's "
         "policy must not speak against it. The decision, and who made it, is signed and written to the log. A running "
         "node knows of it at the next message.",
     )
-    _recipe(parser)
-    _by(parser)
+    add_recipe(parser)
+    add_by(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask once more")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.approvals import Approvals
 
     signed = signed_recipe(home, arguments.recipe)
@@ -192,15 +194,15 @@ def approve_verb(words: Sequence[str]) -> int:
 
 def withdraw_verb(words: Sequence[str]) -> int:
     """`fedicom site withdraw`: ends an approval."""
-    parser = _parser(
+    parser = site_parser(
         "withdraw",
         "End an approval. A running node refuses the recipe from the next message on; an update that is being made "
         "is not sent any more. What was spent of the privacy budget stays spent.",
     )
-    _recipe(parser)
-    _by(parser)
+    add_recipe(parser)
+    add_by(parser)
     arguments = parser.parse_args(words)
-    home = _site(arguments)
+    home = site_home(arguments.home)
     from client.approvals import Approvals
 
     recipe_id = _identify(home, arguments.recipe)
@@ -211,10 +213,10 @@ def withdraw_verb(words: Sequence[str]) -> int:
 
 def approvals_verb(words: Sequence[str]) -> int:
     """`fedicom site approvals`: lists what is allowed."""
-    parser = _parser("approvals", "List the recipes that are allowed here, by whom and since when.")
+    parser = site_parser("approvals", "List the recipes that are allowed here, by whom and since when.")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.approvals import Approvals
 
     approvals = Approvals(home)
@@ -235,9 +237,7 @@ def approvals_verb(words: Sequence[str]) -> int:
     if not rows:
         _say(console, "No recipe is approved here; the node refuses all of them.")
         return 0
-    table = Table()
-    for column in ("recipe", "name", "rounds", "privacy", "by", "since"):
-        table.add_column(column)
+    table = Table("recipe", "name", "rounds", "privacy", "by", "since")
     for row in rows:
         if row["holds"]:
             cells = (
@@ -262,7 +262,7 @@ def approvals_verb(words: Sequence[str]) -> int:
 
 def start_verb(words: Sequence[str]) -> int:
     """`fedicom site start`: runs until it is stopped."""
-    parser = _parser(
+    parser = site_parser(
         "start",
         "Run the node in the foreground, until Ctrl-C, SIGTERM or `fedicom site stop`. It keeps two processes alive, "
         "Flower's SuperNode, which holds the connection to the gateway, and our runner, which trains; both are "
@@ -280,7 +280,7 @@ def start_verb(words: Sequence[str]) -> int:
     if arguments.allow_root:
         os.environ["FEDICOM_ALLOW_ROOT"] = "1"  # for the processes that the node starts as well
     check_user()
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
 
     def say(line: str, style: str) -> None:
         text = Text.assemble((f"{datetime.now():%Y-%m-%d %H:%M:%S}  ", "dim"), (line, style))
@@ -291,20 +291,20 @@ def start_verb(words: Sequence[str]) -> int:
 
 def stop_verb(words: Sequence[str]) -> int:
     """`fedicom site stop`: ends the node."""
-    parser = _parser(
+    parser = site_parser(
         "stop",
         "End the node of this folder. An update that is being made is made again, or sent, after the next start.",
     )
     arguments = parser.parse_args(words)
     from client.node import end
 
-    _say(Console(), "The node has ended." if end(_site(arguments)) else "No node runs in this folder.")
+    _say(Console(), "The node has ended." if end(site_home(arguments.home)) else "No node runs in this folder.")
     return 0
 
 
 def status_verb(words: Sequence[str]) -> int:
     """`fedicom site status`: exit 1 when no node runs or it cannot work."""
-    parser = _parser(
+    parser = site_parser(
         "status",
         "Show what the node does now and what it did last. Exit code 0 while the node runs, 1 when it does not, "
         "cannot work, or is not taken by the coordinator: good for monitoring.",
@@ -312,7 +312,7 @@ def status_verb(words: Sequence[str]) -> int:
     parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.words import status_shown
 
     if arguments.watch:
@@ -349,7 +349,7 @@ def _status(home: SiteHome) -> dict[str, Any]:
 
 def budget_verb(words: Sequence[str]) -> int:
     """`fedicom site budget`: what was spent of the patients' privacy."""
-    parser = _parser(
+    parser = site_parser(
         "budget",
         "Show what was spent of the privacy of this site's patients, over all recipes, restarts and years: epsilon "
         "spent, reserved by visits that did not end, and left under the cap of the policy. Epsilons of recipes do not "
@@ -359,7 +359,7 @@ def budget_verb(words: Sequence[str]) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (.png, .svg or .pdf)")
     parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.budget import budget, draw
 
     found = budget(home)
@@ -408,7 +408,7 @@ def _bar(found: Budget, width: int) -> Text:
 
 def log_verb(words: Sequence[str]) -> int:
     """`fedicom site log`: the last events, in words."""
-    parser = _parser(
+    parser = site_parser(
         "log",
         "Show the last events of this site's signed log, in words. The whole log is checked first: numbers, hashes, "
         "signatures, times. `fedicom audit` holds it against the coordinator's.",
@@ -416,17 +416,13 @@ def log_verb(words: Sequence[str]) -> int:
     parser.add_argument("-n", "--number", type=int, default=20, help="how many events; 0 shows all (default 20)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as they stand in the log")
     arguments = parser.parse_args(words)
-    home, console = _site(arguments), Console()
+    home, console = site_home(arguments.home), Console()
     from client.words import in_words
-    from common.audit import verify
-    from common.chain import parts
-    from common.identity import Signer
+    from common.journal import own_events
 
-    path = home.audit_file
-    if not path.exists() and not parts(path):
+    events = own_events(home.audit_file, home.signing_key)
+    if not events:
         _say(console, "The log is not begun yet.")
-        return 0
-    events = verify(path, Signer.load(home.signing_key).public)
     for event in events[-arguments.number :] if arguments.number > 0 else events:
         if arguments.json:
             print(json.dumps({"time": event.time, "kind": event.kind, "facts": event.facts}))  # noqa: T201
@@ -439,7 +435,8 @@ def log_verb(words: Sequence[str]) -> int:
 # Shared by the verbs
 
 
-def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+def site_parser(verb: str, description: str) -> argparse.ArgumentParser:
+    """For a verb that works in a site's folder."""
     parser = argparse.ArgumentParser(prog=f"fedicom site {verb}", description=description)
     parser.add_argument(
         "--home",
@@ -450,7 +447,8 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """As `signed_recipe` finds it."""
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
@@ -459,12 +457,9 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _by(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--by", default="", metavar="NAME", help="who decides this, for the log; else the login name")
-
-
-def _site(arguments: argparse.Namespace) -> SiteHome:
-    return site_home(arguments.home)
+def add_by(parser: argparse.ArgumentParser) -> None:
+    """Who it is that acts."""
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log; else the login name")
 
 
 def site_home(folder: Path) -> SiteHome:
@@ -492,17 +487,9 @@ def _ledger(home: SiteHome) -> Ledger | None:
     """The account as it is; None before the first visit, when there is nothing to read."""
     if not home.ledger_file.exists():
         return None
-    from client.ledger import Ledger
-    from client.policy import ledger_policy
+    from client.policy import ledger_of
 
-    config = home.config
-    return Ledger(home.ledger_file, config.site, ledger_policy(config.policy))
-
-
-def _cohort(home: SiteHome, signed: SignedRecipe, told: Told) -> Cohort:
-    from client.cohort import site_cohort
-
-    return site_cohort(home, signed.recipe, told, decide=False)
+    return ledger_of(home)
 
 
 def signed_recipe(home: SiteHome, named: str) -> SignedRecipe:

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from client.cli import add_by, site_parser
 from common import kit as kits
 from common.deployment import SiteHome
 from common.enrolment import (
@@ -107,17 +108,15 @@ def unpack(file: Path, folder: Path, secret: Secret, *, authority: str | None = 
 
 def init_verb(words: Sequence[str]) -> int:
     """`fedicom site init`: makes the site's own keys, or new ones."""
-    parser = argparse.ArgumentParser(
-        prog="fedicom site init",
-        description="Make this site's own keys; only public.json leaves the house. Not needed with a complete kit.",
+    parser = site_parser(
+        "init", "Make this site's own keys; only public.json leaves the house. Not needed with a complete kit."
     )
     parser.add_argument("site", nargs="?", help="this site's name, as agreed with the coordinator")
     parser.add_argument("--federation", help="name of the federation")
     parser.add_argument("--gateway", metavar="HOST:PORT", help="the coordinator's gateway")
     parser.add_argument("--policy", default="standard", help="policy to start from: open, standard or strict")
     parser.add_argument("--renew", action="store_true", help="make new keys for a site that takes part already")
-    _home(parser)
-    parser.add_argument("--by", default="", help="who does this, for the log; else the login name")
+    add_by(parser)
     arguments = parser.parse_args(words)
     if arguments.renew:
         path = site_renew(SiteHome(arguments.home), by=arguments.by)
@@ -143,16 +142,15 @@ def init_verb(words: Sequence[str]) -> int:
 
 def join_verb(words: Sequence[str]) -> int:
     """`fedicom site join`: puts the coordinator's kit or a newer registry into this home."""
-    parser = argparse.ArgumentParser(
-        prog="fedicom site join",
-        description="Put an unpacked kit, a sealed one, or a newer registry.json into this home. Settings, the cohort "
+    parser = site_parser(
+        "join",
+        "Put an unpacked kit, a sealed one, or a newer registry.json into this home. Settings, the cohort "
         "key, the ledger and the logs stay.",
     )
     parser.add_argument("kit", type=Path, metavar="KIT", help="folder, sealed file NAME.kit, or registry.json")
-    _home(parser)
     _authority(parser)
     _passphrase(parser)
-    parser.add_argument("--by", default="", help="who does this, for the log; else the login name")
+    add_by(parser)
     arguments = parser.parse_args(words)
     home = SiteHome(arguments.home)
     by = arguments.by or login()
@@ -185,15 +183,6 @@ def unpack_verb(words: Sequence[str]) -> int:
     lines.append(f"read {arguments.folder / 'README.md'} next")
     print("\n".join(lines))  # noqa: T201
     return 0
-
-
-def _home(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--home",
-        type=Path,
-        default=Path(os.environ.get("FEDICOM_HOME", ".")),
-        help="this site's folder; else FEDICOM_HOME, else the current folder",
-    )
 
 
 def _authority(parser: argparse.ArgumentParser) -> None:

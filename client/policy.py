@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from client.ledger import Ledger, SitePolicy
 from common.accounting import Event, epsilon_pld, solve_noise
 from common.config import Recipe
-from common.deployment import Policy
+from common.deployment import Policy, SiteHome
 from common.epsilon import rounded_up
 from common.errors import PrivacyError
 from common.exchange import ScoresSpent
@@ -153,6 +153,16 @@ def check_budget(recipe: Recipe, patients: int, policy: Policy, ledger: Ledger) 
             f"this site to epsilon {rounded_up(projected)}, its cap is {policy.epsilon:g} at delta {policy.delta:g}, "
             f"spent so far {rounded_up(epsilon_pld(past, policy.delta))}; ask for less, or the site raises its cap"
         )
+
+
+def ledger_of(home: SiteHome) -> Ledger:
+    """The account of a site. Named by the site: one for all recipes on its patients.
+
+    Raises:
+        ConfigError: The configuration does not hold.
+    """
+    config = home.config
+    return Ledger(home.ledger_file, config.site, ledger_policy(config.policy))
 
 
 def ledger_policy(policy: Policy) -> SitePolicy:

@@ -13,18 +13,18 @@ from datetime import UTC, datetime, timedelta
 from client.access import access
 from client.approvals import Approval, Approvals
 from client.budget import trouble
-from client.ledger import Ledger
 from client.machine import Level, Line, disk, gpu, packages, user
-from client.policy import ledger_policy, objections
+from client.policy import ledger_of, objections
 from client.reach import elsewhere
 from common import kit
-from common.chain import TOLERANCE_S, parts, verify
+from common.chain import TOLERANCE_S
 from common.deployment import QualityGate, SiteConfig, SiteHome
 from common.enrolment import WARN_DAYS, warnings
 from common.epsilon import rounded_up
 from common.errors import ConfigError, DataError, FedicomError
 from common.identity import Signer
 from common.imaging import Progress
+from common.journal import own_events
 from common.printable import number_of
 from common.storage import storing
 
@@ -154,12 +154,9 @@ def _keys(home: SiteHome) -> Iterator[Line]:
 
 
 def _log(home: SiteHome) -> Iterator[Line]:
-    path, signer = home.audit_file, Signer.load(home.signing_key)
-    if not path.exists() and not parts(path):
-        yield Line(level="ok", what="log", says="not begun yet")
-        return
-    events = verify(path, signer.public)
-    yield Line(level="ok", what="log", says=f"{number_of(len(events), 'event')}, whole and signed by this site")
+    events = own_events(home.audit_file, home.signing_key)
+    says = f"{number_of(len(events), 'event')}, whole and signed by this site" if events else "not begun yet"
+    yield Line(level="ok", what="log", says=says)
 
 
 def _approvals(home: SiteHome) -> Iterator[Line]:
@@ -198,8 +195,7 @@ def _objections(config: SiteConfig, approval: Approval, patients: int | None = N
 
 
 def _budget(home: SiteHome) -> Iterator[Line]:
-    config = home.config
-    policy = config.policy
+    policy = home.config.policy
     wrong = trouble(home)
     if wrong:
         yield Line(
@@ -212,7 +208,7 @@ def _budget(home: SiteHome) -> Iterator[Line]:
         if not wrong:
             yield Line(level="ok", what="budget", says=f"epsilon {policy.epsilon:g}, nothing spent")
         return
-    spent = Ledger(home.ledger_file, config.site, ledger_policy(policy)).spent()
+    spent = ledger_of(home).spent()
     says = f"epsilon {rounded_up(spent)} of {policy.epsilon:g} spent at delta {policy.delta:g}"
     level: Level = "FAIL" if spent >= policy.epsilon else "warn" if spent > 0.9 * policy.epsilon else "ok"
     fix = (

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
+from client.cli import add_recipe, signed_recipe, site_home, site_parser
+
 _PATIENTS = 300
 
 
 def selftest_verb(words: Sequence[str]) -> int:
     """`fedicom site selftest`: exit 1 when a test fails."""
-    parser = argparse.ArgumentParser(
-        prog="fedicom site selftest",
-        description="Test what would train a recipe here, on the device of site.yaml: size and secrecy of the noise, "
+    parser = site_parser(
+        "selftest",
+        "Test what would train a recipe here, on the device of site.yaml: size and secrecy of the noise, "
         "the clip, the draws, the account. No image is read, nothing is sent and no budget is spent. Exit code 1 when "
         "a test fails.",
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="file of `fedicom recipe sign`; or the hash of an approved one"
-    )
-    parser.add_argument(
-        "--home", type=Path, default=Path(os.environ.get("FEDICOM_HOME", ".")), help="this site's folder"
-    )
+    add_recipe(parser)
     parser.add_argument(
         "--patients", type=int, default=_PATIENTS, metavar="N", help=f"training patients here; {_PATIENTS} without it"
     )
@@ -35,7 +30,6 @@ def selftest_verb(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result, for the coordinator")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(words)
-    from client.cli import signed_recipe, site_home
     from client.machine import devices_of
     from client.privacy_audit import privacy_audit
     from common.privacy_table import show_audit

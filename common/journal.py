@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.audit import AuditLog
+from common.chain import Event, parts, verify
 from common.identity import Signer
 
 
@@ -52,6 +53,16 @@ class SharedLog:
         if self._log is None:
             self._log = AuditLog(self._path, self._signer)
         return self._log
+
+
+def own_events(path: Path, signing_key: Path) -> tuple[Event, ...]:
+    """Every event of a house's own log, checked under its key as it is now; none where the log is not begun.
+
+    Raises:
+        AuditError: The log does not hold.
+        StorageError: Log or key cannot be read.
+    """
+    return verify(path, Signer.load(signing_key).public) if path.exists() or parts(path) else ()
 
 
 class TaggedLog:
