@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import os
 import sys
 from collections.abc import Sequence
+
+from common.cli import run_verb
+from common.errors import FedicomError
+from common.printable import printable
 
 _VERBS = {
     "simulate": ("simulations.cli", "simulate_verb", "a whole federation on this machine"),
@@ -34,23 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # At its end Python looks through torch's million objects for rubbish, which takes two seconds.
     atexit.register(gc.freeze)
     words = list(sys.argv[1:] if argv is None else argv)
-    width = max(map(len, _VERBS)) + 2
-    parser = argparse.ArgumentParser(
-        prog="fedicom",
-        description="Federated learning on DICOM images: the model travels, the images stay.",
-        epilog="verbs:\n" + "\n".join(f"  {verb:<{width}}{says}" for verb, (_, _, says) in _VERBS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("verb", choices=_VERBS, metavar="verb", help="what to do; `fedicom verb --help` tells more")
-    # Only the first word is read here: `fedicom --help` shall answer at once, without the rooms.
-    verb = parser.parse_args(words[:1]).verb
-    room, function, _ = _VERBS[verb]
-    from common.errors import FedicomError
-    from common.imports import call
-    from common.printable import printable
-
+    does = "Federated learning on DICOM images: the model travels, the images stay."
     try:
-        code = int(call(f"{room}:{function}", words[1:]))
+        code = run_verb("fedicom", _VERBS, words, does)
         sys.stdout.flush()
         return code
     except FedicomError as error:

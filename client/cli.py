@@ -20,10 +20,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from common.cli import run_verb
 from common.deployment import SiteHome, read_status
 from common.epsilon import rounded_down, rounded_up
 from common.errors import ConfigError, DataError, FedicomError
-from common.imports import call
 from common.printable import number_of, printable
 
 # The rooms behind some of these verbs take seconds to import (torch, Flower): the others shall answer at once.
@@ -63,17 +63,8 @@ _LEAST_PREFIX = 6
 
 def site_verb(words: Sequence[str]) -> int:
     """`fedicom site`: the first word says what to do."""
-    width = max(map(len, _VERBS)) + 2
-    listed = "\n".join(f"  {verb:<{width}}{says}" for verb, (_, _, says) in _VERBS.items())
-    parser = argparse.ArgumentParser(
-        prog="fedicom site",
-        description="A hospital's node: it trains here, on what was approved here, and calls its coordinator alone.",
-        epilog=f"verbs:\n{listed}\n\n{_EPILOG}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("verb", choices=_VERBS, metavar="verb", help="what to do; `fedicom site VERB --help` says more")
-    room, function, _ = _VERBS[parser.parse_args(words[:1]).verb]
-    return int(call(f"{room}:{function}", words[1:]))
+    does = "A hospital's node: it trains here, on what was approved here, and calls its coordinator alone."
+    return run_verb("fedicom site", _VERBS, words, does, _EPILOG)
 
 
 # Before the start

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.imports import call
+from common.cli import run_verb
 from common.printable import number_of
 
 if TYPE_CHECKING:
     from common.imaging.index import Index
     from common.imaging.overview import SeriesOverview
 
-SUBVERBS: dict[str, tuple[str, str, str]] = {
+_VERBS = {
     "index": ("client.data_cli", "index_verb", "remember what each file is, so that only changes are read again"),
     "inspect": ("client.data_cli", "inspect_verb", "series, counts and refusals of a folder"),
     "cache": ("client.data_cli", "cache_verb", "show, limit or empty the cache"),
@@ -28,7 +28,6 @@ SUBVERBS: dict[str, tuple[str, str, str]] = {
     "pull": ("client.pacs", "pull_verb", "fetch studies from the PACS"),
     "deidentify": ("client.deidentify", "deidentify_verb", "copy images for a shared evaluation set"),
 }
-"""Word -> module, function and help; a module is imported when its word is given."""
 
 _SHOWN = 12
 """Digits of a pseudonym, and series in the table on the screen."""
@@ -37,18 +36,9 @@ _NARROW = 8
 
 
 def data_verb(words: Sequence[str]) -> int:
-    """`fedicom data <word>`."""
-    width = max(map(len, SUBVERBS)) + 2
-    parser = argparse.ArgumentParser(
-        prog="fedicom data",
-        description="Index, inspect and check a hospital's images. Nothing leaves the house.",
-        epilog="words:\n" + "\n".join(f"  {word:<{width}}{says}" for word, (_, _, says) in SUBVERBS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("word", choices=SUBVERBS, metavar="word", help="what to do; `fedicom data word --help`")
-    word = parser.parse_args(words[:1]).word
-    module, function, _ = SUBVERBS[word]
-    return int(call(f"{module}:{function}", words[1:]))
+    """`fedicom data`: the first word says what to do."""
+    does = "Index, inspect and check a hospital's images. Nothing leaves the house."
+    return run_verb("fedicom data", _VERBS, words, does)
 
 
 def index_verb(words: Sequence[str]) -> int:

@@ -1,17 +1,39 @@
-"""The verbs that need neither side: `predict`, `version`."""
+"""What all verbs have in common, and those that need neither side: `predict`, `version`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from common import imports
 from common.printable import number_of
 from common.storage import named_file
 
 SETTINGS_HELP = """settings are name=value, with the names of the YAML files in configs/, for example
   recipe=pneumonia_xray rounds=10 privacy.epsilon=8 federation.sites=5"""
 FIELDS_HELP = """all fields: docs/configuration.md; `fedicom recipe show name=value ...` prints what they make"""
+
+
+def run_verb(
+    prog: str, verbs: Mapping[str, tuple[str, str, str]], words: Sequence[str], description: str, more_help: str = ""
+) -> int:
+    """Runs the verb that the first word names; `--help`, and a word that is none, end the program.
+
+    Args:
+        verbs: Word to module, function and help. Only the module of the word that is given is imported.
+    """
+    width = max(map(len, verbs)) + 2
+    listed = "\n".join(f"  {verb:<{width}}{says}" for verb, (_, _, says) in verbs.items())
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=f"verbs:\n{listed}\n\n{more_help}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=verbs, metavar="verb", help=f"what to do; `{prog} verb --help` says more")
+    module, function, _ = verbs[parser.parse_args(words[:1]).verb]
+    return int(imports.call(f"{module}:{function}", words[1:]))
 
 
 def settings_of(words: Sequence[str], prog: str, description: str, more_help: str = "") -> list[str]:
