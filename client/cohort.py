@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from client.versions import record
-from common.config import Evaluation, Recipe, Task, as_plain
+from client.versions import record, seal
+from common.config import Evaluation, Recipe, Task
 from common.deployment import SiteHome
 from common.errors import DataError, StorageError
 from common.identity import read_private
-from common.samples import Samples, prepare_folder, pseudonym
+from common.pseudonyms import pseudonym
+from common.samples import Samples, prepare_folder, settings_of
 from common.shard import Storage, read_secret
 from common.storage import locked, private_folder, storing, write_whole
 
@@ -270,18 +271,15 @@ def _check(cohort: Cohort, recipe: Recipe) -> None:
 
 
 def _name(samples: Samples, split_P: npt.NDArray[np.str_], recipe: Recipe) -> str:
-    data = as_plain(recipe.data)
-    del data["augmentation"]
     plain = {
         "samples": samples.digest,
         "patients": samples.patients,
         "patient": samples.patient_N.tolist(),
         "subgroups": {name: list(values) for name, values in samples.subgroups.items()},
         "split": split_P.tolist(),
-        "task": as_plain(recipe.task),
-        "data": data,
+        **settings_of(recipe.task, recipe.data),
     }
-    return hashlib.sha256(_canonical(plain)).hexdigest()
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _write(path: Path, split: Mapping[str, str], recipe: Recipe, key: bytes) -> None:
@@ -291,8 +289,7 @@ def _write(path: Path, split: Mapping[str, str], recipe: Recipe, key: bytes) -> 
         "task_key": recipe.task.key,
         "split": dict(sorted(split.items())),
     }
-    seal = hmac.new(key, _canonical(plain), "sha256").hexdigest()
-    write_whole(path, json.dumps({**plain, "seal": seal}, indent=1).encode())
+    write_whole(path, json.dumps({**plain, "seal": seal(plain, key)}, indent=1).encode())
 
 
 def _sealed(path: Path, key: bytes) -> dict[str, Any] | None:
@@ -303,13 +300,13 @@ def _sealed(path: Path, key: bytes) -> dict[str, Any] | None:
         data = path.read_bytes()
     try:
         plain: dict[str, Any] = json.loads(data)
-        seal = plain.pop("seal")
+        sealed = str(plain.pop("seal"))
         dict(plain["split"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(
             f"{_MANIFEST} cannot be read; restore it from a backup: a new split moves patients"
         ) from None
-    if not hmac.compare_digest(str(seal), hmac.new(key, _canonical(plain), "sha256").hexdigest()):
+    if not hmac.compare_digest(sealed, seal(plain, key)):
         raise StorageError(
             f"{_MANIFEST} was changed, or was written with another site key; restore the manifest and the key "
             "that belong together: a new split would move patients from training to validation"
@@ -335,7 +332,3 @@ def _read(path: Path, key: bytes, evaluation: Evaluation) -> dict[str, str]:
 def fractions(evaluation: Evaluation) -> dict[str, float]:
     """Which shares a recipe asks to hold out."""
     return {"validation": evaluation.validation_fraction, "test": evaluation.test_fraction}
-
-
-def _canonical(plain: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()

@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.config import Recipe, as_plain
+from common.config import Recipe
 from common.errors import ConfigError, DataError, StorageError
+from common.samples import settings_of
 from common.shard import open_text, seal_text
 from common.storage import private_folder, storing, write_whole
 
@@ -130,14 +131,14 @@ def record(
         "manifest": cohort.manifest,
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         "recipe": recipe.name,
-        "settings": settings_of(recipe),
+        "settings": settings_of(recipe.task, recipe.data),
         "corrected": dict(cohort.corrected),
         "members": {
             name: {"split": split[name], "images": sorted(images, key=lambda each: (each[0], str(each[1]), each[2]))}
             for name, images in found.items()
         },
     }
-    text = json.dumps({**plain, "seal": _seal(plain, key)}).encode()
+    text = json.dumps({**plain, "seal": seal(plain, key)}).encode()
     path = folder / f"{cohort.manifest}{_PLAIN if secret is None else _ENCRYPTED}"
     write_whole(path, text if secret is None else seal_text(text, secret))
     return path
@@ -148,13 +149,6 @@ def _encrypt_plain_ones(folder: Path, secret: bytes) -> None:
         for path in sorted(folder.glob(f"*{_PLAIN}")):
             write_whole(path.with_suffix(_ENCRYPTED), seal_text(path.read_bytes(), secret))
             path.unlink()
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe makes a cohort what it is."""
-    data = as_plain(recipe.data)
-    del data["augmentation"]
-    return {"task": as_plain(recipe.task), "data": data}
 
 
 def known(state: Path, key: bytes, secret: bytes | None = None) -> tuple[Version, ...]:
@@ -295,7 +289,7 @@ def _read(path: Path, key: bytes, secret: bytes | None) -> Version:
             ) from None
     try:
         plain = json.loads(data)
-        seal = str(plain.pop("seal"))
+        sealed = str(plain.pop("seal"))
         version = Version(
             manifest=str(plain["manifest"]),
             recorded=str(plain["recorded"]),
@@ -313,7 +307,7 @@ def _read(path: Path, key: bytes, secret: bytes | None) -> Version:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise StorageError(f"the record of version {path.stem[:12]} cannot be read; restore or remove it") from None
-    if not hmac.compare_digest(seal, _seal(plain, key)):
+    if not hmac.compare_digest(sealed, seal(plain, key)):
         raise StorageError(
             f"the record of version {path.stem[:12]} was changed, or was written with another site key; "
             "restore or remove it"
@@ -321,6 +315,7 @@ def _read(path: Path, key: bytes, secret: bytes | None) -> Version:
     return version
 
 
-def _seal(plain: Mapping[str, Any], key: bytes) -> str:
+def seal(plain: Mapping[str, Any], key: bytes) -> str:
+    """HMAC-SHA256 under the site's key over all that a JSON object says: what a site keeps for itself."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hmac.new(key, text.encode(), "sha256").hexdigest()

@@ -21,7 +21,7 @@ from common.imaging import Image, RefusalCode, Refused, Source, Volume, prepare
 from common.imaging.fastread import Catalogue, Series, read_series
 from common.imaging.header import Header
 from common.imaging.parallel import Lost, cores, series_limit_s, spread
-from common.pseudonyms import pseudonym
+from common.pseudonyms import patient_pseudonym, pseudonym, sample_pseudonym
 from common.shard import Appender, Form, Rows
 
 _WORTH_WORKERS_BYTES = 2**28
@@ -313,16 +313,8 @@ class Workshop:
         for item in outcome.items:
             source = item.source
             row = Row(
-                name=pseudonym(
-                    key,
-                    "sample",
-                    source.patient_id,
-                    source.study_uid,
-                    source.series_uid,
-                    *source.sop_uids,
-                    *map(str, source.frames),
-                ),
-                patient=pseudonym(key, "patient", source.patient_id.strip())[:16],
+                name=sample_pseudonym(key, source),
+                patient=patient_pseudonym(key, source.patient_id),
                 label=pseudonym(key, "label", identifier(source, task)),
                 files=len(source.files),
                 code=item.code,

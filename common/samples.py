@@ -22,7 +22,6 @@ from common.cache import forget, images_folder, make_room, must_lie_beside, used
 from common.config import Preprocessing, Task, as_plain
 from common.errors import ConfigError, DataError
 from common.labels import need_two_classes, read_labels
-from common.pseudonyms import pseudonym as pseudonym
 from common.shard import SECRET_BYTES, Form, Rows, Storage, check_half, open_text
 from common.storage import locked, private_folder, storing
 
@@ -132,7 +131,7 @@ def prepare_folder(
         table = table_path.read_bytes()
 
     form = Form((1, *data.size), storage, secret)
-    wanted = json.dumps(_plain(task, data), sort_keys=True).encode()
+    wanted = json.dumps(settings_of(task, data), sort_keys=True).encode()
     place = private_folder(private_folder(cache) / _folder_name(wanted, form))
     with locked(place):
         before = _fingerprint(images, table_path, table, wanted, key)
@@ -221,7 +220,8 @@ def _as_labels(samples: Samples) -> Iterator[int | tuple[int, ...]]:
         yield tuple(map(int, target)) if isinstance(target, list) else int(target)
 
 
-def _plain(task: Task, data: Preprocessing) -> dict[str, Any]:
+def settings_of(task: Task, data: Preprocessing) -> dict[str, Any]:
+    """What of a recipe makes samples, and so a cohort, what they are."""
     plain = as_plain(data)
     del plain["augmentation"]  # drawn anew at every step of training
     return {"task": as_plain(task), "data": plain}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from client.quality.survey import fingerprint
+from client.versions import seal
 from common.deployment import QualityGate, SiteHome
 from common.errors import DataError, StorageError
 from common.identity import read_private
@@ -92,7 +93,7 @@ def keep_report(path: Path, report: Mapping[str, Any], key: bytes) -> None:
     Raises:
         StorageError: It cannot be written.
     """
-    write_whole(path, json.dumps({**report, "seal": _seal(report, key)}).encode())
+    write_whole(path, json.dumps({**report, "seal": seal(report, key)}).encode())
 
 
 def standing_objections(path: Path, folder: Path, key: bytes, gate: QualityGate) -> tuple[str, ...]:
@@ -115,16 +116,11 @@ def standing_objections(path: Path, folder: Path, key: bytes, gate: QualityGate)
         table = (folder / "labels.csv").read_bytes()
     try:
         report = json.loads(text)
-        seal = str(report.pop("seal"))
+        sealed = str(report.pop("seal"))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise StorageError(f"the quality report cannot be read; {advice}") from None
-    if not hmac.compare_digest(seal, _seal(report, key)):
+    if not hmac.compare_digest(sealed, seal(report, key)):
         raise StorageError(f"the quality report was changed, or was written with another site key; {advice}")
     if report.get("fingerprint") != fingerprint(folder, table, key):
         return (f"images or labels have changed since the last quality report; {advice}",)
     return objections(report, gate)
-
-
-def _seal(report: Mapping[str, Any], key: bytes) -> str:
-    plain = json.dumps(report, sort_keys=True, separators=(",", ":"))
-    return hmac.new(key, plain.encode(), "sha256").hexdigest()

@@ -25,7 +25,7 @@ from client.quality.suspects import features
 from client.quality.table import Table
 from client.quality.writing import letters
 from common.cache import images_folder
-from common.config import Preprocessing
+from common.config import Preprocessing, Task
 from common.errors import DataError
 from common.imaging import Progress, RefusalCode, Refused, Source, Volume, prepare
 from common.imaging.facts import Facts, read_facts, vendor_of
@@ -34,7 +34,8 @@ from common.imaging.index import Index
 from common.imaging.overview import MODALITIES
 from common.imaging.parallel import Lost, cores, expect, series_limit_s, spread
 from common.imaging.volume import source_of
-from common.pseudonyms import pseudonym
+from common.preparing import identifier
+from common.pseudonyms import patient_pseudonym, pseudonym, sample_pseudonym
 from common.storage import storing
 
 MIN_PATIENTS = 5
@@ -187,7 +188,7 @@ def where(
         source = each.source
         given = (source.patient_id, source.study_uid, source.series_uid, source.accession)
         names: tuple[tuple[Literal["image", "patient", "study", "series", "row"], str], ...] = (
-            ("image", _image_pseudonym(key, source)),
+            ("image", sample_pseudonym(key, source)),
             ("patient", patient_pseudonym(key, source.patient_id)),
             ("study", pseudonym(key, "study", source.study_uid)),
             ("series", pseudonym(key, "series", source.series_uid)),
@@ -377,24 +378,21 @@ def _collected(
 ) -> Survey:
     shown = _Shown(seen, key)
     labels = table.labels if table is not None else {}
-    word = table.task.key if table is not None else "patient"
+    task = table.task if table is not None else Task()
     made = []
     met = set()
     for each in seen:
         source = each.source
-        identifier = {
-            "patient": source.patient_id, "study": source.study_uid, "accession": source.accession,
-            "series": source.series_uid,
-        }[word].strip()  # fmt: skip
-        label = labels.get(identifier)
+        named = identifier(source, task)
+        label = labels.get(named)
         if label is not None:
-            met.add(identifier)
+            met.add(named)
         picture = Picture(
-            name=_image_pseudonym(key, source),
+            name=sample_pseudonym(key, source),
             patient=patient_pseudonym(key, source.patient_id),
             study=pseudonym(key, "study", source.study_uid)[:_SHOWN],
             series=pseudonym(key, "series", source.series_uid)[:_SHOWN],
-            unit=unit_pseudonym(key, identifier),
+            unit=unit_pseudonym(key, named),
             target=None if label is None else label.target,
             dimensions=each.dimensions,
             modality=source.modality if source.modality in MODALITIES else "other",
@@ -407,7 +405,7 @@ def _collected(
             blank=each.blank,
             letters=each.letters,
             files=len(source.files),
-        )  # fmt: skip
+        )
         made.append((picture, each))
     made.sort(key=lambda both: both[0].name)
     levels = [each.levels_B for _, each in made]
@@ -446,22 +444,9 @@ def between(found: Survey, first: date | None, last: date | None) -> Survey:
     )
 
 
-def patient_pseudonym(key: bytes, patient_id: str) -> str:
-    """As the cohort's."""
-    return pseudonym(key, "patient", patient_id.strip())[:16]
-
-
 def unit_pseudonym(key: bytes, identifier: str) -> str:
     """Of a row of the label table."""
     return pseudonym(key, "label", identifier)[:_SHOWN]
-
-
-def _image_pseudonym(key: bytes, source: Source) -> str:
-    """As the cohort's."""
-    return pseudonym(
-        key, "sample", source.patient_id, source.study_uid, source.series_uid, *source.sop_uids,
-        *map(str, source.frames),
-    )  # fmt: skip
 
 
 class _Shown:

@@ -16,7 +16,8 @@ from client.cohort import SPLITS, Cohort, open_cohort, split_patients
 from common import filling
 from common.config import Evaluation, Preprocessing, Recipe, Task
 from common.errors import DataError, StorageError
-from common.samples import Samples, pseudonym
+from common.pseudonyms import pseudonym
+from common.samples import Samples
 from simulations.dicom_writer import Machine, Subject, write_image
 
 KEY = b"a site's own secret"

@@ -22,11 +22,12 @@ from pydicom.uid import EnhancedCTImageStorage
 from client.quality import cli, remembered
 from client.quality import survey as survey_module
 from client.quality.gate import QualityGate, standing_objections
-from client.quality.survey import patient_pseudonym, unit_pseudonym
+from client.quality.survey import unit_pseudonym
 from common.cache import purge, usage
 from common.errors import ConfigError, DataError, StorageError
 from common.imaging import index as index_module
 from common.imaging.facts import read_facts, vendor_of
+from common.pseudonyms import patient_pseudonym
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
 from tests.common.test_imaging_multiframe import enhanced, item

@@ -16,7 +16,7 @@ from client.quality import cli
 from client.versions import Member, Version, difference, find, known
 from common.config import Evaluation, Preprocessing, Recipe
 from common.errors import ConfigError, DataError, StorageError
-from common.samples import pseudonym
+from common.pseudonyms import pseudonym
 from common.storage import private_folder, write_whole
 from simulations.dicom_writer import Machine, Subject, write_image
 

@@ -19,7 +19,8 @@ from common import filling, samples
 from common.config import Augmentation, Preprocessing, Task
 from common.errors import ConfigError, DataError, StorageError
 from common.labels import read_labels
-from common.samples import Prepared, prepare_folder, pseudonym
+from common.pseudonyms import pseudonym
+from common.samples import Prepared, prepare_folder
 from common.storage import write_whole
 from simulations.dicom_writer import Machine, Subject, write_image, write_series
 
