@@ -19,9 +19,6 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
@@ -29,8 +26,8 @@ from urllib3.exceptions import HTTPError
 from client.reach import proxy_of
 from common.blobs import BELL_PATH, DIGEST, MARK, PATH, TICKET, signed_request
 from common.deployment import SiteHome
-from common.errors import FedicomError, StorageError
-from common.identity import read_private
+from common.errors import FedicomError
+from common.identity import NodeKey
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +65,8 @@ class Remote:
             StorageError: The node's key or the authority's certificate cannot be read.
         """
         config = home.config
-        key = load_ssh_private_key(read_private(home.node_key, "the node's key"), password=None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise StorageError(f"{home.node_key.name} is no elliptic-curve key; unpack the site's kit again")
-        self._key, self._stop = key, stop
-        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        self._public = b64encode(public).decode()
+        self._key, self._stop = NodeKey.load(home.node_key), stop
+        self._public = b64encode(self._key.pem).decode()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_verify_locations(home.ca)
@@ -174,7 +167,7 @@ class Remote:
         """Headers of a request for weights, or, without a path, of one of Flower's calls."""
         timestamp = datetime.now(UTC).isoformat()
         data = signed_request(method, path, timestamp) if path else timestamp.encode()
-        signature = self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+        signature = bytes.fromhex(self._key.sign(data))
         return {
             "flwr-public-key": self._public,
             "flwr-timestamp": timestamp,

@@ -162,6 +162,11 @@ class NodeKey:
         """`ecdsa-sha2-nistp256 AAAA...`, without comment, as the registry has it."""
         return self._key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
+    @property
+    def pem(self) -> bytes:
+        """The public key in PEM form, as Flower's calls have it."""
+        return self._key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
     def sign(self, data: bytes) -> str:
         """ECDSA signature of `data` with SHA-256, DER in hexadecimal."""
         return self._key.sign(data, ec.ECDSA(hashes.SHA256())).hex()

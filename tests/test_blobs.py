@@ -26,7 +26,7 @@ from common.bell import Bell
 from common.blobs import PIECE_BYTES
 from common.compression import quantised
 from common.deployment import FederationPlan, ServerHome, SiteHome
-from common.errors import ExchangeError
+from common.errors import ExchangeError, StorageError
 from common.exchange import Update
 from common.identity import Signer
 from common.supervise import free_port
@@ -397,6 +397,14 @@ def test_a_ticket_is_32_hexadecimal_digits():
     for word in ("", "x" * 32, "../../../etc", "0" * 31, "0" * 33):
         with pytest.raises(LostError, match="32 hexadecimal digits"):
             client_blobs.RemoteRound(None, word)  # type: ignore[arg-type]  # it is not asked
+
+
+def test_a_node_key_of_junk_is_told_in_words(kits, tmp_path):
+    shutil.copytree(kits[0] / "north", tmp_path / "north")
+    home = SiteHome(tmp_path / "north")
+    home.node_key.write_bytes(b"junk")
+    with pytest.raises(StorageError, match=r"node key node\.key is not in OpenSSH format"):
+        Remote(home, threading.Event())
 
 
 def test_a_bell_that_rang_before_is_heard_at_once_and_one_that_rings_later_too(deployed):
