@@ -162,7 +162,7 @@ def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
     """
     from common.cache import must_lie_beside
     from common.identity import read_private
-    from common.storage import private_folder, write_whole
+    from common.storage import private_folder
 
     cache = _cache(arguments)
     for folder in folders:
@@ -172,10 +172,18 @@ def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
         from common.deployment import SiteHome
 
         return cache, read_private(SiteHome(arguments.site).cohort_key, "the site's key")
-    path = cache / "pseudonyms.key"
+    return cache, pseudonyms_key(cache)
+
+
+def pseudonyms_key(folder: Path) -> bytes:
+    """The key of what belongs to no site, made where there is none yet."""
+    from common.identity import read_private
+    from common.storage import write_whole
+
+    path = folder / "pseudonyms.key"
     if not path.exists():
         write_whole(path, os.urandom(32))
-    return cache, read_private(path, "the key of the pseudonyms")
+    return read_private(path, "the key of the pseudonyms")
 
 
 def _opened(arguments: argparse.Namespace, cache: Path) -> Index:

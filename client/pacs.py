@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from client.data_cli import pseudonyms_key
 from client.pacs_source import (
     Asked,
     Busy,
@@ -32,11 +32,10 @@ from client.pacs_store import Store
 from common.deployment import SiteHome, home_folder
 from common.errors import ConfigError, DataError
 from common.identity import read_private
-from common.labels import between_columns, records
+from common.labels import KEYS, between_columns, records
 from common.printable import number_of
-from common.storage import named_file, storing, write_whole
+from common.storage import named_file, private_folder, storing, write_whole
 
-_KEYS = ("patient", "study", "accession", "series")
 Outcome = Literal["whole", "vanished", "refused"]
 Tell = Callable[[int, int, int], None]
 """(studies done, studies in all, bytes fetched)."""
@@ -100,17 +99,16 @@ def pull(source: Source, store: Store, asked: Asked, patience: Patience, tell: T
     pulled.studies = len(studies)
     try:
         for done, study in enumerate(studies):
-            tell(done, len(studies), store.fetched_bytes)
-            told = partial(_tell, tell, store, done, len(studies))
+
+            def told(done: int = done) -> None:
+                tell(done, len(studies), store.fetched_bytes)
+
+            told()
             _study(source, store, asked, patience, study, pulled, told)
         tell(len(studies), len(studies), store.fetched_bytes)
     finally:
         _report(store, pulled)
     return pulled
-
-
-def _tell(tell: Tell, store: Store, done: int, total: int) -> None:
-    tell(done, total, store.fetched_bytes)
 
 
 def _study(
@@ -237,9 +235,9 @@ def _label_keys(path: Path) -> tuple[str, list[tuple[int, str]]]:
         data = path.read_bytes()
     (_, header), *rows = [*records(data)] or [(1, [""])]
     key = header[0].strip()
-    if key not in _KEYS:
+    if key not in KEYS:
         raise DataError(
-            f"the label table's first column must be named one of {', '.join(_KEYS)}; name it so{between_columns(key)}"
+            f"the label table's first column must be named one of {', '.join(KEYS)}; name it so{between_columns(key)}"
         )
     return key, [(row, cell) for row, cells in rows if (cell := cells[0].strip())]
 
@@ -376,14 +374,8 @@ def _key(arguments: argparse.Namespace, out: Path) -> bytes:
     home = _home(arguments)
     if home is not None and home.cohort_key.is_file():
         return read_private(home.cohort_key, "the site's key")
-    path = out / "pull" / "pseudonyms.key"
-    if not path.exists():
-        from common.storage import private_folder
-
-        private_folder(out)
-        private_folder(path.parent)
-        write_whole(path, os.urandom(32))
-    return read_private(path, "the key of the pseudonyms")
+    private_folder(out)
+    return pseudonyms_key(private_folder(out / "pull"))
 
 
 def _source(pacs: Any, folder: Path, patience: Patience) -> Source:
@@ -396,23 +388,15 @@ def _source(pacs: Any, folder: Path, patience: Patience) -> Source:
     return Dimse(pacs, folder, patience)
 
 
-class _bar:  # noqa: N801  used as a function
+@contextmanager
+def _bar() -> Iterator[Tell]:
     """The progress bar: studies and megabytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __enter__(self) -> Tell:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(file=sys.stderr), transient=True)
-        self._progress.start()
-        task = self._progress.add_task("Asking the PACS", total=None)
-
-        def tell(done: int, total: int, count: int) -> None:
-            says = f"Pulling studies, {count / 1e6:,.1f} MB"
-            self._progress.update(task, completed=done, total=total, description=says)
-
-        return tell
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("Asking the PACS", total=None)
+        yield lambda done, total, count: bar.update(
+            task, completed=done, total=total, description=f"Pulling studies, {count / 1e6:,.1f} MB"
+        )

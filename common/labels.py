@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from common.config import Task
 from common.errors import DataError
 
-_KEYS = ("patient", "study", "accession", "series")
+KEYS = ("patient", "study", "accession", "series")
+"""What the first column may hold: the values of `task.key`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _check_header(header: Sequence[str], task: Task) -> None:
     first = header[0]
     if first != task.key:
         # Without a header the first cell is an identifier, so it is shown only when it is a known key.
-        got = f"got {first!r}" if first in _KEYS else "got another name"
+        got = f"got {first!r}" if first in KEYS else "got another name"
         raise DataError(
             f"labels.csv: the first column must be named {task.key!r} (task.key of the recipe), {got}"
             + between_columns(first)

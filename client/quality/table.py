@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from common.config import Task
 from common.errors import ConfigError, DataError
-from common.labels import Label, between_columns, read_labels, records
+from common.labels import KEYS, Label, between_columns, read_labels, records
 
-KEYS = ("patient", "study", "accession", "series")
 ANNOTATOR = "annotator"
 """Columns whose name begins so hold what one person said."""
 _MOST_CLASSES = 50
