@@ -9,7 +9,7 @@ from typing import Any
 
 from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
 from common.epsilon import rounded_up
-from common.html import Child, Html, card, document, items, join, table, tag
+from common.html import Child, Html, card, document, items, join, pairs, table, tag
 from common.lineage import Approval, Lineage, counted
 from common.printable import number_of
 
@@ -251,7 +251,7 @@ def _story(story: Story) -> Html:
         ]  # fmt: skip
     return join(
         tag("p", str(recipe["description"])) if recipe.get("description") else None,
-        tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in facts)),
+        pairs(*facts),
         tag("h3", "Sites, patients and approvals"),
         table(
             ("Site", "Patients", "Data manifest", "Approved by", "Epsilon of updates", "Updates", "Bytes"),

@@ -130,15 +130,12 @@ class Preparation:
         return [made[unit.name] for unit in units]
 
     def _refused(self, made: Sequence[Made]) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for refused in self._outside:
-            counts[str(refused.code)] = counts.get(str(refused.code), 0) + 1
+        counts = Counter(str(refused.code) for refused in self._outside)
         for each in made:
-            for code, files in each.refused.items():
-                counts[code] = counts.get(code, 0) + files
+            counts.update(each.refused)
             for row in each.rows:
                 if row.code is not None:
-                    counts[row.code] = counts.get(row.code, 0) + row.files
+                    counts[row.code] += row.files
         return dict(sorted(counts.items()))
 
     def _check(self, made: Sequence[Made]) -> None:

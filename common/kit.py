@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -27,7 +26,7 @@ from common.config import validate_json
 from common.errors import ConfigError, FedicomError, StorageError
 from common.identity import NodeKey, Signer, signed_by
 from common.registry import COORDINATOR, Name, PublicKey, Registry, Time, parse_registry, read_registry
-from common.storage import private_folder, storing, write_whole
+from common.storage import flush_folder, private_folder, storing, write_whole
 from common.vault import Secret, seal, unseal
 
 MANIFEST = "kit.json"
@@ -207,10 +206,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 folder.chmod(0o700)
                 for entry in sorted(part.iterdir()):
                     entry.replace(folder / entry.name)
-                _sync(folder)
+                flush_folder(folder)
             else:
                 part.replace(folder)
-                _sync(folder.parent)
+                flush_folder(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -363,11 +362,3 @@ def _read(path: Path) -> bytes | None:
         return None
     with storing(path.name):
         return path.read_bytes() if path.stat().st_size <= _MAX_BYTES else b""
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

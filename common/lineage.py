@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.chain import TOLERANCE_S, Event
 from common.errors import FedicomError
@@ -17,6 +17,8 @@ from common.storage import storing
 
 if TYPE_CHECKING:
     from common.onnx_model import Description
+
+T = TypeVar("T")
 
 _BEGINS = ("run started", "run resumed")
 _SENT = ("update sent", "update sent again")
@@ -40,7 +42,7 @@ class Run:
         for event in self.events:
             if event.kind in _BEGINS:
                 last = event.facts.get("round")
-                standing = [done for done in standing if isinstance(last, int) and _int(done, "round") <= last]
+                standing = [done for done in standing if isinstance(last, int) and _fact(done, "round", int) <= last]
             elif event.kind == "round aggregated":
                 standing.append(event)
         return tuple(standing)
@@ -190,7 +192,7 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
         raise LineageError(f"the logs do not hold, so nothing can be traced in them: {bad.why}")
     log = _coordinators(logs)
     before = Run(recipe_id=run.recipe_id, events=tuple(event for event in run.events if event.number < export.number))
-    links, early = _rounds(before, _str(export, "weights"))
+    links, early = _rounds(before, _fact(export, "weights", str))
     sites = {item.name: item for item in logs if item.role == "site"}
     names = sorted({site for link in links for site in link.admitted})
     found = {name: _site(name, before, links, sites.get(name)) for name in names}
@@ -201,8 +203,8 @@ def lineage(run: Run, export: Event, logs: Sequence[Log], *, tolerance_s: float 
     state = state_of(checks)
     return Lineage(
         file=str(export.facts.get("file", "")),
-        sha256=_str(export, "sha256"),
-        weights=_str(export, "weights"),
+        sha256=_fact(export, "sha256", str),
+        weights=_fact(export, "weights", str),
         exported=export.time,
         recipe_id=run.recipe_id,
         rounds=links,
@@ -270,12 +272,12 @@ def _rounds(run: Run, weights: str) -> tuple[tuple[RoundLink, ...], bool]:
     """The aggregations up to the exported weights, and whether early stopping went back to them."""
     links = [
         RoundLink(
-            round=_int(event, "round"),
+            round=_fact(event, "round", int),
             time=event.time,
-            before=_str(event, "before"),
-            after=_str(event, "after"),
-            admitted={site: str(as_map(said).get("digest")) for site, said in _map(event, "admitted").items()},
-            epsilon={site: as_map(said).get("epsilon") for site, said in _map(event, "admitted").items()},
+            before=_fact(event, "before", str),
+            after=_fact(event, "after", str),
+            admitted={site: str(as_map(said).get("digest")) for site, said in _fact(event, "admitted", dict).items()},
+            epsilon={site: as_map(said).get("epsilon") for site, said in _fact(event, "admitted", dict).items()},
         )
         for event in run.rounds
     ]
@@ -330,7 +332,7 @@ def _site(name: str, run: Run, links: Sequence[RoundLink], log: Log | None) -> S
                     f"round {link.round}: {name} sent epsilon {sent.facts.get('epsilon')}, the coordinator's log says "
                     f"{link.epsilon.get(name)}"
                 )
-            manifest = _str(started, "manifest")
+            manifest = _fact(started, "manifest", str)
             if told is not None and told.get("manifest") != manifest:
                 raise LineageError(
                     f"round {link.round}: {name} trained on manifest {manifest[:12]}, the coordinator's log says "
@@ -430,7 +432,7 @@ def _epsilons(run: Run) -> dict[str, float]:
     standing = {event.number for event in run.rounds}
     for event in run.events:
         if event.number in standing or event.kind == "evaluation received":
-            for site, said in _map(event, "admitted").items():
+            for site, said in _fact(event, "admitted", dict).items():
                 if (epsilon := as_number(as_map(said).get("epsilon"))) is not None:
                     found[site] = epsilon
     return found
@@ -447,22 +449,8 @@ def _code(events: Sequence[Event], end: int) -> Mapping[str, str]:
 # Facts are signed, but not by us: what is not there, or of another type, is a link that is missing.
 
 
-def _map(event: Event, key: str) -> Mapping[str, Any]:
+def _fact(event: Event, key: str, kind: type[T]) -> T:
     value = event.facts.get(key)
-    if not isinstance(value, Mapping):
-        raise LineageError(f"event {event.number} ({event.kind}) does not say its {key}")
-    return value
-
-
-def _str(event: Event, key: str) -> str:
-    value = event.facts.get(key)
-    if not isinstance(value, str) or not value:
-        raise LineageError(f"event {event.number} ({event.kind}) does not say its {key}")
-    return value
-
-
-def _int(event: Event, key: str) -> int:
-    value = event.facts.get(key)
-    if type(value) is not int:
+    if not isinstance(value, kind) or isinstance(value, bool) or value == "":
         raise LineageError(f"event {event.number} ({event.kind}) does not say its {key}")
     return value

@@ -139,7 +139,10 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
 
 def check_logs(logs: Sequence[Log], *, tolerance_s: float = TOLERANCE_S) -> tuple[Check, ...]:
     """Each log by itself, then each against what the other side remembers of it; broken ones are held against none."""
-    checks = [_alone(log) for log in logs]
+    checks = [
+        Check(log=log.name, against=None, holds=True) if log.wrong is None else _failed(log, None, log.wrong)
+        for log in logs
+    ]
     whole = [log for log in logs if log.wrong is None]
     for log in whole:
         for other in whole:
@@ -295,13 +298,6 @@ def _named(logs: Sequence[Log]) -> list[Log]:
         else log
         for log in named
     ]
-
-
-def _alone(log: Log) -> Check:
-    wrong = log.wrong
-    if wrong is None:
-        return Check(log=log.name, against=None, holds=True)
-    return _failed(log, None, wrong)
 
 
 def _failed(log: Log, against: str | None, error: AuditError) -> Check:

@@ -12,19 +12,16 @@ from common.privacy_audit import PrivacyAudit
 
 def show_audit(found: PrivacyAudit, console: Console) -> None:
     """The checks as a table, then the verdict."""
-    table = Table(title=f"Privacy audit of {found.recipe} {found.recipe_id[:12]}", title_justify="left")
-    for column in ("", "check", "found", "expected"):
-        table.add_column(column)
+    title = f"Privacy audit of {found.recipe} {found.recipe_id[:12]}"
+    table = Table("", "check", "found", "expected", title=title, title_justify="left")
     for check in found.checks:
-        sign = Text("ok", "green") if check.passed else Text("FAIL", "bold red")
-        table.add_row(sign, Text(check.name), Text(check.found), Text(check.expected))
+        table.add_row(_sign(check.passed), Text(check.name), Text(check.found), Text(check.expected))
     bound = found.bound
     if bound is not None:
-        sign = Text("ok", "green") if bound.passed else Text("FAIL", "bold red")
         says = f"epsilon is at least {rounded_down(bound.lower)}: {bound.right} of {bound.guesses} guesses right about "
         says += f"{bound.canaries} canaries"
         table.add_row(
-            sign, f"one-run audit, {bound.steps} steps", says,
+            _sign(bound.passed), f"one-run audit, {bound.steps} steps", says,
             f"at most {rounded_up(bound.upper)} (PLD of the same steps); {bound.confidence:.0%} confidence",
         )  # fmt: skip
     console.print(table)
@@ -35,3 +32,7 @@ def show_audit(found: PrivacyAudit, console: Console) -> None:
         console.print(line, style="green", highlight=False)
     else:
         console.print(f"FAILED: {', '.join(found.failed)}. Do not train or release with this.", style="bold red")
+
+
+def _sign(passed: bool) -> Text:
+    return Text("ok", "green") if passed else Text("FAIL", "bold red")
