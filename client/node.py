@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -25,6 +25,7 @@ from client.access import MEMBER, failure
 from client.machine import Card, Line, cards, connected
 from client.reach import COORDINATOR, proxy_address, proxy_of, split_address
 from common.bell import Bell
+from common.clock import utc_now
 from common.deployment import SiteHome, read_status
 from common.enrolment import warnings
 from common.epsilon import rounded_up
@@ -167,7 +168,7 @@ class _Node:
         self._port = self._config.node_port or free_port()
         self._heard: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._supervisor = Supervisor(home.run / "logs", lambda name, what: self._heard.put((name, what)))
-        self._started, self._written = _utc(), 0.0
+        self._started, self._written = utc_now(), 0.0
         self._keys = self._fingerprint()
         self._runners: set[int] = set()
         self._connected_at: float | None = None
@@ -214,7 +215,7 @@ class _Node:
         self._say("Stopping", "")
         self._supervisor.stop_all(_GRACE_S)
         self._metrics()
-        self._status |= {"state": "stopped", "children": dict.fromkeys(self._children_of), "updated": _utc()}
+        self._status |= {"state": "stopped", "children": dict.fromkeys(self._children_of), "updated": utc_now()}
         self._write()
         self._say("Stopped", "")
 
@@ -286,7 +287,7 @@ class _Node:
             key: value for key, value in self._status.items() if key != "updated"
         }
         if changed or time.monotonic() - self._written >= _BEAT_S:
-            self._status = {**status, "updated": _utc()}
+            self._status = {**status, "updated": utc_now()}
             self._write()
         if changed:
             for line, style in changes(self._shown, status):
@@ -483,7 +484,3 @@ def _need(home: SiteHome) -> None:
 
 def _lock_file(home: SiteHome) -> Path:
     return home.run / "node.lock"
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

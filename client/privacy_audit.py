@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 
 import torch
 
 from client.canaries import one_run
 from client.mechanism import planned, self_tests
+from common.clock import utc_now
 from common.config import Recipe
 from common.errors import PrivacyError
 from common.privacy_audit import Check, PrivacyAudit, audited_code
@@ -59,7 +59,7 @@ def privacy_audit(
         recipe=recipe.name,
         code=audited_code(),
         weights=weights,
-        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        made=utc_now(),
         device=str(device or "cpu"),
         patients=dict(patients),
         checks=checks,

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
 from client.site import Code, Site
 from common.chain import GENESIS, Event, parts, verify
+from common.clock import utc_now
 from common.compute import compute_with
 from common.config import Recipe
 from common.deployment import Policy, SiteConfig, SiteHome
@@ -253,7 +254,7 @@ class Resident:
     def _answer(self, recipe_id: str, round_: int, ask: Callable[[Site], T | Refusal]) -> T | Refusal:
         reply: T | Refusal
         refusals = self.state.refusals
-        self._set(last_contact=_utc())
+        self._set(last_contact=utc_now())
         try:
             site = self._permitted(recipe_id, round_)
             reply = ask(site) if isinstance(site, Site) else site
@@ -480,7 +481,7 @@ class Resident:
         return Refusal(site=self._name, recipe_id=recipe_id, round=round_, code=code, why=why, audit_head=head)
 
     def _show_refusal(self, recipe_id: str, code: str, why: str, *, here: str = "") -> None:
-        told = {"time": _utc(), "recipe_id": recipe_id, "code": code, "why": why, "here": here}
+        told = {"time": utc_now(), "recipe_id": recipe_id, "code": code, "why": why, "here": here}
         self._set(last_refusal=told, refusals=self.state.refusals + 1)
 
     def _set(self, **changes: Any) -> None:
@@ -501,7 +502,3 @@ def _counted(events: tuple[Event, ...]) -> dict[str, Any]:
         "evaluations": sum(event.kind == "evaluation sent" for event in events),
         "refusals": sum(event.kind in refused for event in events),
     }
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

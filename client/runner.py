@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from client.app import client_app
 from client.blobs import Remote
 from client.link import serve
 from client.resident import Resident, State
+from common.clock import utc_now
 from common.deployment import SiteHome
 from common.errors import ExchangeError, FedicomError
 from common.identity import Signer
@@ -44,7 +44,7 @@ class Report:
         self._file, self._lock = private_folder(home.run) and home.runner_file, threading.Lock()
         self._fixed = {
             "pid": os.getpid(),
-            "started": _utc(),
+            "started": utc_now(),
             "versions": dict(package_versions()),
         }
         # No state before the log was read: zeros would be taken for counts, and what follows for something just done.
@@ -77,7 +77,7 @@ class Report:
             "state": self._link,
             "error": self._error,
             "gpu_memory": gpu_memory(),
-            "updated": _utc(),
+            "updated": utc_now(),
         }
         try:
             with self._lock:
@@ -179,10 +179,6 @@ def _leave(resident: Resident, report: Report, stop: threading.Event, done: thre
         report.stopped()
     finally:
         os._exit(0)
-
-
-def _utc() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.clock import utc_now
 from common.config import Recipe
 from common.errors import ConfigError, DataError, StorageError
 from common.samples import settings_of
@@ -129,7 +129,7 @@ def record(
     plain = {
         "format": 1,
         "manifest": cohort.manifest,
-        "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recorded": utc_now(),
         "recipe": recipe.name,
         "settings": settings_of(recipe.task, recipe.data),
         "corrected": dict(cohort.corrected),

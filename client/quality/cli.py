@@ -6,11 +6,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from client.data_cli import _add_places, _cache, _place, _progress
+from common.clock import utc_now
 from common.errors import ConfigError, DataError
 from common.printable import number_of
 from common.storage import page_with_json, storing, write_whole
@@ -80,7 +81,7 @@ def report_verb(words: Sequence[str]) -> int:
             found,
             table,
             key=key,
-            made=datetime.now(UTC).isoformat(timespec="seconds").removesuffix("+00:00"),
+            made=utc_now().removesuffix("+00:00"),
             fingerprint=fingerprint(arguments.folder, data, key),
             split=frozen_split(cache, key),
         )
