@@ -190,8 +190,8 @@ class _AgainError(LostError):
 class Doorbell:
     """Lets a node wait for the coordinator's next message instead of asking every other moment."""
 
-    def __init__(self, remote: Remote, stop: threading.Event) -> None:
-        self._remote, self._stop, self._mark, self._again_at = remote, stop, "0" * 16, 0.0
+    def __init__(self, remote: Remote) -> None:
+        self._remote, self._mark, self._again_at = remote, "0" * 16, 0.0
 
     def wait(self) -> bool:
         """Returns when there may be a message, within half a minute; False at once where no gateway rings."""

@@ -73,7 +73,7 @@ from flwr.supernode.runtime.run_clientapp import push_message
 
 from client.blobs import Doorbell, Remote
 from client.reach import proxy_of
-from common import inline
+from common import inline, wire
 from common.bell import Bell
 from common.deployment import SiteHome
 from common.errors import ExchangeError
@@ -109,7 +109,7 @@ def serve(
     *,
     on_state: Callable[[str], None],
     stop: threading.Event,
-    refused: Callable[[str], None] = partial(log.warning, "message refused: %s"),
+    refused: Callable[[str], object] = partial(log.warning, "message refused: %s"),
 ) -> None:
     """Takes messages from the SuperNode and has the installed app answer them, until `stop` is set.
 
@@ -171,7 +171,7 @@ def objection(kind: str, run_config: Mapping[str, object], bundle: bytes) -> str
     return None
 
 
-def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], None], replied: Bell) -> None:
+def _work(app: ClientApp, port: int, token: str, refused: Callable[[str], object], replied: Bell) -> None:
     """Answers the message of one task.
 
     The output is pushed last, and only when the reply went out: a task that ended without a reply would let the
@@ -249,10 +249,8 @@ def _moving(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
 
 
 def _free(message: Message) -> None:
-    # Records sit in reference cycles: without this, weights stay in memory until a full collection.
     if message.has_content():
-        for record in message.content.array_records.values():
-            record.clear()
+        wire.let_go(message.content)
 
 
 @contextmanager
@@ -365,19 +363,17 @@ def main() -> None:
     program: Any = importlib.import_module("flwr.supernode.cli.flower_supernode")
     retry: Any = importlib.import_module("flwr.supercore.retry.http_retry")
     # It sleeps 3 s between two looks for a message and 0.5 s between two looks for the runner's reply.
-    stop = threading.Event()
-    home = SiteHome(Path(os.environ[_HOME])) if _HOME in os.environ else None
-    doorbell = Doorbell(Remote(home, stop), stop) if home is not None else None
-    loop.time = _Clock(doorbell, Bell(Path(os.environ["FLWR_HOME"]) / _REPLY_BELL_FILE))
+    home = SiteHome(Path(os.environ[_HOME]))
+    loop.time = _Clock(Doorbell(Remote(home, threading.Event())), Bell(home.supernode / _REPLY_BELL_FILE))
     # It sleeps 1, 2, 4 ... s when the coordinator is still uploading a piece of the message it just announced.
     loop.pull_objects = partial(loop.pull_objects, initial_backoff=0.1, backoff_cap=1.0)
     # It gives up for good when a gateway has too many calls, or the coordinator's disk is full.
     retry._RETRYABLE_STATUS_CODES |= {408, 429, 500}
     inline.install(importlib.import_module("flwr.supernode.servicer.runtime.runtime_handlers"), once=False)
     fleet = importlib.import_module("flwr.supernode.fleet_http_client").FleetHttpClient
-    failed, given = _watch_pulls(fleet, Bell(home.unanswered_bell) if home is not None else None)
+    failed, given = _watch_pulls(fleet, Bell(home.unanswered_bell))
     loop._push_messages = _inlining(loop._push_messages, fleet)
-    connect = partial(_connected, loop.http_request_response, Path(os.environ["FLWR_HOME"]), failed, given)
+    connect = partial(_connected, loop.http_request_response, home.supernode, failed, given)
     loop.http_request_response = contextmanager(connect)
     threading.excepthook = _end_with_thread
     code: object = 1
@@ -395,10 +391,10 @@ def main() -> None:
 class _Clock:
     """Stands for the module `time` in the SuperNode's loop."""
 
-    def __init__(self, doorbell: Doorbell | None, replied: Bell) -> None:
+    def __init__(self, doorbell: Doorbell, replied: Bell) -> None:
         """
         Args:
-            doorbell: The coordinator's, for a message; None where no gateway rings.
+            doorbell: The coordinator's, for a message.
             replied: The runner's, for its reply.
         """
         self._doorbell, self._idle, self._busy = doorbell, time.monotonic(), time.monotonic()
@@ -414,7 +410,7 @@ class _Clock:
                 time.sleep(_pause_s(now - self._busy, 0.02, 0.1))
         else:
             pause_s = _pause_s(now - self._idle, 0.1, 3.0)
-            if self._doorbell is None or not self._doorbell.wait():
+            if not self._doorbell.wait():
                 time.sleep(min(seconds, pause_s))
             self._busy = time.monotonic()
         self._mark = self._replied.mark  # before the next look
@@ -443,7 +439,7 @@ class _Given:
         return lambda run_id, key: None if self.whole else confirm(run_id, key)
 
 
-def _watch_pulls(client: Any, unanswered: Bell | None = None) -> tuple[threading.Event, _Given]:
+def _watch_pulls(client: Any, unanswered: Bell) -> tuple[threading.Event, _Given]:
     """Has a client's class note, in what it gives, that a look for messages failed, and what came with a message.
 
     Args:
@@ -457,8 +453,7 @@ def _watch_pulls(client: Any, unanswered: Bell | None = None) -> tuple[threading
             answer = pull(self, inline.asking(request))
         except httpx.HTTPError:
             failed.set()
-            if unanswered is not None:
-                unanswered.ring()
+            unanswered.ring()
             raise
         given.came = inline.read(answer)
         given.whole = all(inline.whole(tree, given.came) for tree in answer.message_object_trees)

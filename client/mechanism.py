@@ -188,7 +188,7 @@ def _draws(recipe: Recipe, drawn: Sampling, patients: int, site: str, share: flo
         inside = low <= found.sum() <= high
         if not inside or not worst:
             worst = f"{found.sum() / trials:.5f} of patients with {name} (interval {low / trials:.5f} to "
-            worst += f"{high / trials:.5f}, {trials} draws)".replace("patients with all", "all patients")
+            worst += f"{high / trials:.5f}, {trials} draws)"
         wrong = wrong or not inside
     worst = worst.replace("patients with all", "all patients")
     checks.append(

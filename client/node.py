@@ -60,7 +60,6 @@ def start(
     home: SiteHome,
     say: Say,
     *,
-    allow_root: bool = False,
     stop: Event | None = None,
     children: Mapping[str, ChildOf] | None = None,
 ) -> int:
@@ -68,14 +67,13 @@ def start(
 
     Args:
         say: Told every change.
-        allow_root: Run although the user is root; in a container that may be meant.
         stop: Ends it, instead of the signals.
         children: What to keep alive, by name, in place of the SuperNode and the runner; for tests.
 
     Raises:
         ConfigError: The user is root, a node runs already, or the site's own files do not hold.
     """
-    check_user(allow_root)
+    check_user()
     private_folder(home.run)
     with only_one(home):
         stop = stop if stop is not None else stop_on_signal()
@@ -87,13 +85,13 @@ def start(
     return 0
 
 
-def check_user(allow_root: bool = False) -> None:
+def check_user() -> None:
     """Refuses to run as root: nothing that a node does needs it.
 
     Raises:
         ConfigError: The user is root.
     """
-    if os.geteuid() == 0 and not allow_root and os.environ.get("FEDICOM_ALLOW_ROOT") != "1":
+    if os.geteuid() == 0 and os.environ.get("FEDICOM_ALLOW_ROOT") != "1":
         raise ConfigError(
             "the node was started as root, and needs no right of root; start it as a user of its own, or say "
             "--allow-root (FEDICOM_ALLOW_ROOT=1) where root is nobody outside, as in a rootless container"

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 
 from client.dp import PrivateGradient, Sampling, os_noise
+from client.dp.bookkeeping import trainable
 from client.train import Loss, Private, mean_gradient, private_gradient, record_loss
 from common.compute import compute_with
 from common.config import Recipe, recipe_from_json
@@ -113,7 +114,7 @@ class Team:
     ) -> torch.Tensor:
         """Sets `.grad` to that of the mean loss over the whole batch, and gives that loss."""
         own = self._hand_out(model, x_B, target_B, 1, None)
-        parameters = _trainable(model)
+        parameters = list(trainable(model).values())
         loss = mean_gradient(model, loss_B, x_B[own], target_B[own], recipe.training, of=len(x_B))
         sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         told = self._collect(sums)
@@ -143,7 +144,7 @@ class Team:
                 part = slice(bounds[rank], bounds[rank + 1])
                 x, target = x_B[part].cpu().numpy(), target_B[part].cpu().numpy()
                 pipe.send(_Part(x=x, target=target, of=len(x_B), clip_norm=clip_norm))
-            for parameter in _trainable(model):
+            for parameter in trainable(model).values():
                 dist.broadcast(parameter.detach(), 0)
         return slice(bounds[0], bounds[1])
 
@@ -220,7 +221,7 @@ def _follow(
     _meet(rank, world, meeting, device)
     recipe = recipe_from_json(recipe_json)
     model = build(recipe).to(device).train()
-    parameters = _trainable(model)
+    parameters = list(trainable(model).values())
     loss_B, engine = record_loss(replace(recipe, training=replace(recipe.training, class_weights=None))), None
     while True:
         try:
@@ -265,15 +266,11 @@ def _part(
         engine.clip_norm = part.clip_norm
         sums, norms = engine.sums(x_B, target_B)
         return sums, norms.float().cpu().numpy()
-    for parameter in _trainable(model):
+    for parameter in trainable(model).values():
         parameter.grad = None
     loss = mean_gradient(model, loss_B, x_B, target_B, recipe.training, of=part.of)
-    sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in _trainable(model)]
+    sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable(model).values()]
     return sums, np.array([float(loss)], np.float32)
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _end_with_parent() -> None:

@@ -241,13 +241,9 @@ class Resident:
         return reply
 
     def misunderstood(self, why: str) -> Refusal:
-        """The answer to a message that is none of ours; nothing is run for it."""
+        """The answer to a message that is none of ours, or was refused unread; nothing is run for it."""
         recipe = self.state.recipe
         return self._refuse(str(recipe["id"]) if recipe else _NO_RECIPE, 1, "message", why, kind="message refused")
-
-    def turned_away(self, why: str) -> None:
-        """Writes down that a message was refused before it was read; there is nobody to answer."""
-        self.misunderstood(why)
 
     # How it is answered
 

@@ -132,7 +132,7 @@ def run(home: SiteHome, port: int, stop: threading.Event) -> None:
     remote = Remote(home, stop)
     app = client_app(lambda context: resident, coordinator=Coordinator(home), signer=signer, blobs=remote.round)
     try:
-        serve(app, home, port, on_state=report.link, stop=stop, refused=resident.turned_away)
+        serve(app, home, port, on_state=report.link, stop=stop, refused=resident.misunderstood)
     finally:
         done.set()
         report.stopped()

@@ -16,6 +16,7 @@ from torch import nn
 
 from client.cohort import Cohort
 from client.dp import Noise, PrivateGradient, Sampling, keystream_noise, os_noise, poisson_patients, seeded_noise
+from client.dp.bookkeeping import trainable
 from common.compute import fused
 from common.config import Recipe, Training
 from common.errors import ConfigError, DivergedError
@@ -107,7 +108,7 @@ def train(
             "devices in site.yaml names several, and the recipe's network has batch norms, which would each see a part "
             "of the batch; train on one device, or ask for a recipe with model.norm=group"
         )
-    anchor = [value.detach().clone() for value in _trainable(model)] if recipe.training.proximal_mu else []
+    anchor = [value.detach().clone() for value in trainable(model).values()] if recipe.training.proximal_mu else []
     optimiser = optimiser_of(parameter_groups(model, recipe.training), recipe.training)
     course = Course(model, cohort, recipe, round_=round_, site=site, device=device, private=private, order=order)
     engine = private_gradient(model, loss_B, recipe, private) if private is not None else None
@@ -206,7 +207,7 @@ def outcome(delta: Weights, course: Course, losses: torch.Tensor | None, clip_no
     return Trained(delta=delta, steps=course.steps, loss=loss, clip_norm=clip_norm)
 
 
-# What a private round is made of; `client.dp.mechanism` tests these very functions.
+# What a private round is made of; `client.mechanism` tests these very functions.
 
 
 def site_noise(recipe: Recipe, round_: int, site: str) -> Noise:
@@ -416,7 +417,7 @@ def mean_gradient(
 def _finish_gradient(model: nn.Module, anchor: list[torch.Tensor], training: Training) -> None:
     if not anchor and training.gradient_clip is None:
         return
-    parameters = _trainable(model)
+    parameters = list(trainable(model).values())
     with torch.no_grad():
         for parameter, start in zip(parameters, anchor, strict=bool(anchor)):
             if parameter.grad is not None:
@@ -430,10 +431,6 @@ def _seed(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def mixes(model: nn.Module) -> bool:

@@ -410,7 +410,7 @@ def test_a_node_key_of_junk_is_told_in_words(kits, tmp_path):
 def test_a_bell_that_rang_before_is_heard_at_once_and_one_that_rings_later_too(deployed):
     bell = Bell(deployed.server.sent_bell)
     bell.ring()
-    door = Doorbell(deployed.remote(), threading.Event())
+    door = Doorbell(deployed.remote())
     assert door.wait()  # of before
     heard = threading.Event()
     listener = threading.Thread(target=lambda: door.wait() and heard.set())
@@ -423,7 +423,7 @@ def test_a_bell_that_rang_before_is_heard_at_once_and_one_that_rings_later_too(d
 
 def test_where_no_gateway_rings_a_node_is_told_at_once_and_asks_no_more_for_a_while(deployed):
     deployed.close()
-    door = Doorbell(deployed.remote(), threading.Event())
+    door = Doorbell(deployed.remote())
     assert not door.wait()
     deployed.open()
     assert not door.wait()

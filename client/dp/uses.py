@@ -407,12 +407,9 @@ def _elementwise(multiply: bool) -> Callable[..., Any]:
         broadcast = isinstance(x, torch.Tensor) and (
             parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[0] == 1)
         )
-        fits = (
-            all(m in (1, n) for n, m in zip(reversed(x.shape), reversed(parameter.shape), strict=False))
-            if broadcast
-            else False
-        )
-        if not fits:
+        if not broadcast or any(
+            m not in (1, n) for n, m in zip(reversed(x.shape), reversed(parameter.shape), strict=False)
+        ):
             raise NoRuleError(f"{book.names(parameter)[0]!r} meets something that is no batch of records")
         book.batched(x)
         use = book.claim(parameter)

@@ -89,9 +89,10 @@ def test_a_site_makes_its_keys_and_only_public_ones_are_to_be_sent(home):
     assert actions(home) == [("nina", "keys made")]
 
 
-def test_a_home_that_waits_for_its_kit_is_told_to_join_it(home):
+def test_a_home_that_waits_for_its_kit_is_told_to_join_it(home, monkeypatch):
+    monkeypatch.setenv("FEDICOM_ALLOW_ROOT", "1")
     with pytest.raises(ConfigError, match=r"the registry is missing.*`fedicom site join` it where `fedicom site init`"):
-        start(home, lambda line, style: None, allow_root=True)
+        start(home, lambda line, style: None)
 
 
 def test_a_home_whose_making_was_killed_before_the_log_told_of_its_keys_is_made_when_asked_for_again(

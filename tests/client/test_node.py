@@ -35,6 +35,11 @@ DUMMIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _root_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDICOM_ALLOW_ROOT", "1")
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -51,7 +56,7 @@ class Running:
 
         def work() -> None:
             start(
-                self.home, lambda *line: self.lines.append(line), allow_root=True, stop=self.stop_event,
+                self.home, lambda *line: self.lines.append(line), stop=self.stop_event,
                 children=children,
             )  # fmt: skip
 
@@ -262,8 +267,7 @@ from common.deployment import SiteHome
 from common.supervise import Child
 sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 children = {name: (lambda home, port, name=name: Child(name=name, command=sleep)) for name in ("supernode", "runner")}
-raise SystemExit(start(SiteHome(Path(sys.argv[1])), lambda *line: print(line[0], flush=True), allow_root=True,
-                       children=children))
+raise SystemExit(start(SiteHome(Path(sys.argv[1])), lambda *line: print(line[0], flush=True), children=children))
 """
 
 
@@ -321,7 +325,6 @@ def test_root_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch, h
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(ConfigError, match="--allow-root"):
         start(house.home, lambda *line: None, children=DUMMIES)
-    check_user(allow_root=True)
     monkeypatch.setenv("FEDICOM_ALLOW_ROOT", "1")
     check_user()
     monkeypatch.delenv("FEDICOM_ALLOW_ROOT")
@@ -333,7 +336,7 @@ def test_root_is_refused_unless_it_is_allowed(monkeypatch: pytest.MonkeyPatch, h
 def test_a_missing_file_is_told_before_anything_is_started(house: House, file: str) -> None:
     (house.home.path / file).unlink()
     with pytest.raises(ConfigError, match=file):
-        start(house.home, lambda *line: None, allow_root=True, children=DUMMIES)
+        start(house.home, lambda *line: None, children=DUMMIES)
     assert not house.home.status_file.exists()
 
 
@@ -342,7 +345,7 @@ def test_a_key_that_others_may_read_is_told_before_anything_is_started(house: Ho
     path = getattr(house.home, name)
     path.chmod(0o644)
     with pytest.raises(StorageError, match=rf"{path.name} has mode 644, expected 600; run chmod 600 on it"):
-        start(house.home, lambda *line: None, allow_root=True, children=DUMMIES)
+        start(house.home, lambda *line: None, children=DUMMIES)
     assert not house.home.status_file.exists()
 
 

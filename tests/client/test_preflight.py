@@ -526,13 +526,16 @@ def test_addresses_and_networks_are_excepted_and_this_machine_always(
 @pytest.mark.parametrize(
     "proxy", ["socks5://p:1", "http://", "ftp://p:1", "http://p:8O80", "p:99999", "http://[::1", "http://me:pass@p:no"]
 )
-def test_a_proxy_that_is_none_of_http_is_refused_before_anything_is_started(house: House, proxy: str) -> None:
+def test_a_proxy_that_is_none_of_http_is_refused_before_anything_is_started(
+    house: House, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDICOM_ALLOW_ROOT", "1")
     house.configure(gateway="gateway.example.org:8443", proxy=proxy)
     told = one(run(house, images=False), "gateway", "FAIL").says
     assert "expected http://HOST:PORT" in told
     assert "pass" not in told
     with pytest.raises(ConfigError, match="expected http://HOST:PORT"):
-        start(house.home, lambda line, style: None, allow_root=True)
+        start(house.home, lambda line, style: None)
     house.configure(proxy="p:1")
     assert proxy_of(house.home.config, {}) == "http://p:1"
 

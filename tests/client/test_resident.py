@@ -562,7 +562,7 @@ def test_what_a_stop_in_the_middle_of_a_write_left_goes_at_the_next_start(house:
 def test_a_message_that_is_none_of_ours_is_refused_and_logged(house: House) -> None:
     node = Node(house, approve=False)
     refused(node.resident.misunderstood("the message is not signed"), "message", node, "message refused")
-    node.resident.turned_away("a run with code")
+    node.resident.misunderstood("a run with code")
     assert verify(house.home.audit_file)[-1].facts["why"] == "a run with code"
 
 
