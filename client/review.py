@@ -24,7 +24,7 @@ from common.signed import SignedRecipe
 
 # The model's size needs torch, and the cohort the imaging room: both take seconds to import.
 if TYPE_CHECKING:
-    from client.cohort import Cohort
+    from client.cohort import Cohort, Split
 
 _INTERVAL = 1e-3
 """Of the grid of privacy losses; rounding on it only ever adds."""
@@ -290,18 +290,12 @@ def _privacy(recipe: Recipe, policy: Policy, cost: Cost | None, *, counted: bool
 
 
 def _verdict(found: Sequence[str]) -> Section:
-    if not found:
-        return Section(
-            title="This site's policy",
-            lines=("Nothing in it speaks against this recipe. Nothing runs before `fedicom site approve`.",),
-        )
-    return Section(
-        title="This site's policy",
-        lines=(
-            *(f"NO: {printable(why)}" for why in found),
-            "While one of these holds, this site refuses the recipe, approved or not.",
-        ),
-    )
+    lines = [f"NO: {printable(why)}" for why in found]
+    if found:
+        lines.append("While one of these holds, this site refuses the recipe, approved or not.")
+    else:
+        lines.append("Nothing in it speaks against this recipe. Nothing runs before `fedicom site approve`.")
+    return Section(title="This site's policy", lines=tuple(lines))
 
 
 def _size(recipe: Recipe) -> tuple[int | None, int | None, list[str]]:
@@ -413,18 +407,17 @@ def _counts(recipe: Recipe, cohort: Cohort | None) -> dict[str, Any] | None:
 def _scores(recipe: Recipe, policy: Policy, cohort: Cohort | None) -> dict[str, str | None]:
     """Why no score of a split leaves; None where it does."""
     cell, found = _cell(recipe, policy), dict[str, str | None]()
-    for split, fraction in (
-        ("validation", recipe.evaluation.validation_fraction),
-        ("test", recipe.evaluation.test_fraction),
-    ):
+    fractions: dict[Split, float] = {
+        "validation": recipe.evaluation.validation_fraction, "test": recipe.evaluation.test_fraction
+    }  # fmt: skip
+    for split, fraction in fractions.items():
         why = None
         if policy.metrics == "none":
             why = "no, this site's policy keeps them (metrics)"
         elif not fraction:
             why = "no, the recipe asks for none"
-        elif policy.metrics == "noised":
-            pass  # what is suppressed follows from the noised count
-        elif cohort is not None and cohort.patients("validation" if split == "validation" else "test") < cell:
+        # Of noised scores, what is suppressed follows from the noised count.
+        elif policy.metrics != "noised" and cohort is not None and cohort.patients(split) < cell:
             why = f"no, they are fewer than {cell}"
         found[split] = why
     return found

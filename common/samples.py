@@ -239,12 +239,12 @@ def _fingerprint(images: Path, table_path: Path, table: bytes, wanted: bytes, ke
         digest.update(len(part).to_bytes(8, "big") + part)
     labels_csv = os.path.relpath(table_path, images)
     with storing("the folder of images"):
-        files = sorted(found for found in _files(os.fspath(images)) if found[0] != labels_csv)
+        files = sorted(found for found in files_below(os.fspath(images)) if found[0] != labels_csv)
     digest.update(json.dumps(files).encode())
     return digest.hexdigest()
 
 
-def _files(root: str) -> Iterator[tuple[str, int, int]]:
+def files_below(root: str) -> Iterator[tuple[str, int, int]]:
     """(path, size, time) of every file below; what cannot be entered holds nothing that could be used."""
     folders = [(root, "")]
     while folders:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from client.quality.survey import Survey
     from client.quality.table import Table
     from client.versions import Difference, Version
-    from common.deployment import QualityGate
 
 _TIME = re.compile(r"^(?P<folder>.+)@(?P<first>\d{4}-\d\d-\d\d)?\.\.(?P<last>\d{4}-\d\d-\d\d)?$")
 _MOST_NAMES = 20
@@ -53,7 +52,7 @@ def report_verb(words: Sequence[str]) -> int:
     if arguments.where is not None:
         return _where(arguments)
     from client.cohort import frozen_split
-    from client.quality.gate import keep_report, objections
+    from client.quality.gate import keep_report
     from client.quality.page import page
     from client.quality.report import make_report
     from client.quality.survey import fingerprint, survey
@@ -85,7 +84,7 @@ def report_verb(words: Sequence[str]) -> int:
             fingerprint=fingerprint(arguments.folder, data, key),
             split=frozen_split(cache, key),
         )
-    report, gate = _with_objections(report, arguments)
+    report = _with_objections(report, arguments)
     plain = report.plain()
     if arguments.site is not None:
         keep_report(_kept(arguments), plain, key)
@@ -96,7 +95,6 @@ def report_verb(words: Sequence[str]) -> int:
         print(json.dumps(plain, indent=1))  # noqa: T201
     else:
         _say(report, out)
-    assert gate is None or report.objections == objections(plain, gate)
     return 1 if report.objections or any(each.level == "error" for each in report.findings) else 0
 
 
@@ -226,19 +224,17 @@ def _told(bar: Any) -> Callable[[int, int], None]:
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _with_objections(report: Report, arguments: argparse.Namespace) -> tuple[Report, QualityGate | None]:
+def _with_objections(report: Report, arguments: argparse.Namespace) -> Report:
     """With what the gate of site.yaml says, where the site has one."""
     if arguments.site is None:
-        return report, None
+        return report
     from dataclasses import replace
 
     from client.quality.gate import objections
     from common.deployment import SiteHome
 
     gate = SiteHome(arguments.site).config.quality
-    if gate is None:
-        return report, None
-    return replace(report, objections=objections(report.plain(), gate)), gate
+    return report if gate is None else replace(report, objections=objections(report.plain(), gate))
 
 
 def _kept(arguments: argparse.Namespace) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +102,7 @@ def compare(a: Survey, b: Survey, *, classes: Sequence[str] = (), min_cell: int 
         found.append(_compared(feature, names, *masses, min_cell=min_cell, seed=seed))
     corrected = _holm([each.p for each in found])
     features = tuple(
-        FeatureDrift(**{**vars(each), "p_corrected": p, "says": _sentence(each, p, min_cell)})
+        replace(each, p_corrected=p, says=_sentence(each, p, min_cell))
         for each, p in zip(found, corrected, strict=True)
     )
     return Drift(

@@ -36,7 +36,7 @@ _MOST_COLOURS = len(PALETTE) - 1
 REST = "others"
 
 
-def bars(counts: Mapping[str, int], *, muted: Sequence[str] = ("unknown",)) -> Html:
+def bars(counts: Mapping[str, int]) -> Html:
     """A bar for each value, with its number; of very many the last ones are summed up."""
     entries = list(counts.items())
     if len(entries) > _MOST_BARS:
@@ -53,7 +53,7 @@ def bars(counts: Mapping[str, int], *, muted: Sequence[str] = ("unknown",)) -> H
                 tag("div", name, class_="what"),
                 tag("div", fill, class_="track"),
                 tag("div", f"{count:,}", class_="much"),
-                class_="bar muted" if name in muted else "bar",
+                class_="bar muted" if name == "unknown" else "bar",
             )
         )
     return tag("div", *rows, class_="bars")

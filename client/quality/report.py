@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from client.quality.survey import Picture, Survey, unit_pseudonym
 from client.quality.suspects import Map, Suspects, find_suspects, make_map
 from client.quality.table import Table
 from client.quality.writing import MIN_LETTERS
+from common.printable import number_of
 
 FORMAT = 1
 LOCAL_ONLY = "LOCAL ONLY: this report is patient data of the site. It never leaves the house; Fedicom sends none of it."
@@ -140,7 +141,7 @@ class Points:
     classes: tuple[str, ...]
     """Of each point."""
     vendors: tuple[str, ...]
-    dimensions: int = field(default=2)
+    dimensions: int
 
 
 def make_report(
@@ -432,22 +433,25 @@ def _sides(patients: Iterable[str], split: Mapping[str, str]) -> dict[str, int]:
 def _with_findings(report: Report) -> Report:
     found: list[Finding] = []
 
-    def say(level: Level, count: int | bool, what: str, do: str = "") -> None:
-        if count:
+    def say(level: Level, holds: int | bool, what: str, do: str = "") -> None:
+        if holds:
             found.append(Finding(level=level, what=what, do=do))
 
-    across = sum(group.across_patients for group in report.duplicates)
-    say(
-        "error", across, f"{_many(across, 'image')} under more than one patient, equal pixel by pixel",
+    def count(level: Level, many: int, noun: str, what: str, do: str = "") -> None:
+        say(level, many, f"{number_of(many, noun)} {what}", do)
+
+    groups = report.duplicates
+    count(
+        "error", sum(group.across_patients for group in groups), "image",
+        "under more than one patient, equal pixel by pixel",
         "find out whose they are, and remove the others: the same image in training and test makes results too good",
     )  # fmt: skip
-    split = sum(group.across_splits for group in report.duplicates)
-    say("error", split, f"{_many(split, 'image')} on different sides of the split, equal pixel by pixel")
-    conflict = sum(group.labels_differ for group in report.duplicates)
-    say("error", conflict, f"{_many(conflict, 'image')} with copies that have another label", "keep the right label")
-    several = report.rows_of_several_patients
-    say(
-        "error", several, f"{_many(several, 'row')} of labels.csv with images of more than one patient",
+    across = sum(group.across_splits for group in groups)
+    count("error", across, "image", "on different sides of the split, equal pixel by pixel")
+    conflict = sum(group.labels_differ for group in groups)
+    count("error", conflict, "image", "with copies that have another label", "keep the right label")
+    count(
+        "error", report.rows_of_several_patients, "row", "of labels.csv with images of more than one patient",
         "label by patient or series, or correct the images",
     )  # fmt: skip
     nothing = report.unlabelled == report.images + report.volumes
@@ -465,32 +469,26 @@ def _with_findings(report: Report) -> Report:
                 "warning", True, f"{' and '.join(each.annotators)} agree with kappa {value:.2f}, below {WARN_BELOW}",
                 "settle the cases on which they differ, or write down what the classes mean",
             )  # fmt: skip
-    own = sum(not group.across_patients for group in report.duplicates)
-    say("warning", own, f"{_many(own, 'image')} of one patient stored more than once", "keep one of each")
+    own = sum(not group.across_patients for group in groups)
+    count("warning", own, "image", "of one patient stored more than once", "keep one of each")
     near = report.near_duplicates_across_patients
-    say("warning", near, f"{_many(near, 'pair')} of nearly equal images of different patients", "look at them")
+    count("warning", near, "pair", "of nearly equal images of different patients", "look at them")
     text = len(report.text_suspects)
-    say(
-        "warning", text, f"{_many(text, 'image')} with what looks like burned-in text", "look at them; it may be a name"
-    )
-    say("warning", len(report.blank), f"{_many(len(report.blank), 'image')} with one grey value only", "remove them")
-    say("warning", report.unlabelled, f"{_many(report.unlabelled, 'image')} without a label, not used")
-    say(
-        "warning", report.rows_without_image, f"{_many(report.rows_without_image, 'row')} of labels.csv without image",
+    count("warning", text, "image", "with what looks like burned-in text", "look at them; it may be a name")
+    count("warning", len(report.blank), "image", "with one grey value only", "remove them")
+    count("warning", report.unlabelled, "image", "without a label, not used")
+    count(
+        "warning", report.rows_without_image, "row", "of labels.csv without image",
         "add the images, or remove the rows: nothing is trained on a table with rows of which no file has the image",
     )  # fmt: skip
-    count = sum(report.refused.values())
-    say("warning", count, f"{_many(count, 'file')} that cannot be used", "the reasons are counted below")
+    refused = sum(report.refused.values())
+    count("warning", refused, "file", "that cannot be used", "the reasons are counted below")
     rare = [name for name, patients in report.class_patients.items() if patients < 2 * 5]
     say("warning", len(rare), f"fewer than 10 patients of: {', '.join(rare)}", "a rare class is hardly learned")
     lacking = [name for name, about in report.missing_tags.items() if 2 * about["missing"] > about["of"]]
     say("note", len(lacking), f"missing in most images: {', '.join(lacking)}")
     named = len(report.label_suspects.named)
-    say("note", named, f"{_many(named, 'label')} that the images speak against", "look at them, the first ones first")
+    count("note", named, "label", "that the images speak against", "look at them, the first ones first")
     within = report.near_duplicates_within_patients
-    say("note", within, f"{_many(within, 'pair')} of nearly equal images of the same patient")
-    return Report(**{**vars(report), "findings": tuple(found)})
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    count("note", within, "pair", "of nearly equal images of the same patient")
+    return replace(report, findings=tuple(found))

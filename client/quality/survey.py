@@ -36,6 +36,7 @@ from common.imaging.parallel import Lost, cores, expect, series_limit_s, spread
 from common.imaging.volume import source_of
 from common.preparing import identifier
 from common.pseudonyms import patient_pseudonym, pseudonym, sample_pseudonym
+from common.samples import files_below
 from common.storage import storing
 
 MIN_PATIENTS = 5
@@ -291,17 +292,10 @@ def _recalled(plain: Mapping[str, Any], series: Series) -> _Seen:
 
 def fingerprint(folder: Path, table: bytes, key: bytes) -> str:
     """Keyed hash of the labels and of names, sizes and times of all image files: what a report is about."""
-    found: list[tuple[str, int, int]] = []
-    images = images_folder(folder)
     with storing("the folder of images"):
-        for place, folders, files in os.walk(images):
-            folders.sort()
-            for name in files:
-                path = Path(place, name)
-                if path.suffix.lower() != ".csv" and path.exists():
-                    status = path.stat()
-                    found.append((os.path.relpath(path, images), status.st_size, status.st_mtime_ns))
-    plain = json.dumps([hashlib.sha256(table).hexdigest(), sorted(found)])
+        files = files_below(os.fspath(images_folder(folder)))
+        found = sorted(each for each in files if Path(each[0]).suffix.lower() != ".csv")
+    plain = json.dumps([hashlib.sha256(table).hexdigest(), found])
     return hmac.new(key, plain.encode(), "sha256").hexdigest()
 
 
