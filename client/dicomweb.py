@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class DicomWeb:
         found: dict[str, Mapping[str, Any]] = {}
         offset = 0
         while True:
-            page = self._patience(lambda at=offset: self._page(place, asks, at))  # type: ignore[misc]
+            page = self._patience(partial(self._page, place, asks, offset))
             before = len(found)
             for answer in page:
                 found.setdefault(_text(answer, uid), answer)

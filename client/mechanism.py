@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ from client.cohort import Cohort
 from client.dp import PrivateGradient, Sampling, sampling, seeded_noise
 from client.dp.bookkeeping import Loss, trainable
 from client.dp.noise import Noise
-from common.accounting import Event, epsilon_pld, epsilon_prv, epsilon_rdp, solve_noise
+from client.policy import solved
+from common.accounting import Event, epsilon_pld, epsilon_prv, epsilon_rdp
 from common.config import Recipe
 from common.errors import FedicomError, PrivacyError
 from common.models import build
@@ -66,16 +68,11 @@ def planned(recipe: Recipe, patients: int) -> Planned:
     Raises:
         PrivacyError: The recipe has no privacy, or no noise reaches its epsilon.
     """
-    privacy, training = recipe.privacy, recipe.training
-    if not privacy.active:
+    training = recipe.training
+    if not recipe.privacy.active:
         raise PrivacyError("the recipe trains without privacy: there is no mechanism to audit; say privacy=dp_sgd")
     drawn = sampling(patients, training.batch_size, training.local_epochs)
-    noise = privacy.noise_multiplier
-    if noise is None:
-        assert privacy.epsilon is not None
-        assert privacy.delta is not None
-        noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
-    return Planned(sampling=drawn, noise_multiplier=noise)
+    return Planned(sampling=drawn, noise_multiplier=solved(recipe, drawn))
 
 
 def self_tests(
@@ -103,11 +100,8 @@ def self_tests(
     checks: list[Check] = []
     for name, count in patients.items():
         share = _SHARE * min(1.0, 3 / len(patients))
-        checks += _tried(f"account, {name}", lambda name=name: [_account(recipe, plans[name], name)])  # type: ignore[misc]
-        checks += _tried(
-            f"sampling, {name}",
-            lambda name=name, count=count, share=share: _draws(recipe, plans[name].sampling, count, name, share),  # type: ignore[misc]
-        )
+        checks += _tried(f"account, {name}", partial(_account, recipe, plans[name], name))
+        checks += _tried(f"sampling, {name}", partial(_draws, recipe, plans[name].sampling, count, name, share))
     checks += _tried("clipped sums", bench.sums)
     checks += _tried("noise", bench.noise)
     checks += _tried("noise of the clip norm's count", bench.count)
@@ -122,7 +116,7 @@ def _tried(name: str, test: Callable[[], list[Check]]) -> list[Check]:
         return [Check(name=name, passed=False, found=str(error)[:400], expected="no refusal by the mechanism itself")]
 
 
-def _account(recipe: Recipe, plan: Planned, site: str) -> Check:
+def _account(recipe: Recipe, plan: Planned, site: str) -> list[Check]:
     """The solved noise, counted forwards again over all rounds."""
     delta = recipe.privacy.delta
     assert delta is not None
@@ -134,13 +128,14 @@ def _account(recipe: Recipe, plan: Planned, site: str) -> Check:
     wanted = recipe.privacy.epsilon
     # PRV is an upper end with an error of 0.01; RDP is looser, never tighter
     agrees = abs(pld - prv) <= 0.02 + 0.01 * pld and rdp >= pld * (1 - 1e-3)
-    return Check(
+    check = Check(
         name=f"account, {site}",
         passed=agrees and (wanted is None or pld <= wanted),
         found=f"epsilon {pld:.3f} by PLD, {prv:.3f} by PRV, {rdp:.3f} by RDP; noise {plan.noise_multiplier:.4g}, "
         f"rate {plan.sampling.rate:.4g}, {event.steps} steps",
         expected=("" if wanted is None else f"at most {wanted:g}, ") + "PLD and PRV within 1 %, RDP above",
     )
+    return [check]
 
 
 def _draws(recipe: Recipe, drawn: Sampling, patients: int, site: str, share: float) -> list[Check]:

@@ -97,19 +97,28 @@ def visit_event(recipe: Recipe, patients: int, policy: Policy) -> tuple[Sampling
     """
     from client.dp.rules import sampling
 
-    privacy, training = recipe.privacy, recipe.training
-    assert privacy.delta is not None
+    training = recipe.training
     drawn = sampling(told(patients, policy), training.batch_size, training.local_epochs)
     if (steps := drawn.steps * recipe.rounds) > _MOST_STEPS:
         raise PrivacyError(
             f"the recipe plans {steps:,} noised steps at this site, and no account is made of more than "
             f"{_MOST_STEPS:,}: fewer rounds or epochs, or larger batches"
         )
-    noise = privacy.noise_multiplier
-    if noise is None:
-        assert privacy.epsilon is not None
-        noise = solve_noise(privacy.epsilon, privacy.delta, drawn.rate, steps)
-    return drawn, Event(noise_multiplier=noise, sampling_rate=drawn.rate, steps=drawn.steps)
+    return drawn, Event(noise_multiplier=solved(recipe, drawn), sampling_rate=drawn.rate, steps=drawn.steps)
+
+
+def solved(recipe: Recipe, drawn: Sampling) -> float:
+    """The recipe's noise multiplier, or the least with which all its rounds stay within its epsilon.
+
+    Raises:
+        PrivacyError: No noise does.
+    """
+    privacy = recipe.privacy
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.epsilon is not None
+    assert privacy.delta is not None
+    return solve_noise(privacy.epsilon, privacy.delta, drawn.rate, drawn.steps * recipe.rounds)
 
 
 def score_event(policy: Policy) -> Event:

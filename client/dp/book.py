@@ -1,11 +1,10 @@
-"""What the rules write into a book: the use of a parameter, its norms, and how its clipped sum is formed."""
+"""What stands in a book: the use of a parameter, and how its clipped sum is formed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -98,30 +97,3 @@ class Use:
             is_grads_batched=batched,
         )  # fmt: skip
         return [(i, g) for i, g in zip(self._parameters, found, strict=True) if g is not None]
-
-
-class Book(Protocol):
-    """Where the rules write."""
-
-    views: int
-    records: int
-    low: torch.dtype | None
-    """What convolutions and linear layers compute in; None: their input's type."""
-
-    def names(self, value: Any) -> list[str]:
-        """Of the trainable parameters that stand in a value."""
-
-    def plain(self, *values: Any) -> None:
-        """Raises NoRuleError when one of these is a trainable parameter: it stands where no rule expects it."""
-
-    def claim(self, tensor: torch.Tensor | None) -> Use | None:
-        """What a trainable parameter, or a weight made of some, is used as (None for anything else); only once each."""
-
-    def batched(self, *tensors: torch.Tensor) -> None:
-        """Raises NoRuleError unless the first axis is the record."""
-
-    def keep(self, use: Use | None, gradients: torch.Tensor) -> None:
-        """Books the gradients of the records, or of the patients, in the order of the weight's elements."""
-
-    def defer(self, use: Use, squares_P: torch.Tensor, contract: Contraction) -> None:
-        """Books the squared norms and how to form the sum once the factors are known."""

@@ -60,7 +60,7 @@ def clipped_sum(
         NoRuleError: Take another way; nothing was changed.
         PrivacyError: The loss is not one number a record.
     """
-    book = _Book(trainable(model), len(x_B), views, low)
+    book = Book(trainable(model), len(x_B), views, low)
     with book:
         with torch.autocast(x_B.device.type, dtype=low, enabled=low is not None):
             output = model(x_B)
@@ -105,8 +105,11 @@ def clip_factors(squares_P: torch.Tensor, clip_norm: float, views: int = 1) -> F
     return Factors((below / norms).clamp(max=1.0), rows, views)
 
 
-class _Book(TorchFunctionMode):
-    """What one forward and backward pass says about the gradients of each patient."""
+class Book(TorchFunctionMode):
+    """What one forward and backward pass says about the gradients of each patient; the rules write into it.
+
+    `low` is what convolutions and linear layers compute in; None: their input's type.
+    """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], records: int, views: int, low: torch.dtype | None
@@ -168,6 +171,7 @@ class _Book(TorchFunctionMode):
         return all(id(tensor) in self._tracked for tensor in _tensors((*args, *kwargs.values())))
 
     def names(self, value: Any) -> list[str]:
+        """Of the trainable parameters that stand in a value."""
         return [self._names[index] for index in self._parameters_in(value)]
 
     def plain(self, *values: Any) -> None:
@@ -213,6 +217,7 @@ class _Book(TorchFunctionMode):
         self._contractions.append((use, contract))
 
     def close(self, clip_norm: float) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The clipped sums, and the norms."""
         factors = clip_factors(self._squares_P, clip_norm, self.views)
         sums: dict[int, torch.Tensor] = {}
         while self._contractions:

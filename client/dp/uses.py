@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import Signature, signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.autograd.function import once_differentiable
 
 from client.dp import layers
-from client.dp.book import Book, Factors, NoRuleError, Use
+from client.dp.book import Factors, NoRuleError, Use
+
+if TYPE_CHECKING:
+    from client.dp.bookkeeping import Book
 
 
 def _value(use: Use | None, tensor: Any) -> Any:

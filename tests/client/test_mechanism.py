@@ -132,8 +132,8 @@ def test_a_voxel_that_is_no_number_and_passes_the_clip_is_caught(monkeypatch: py
 
 
 def test_less_noise_than_the_epsilon_of_the_recipe_needs_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = mechanism.solve_noise
-    monkeypatch.setattr(mechanism, "solve_noise", lambda *words: 0.97 * honest(*words))
+    honest = mechanism.solved
+    monkeypatch.setattr(mechanism, "solved", lambda *words: 0.97 * honest(*words))
     assert failed() == {"account"}  # the noise is what is planned, and the plan costs too much
 
 
