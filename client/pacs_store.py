@@ -158,11 +158,6 @@ class Store:
             if (self.images / named["study"] / named["series"]).is_dir():
                 yield named
 
-    def count(self) -> int:
-        """Instances in the journal."""
-        with _journalling():
-            return int(self._journal.execute("SELECT COUNT(*) FROM done").fetchone()[0])
-
     def _series(self, root: Path, study: str, series: str) -> Path:
         return root / self.name("study", study) / self.name("series", series)
 

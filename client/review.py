@@ -54,11 +54,6 @@ class Review:
     plain: Mapping[str, Any]
     """The same as JSON types."""
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """All of it, for a terminal or a printer."""
-        return tuple(line for section in self.sections for line in (section.title, *section.lines, ""))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

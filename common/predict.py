@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TextIO
@@ -31,7 +31,7 @@ from common.imaging import (
     prepare,
     structured_report,
 )  # fmt: skip
-from common.onnx_model import STATEMENT, Description, OnnxModel
+from common.onnx_model import STATEMENT, OnnxModel
 from common.storage import commit, private_folder, storing, write_whole
 
 Array = npt.NDArray[np.float32]
@@ -61,7 +61,6 @@ class Predictions:
     reports: int = 0
     """DICOM Structured Reports that were written."""
     model_sha256: str
-    description: Description = field(repr=False)
 
 
 def predict(
@@ -132,7 +131,6 @@ def predict(
         refused_path=refused_csv,
         reports=shelf.count if shelf is not None else 0,
         model_sha256=model.sha256,
-        description=model.description,
     )
 
 

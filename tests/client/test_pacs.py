@@ -226,6 +226,10 @@ def wanted(*numbers: int) -> list[FoundInstance]:
     return [FoundInstance(f"1.2.3.3.{number}", str(CTImageStorage)) for number in numbers]
 
 
+def noted(opened: Store) -> int:
+    return opened._journal.execute("SELECT COUNT(*) FROM done").fetchone()[0]
+
+
 def test_only_what_was_asked_for_and_is_whole_gets_a_name(tmp_path):
     opened = store(tmp_path / "out")
     with opened.taking(STUDY, SERIES, wanted(1, 2)) as take:
@@ -236,7 +240,7 @@ def test_only_what_was_asked_for_and_is_whole_gets_a_name(tmp_path):
         take([b"junk"])
         take([])
         take([encoded(2)[:200], encoded(2)[200:]])
-    assert (opened.fetched, opened.bad, opened.count()) == (2, 5, 2)
+    assert (opened.fetched, opened.bad, noted(opened)) == (2, 5, 2)
     assert opened.missing(STUDY, SERIES, wanted(1, 2, 3)) == wanted(3)
     files = sorted((tmp_path / "out").rglob("*.dcm"))
     assert sorted(path.read_bytes() for path in files) == sorted([encoded(1), encoded(2)])
@@ -251,7 +255,7 @@ def test_a_file_whose_row_was_lost_is_taken_over_and_a_row_whose_file_was_lost_i
         take([encoded(2)])
     opened._journal.execute("DELETE FROM done")
     assert opened.missing(STUDY, SERIES, wanted(1, 2)) == []
-    assert opened.count() == 2
+    assert noted(opened) == 2
     next(iter((tmp_path / "out").rglob("*.dcm"))).unlink()
     assert len(opened.missing(STUDY, SERIES, wanted(1, 2))) == 1
     (tmp_path / "out" / "pull" / "left.part").write_bytes(b"half")

@@ -51,8 +51,12 @@ def reviewed(recipe: Recipe, cohort: Cohort | None = None, *, ledger: Ledger | N
     return review(sign_recipe(recipe, Signer.temporary()), config, cohort, ledger)
 
 
+def lines_of(found: Review) -> list[str]:
+    return [line for section in found.sections for line in (section.title, *section.lines, "")]
+
+
 def text(found: Review) -> str:
-    return "\n".join(found.lines)
+    return "\n".join(lines_of(found))
 
 
 def ledger_of(folder: Path, policy: Policy) -> Ledger:
@@ -116,8 +120,8 @@ def test_no_word_of_a_recipe_moves_the_cursor_of_who_reviews_it() -> None:
         model=replace(recipe_of().model, name=evil),
     )
     found = reviewed(recipe, models=("monai/resnet10",), modalities=("MR",))
-    assert len([line for line in found.lines if line.startswith("NO: ")]) >= 3
-    assert all(line.isprintable() for line in found.lines)
+    assert len([line for line in lines_of(found) if line.startswith("NO: ")]) >= 3
+    assert all(line.isprintable() for line in lines_of(found))
 
 
 def test_the_bytes_are_those_of_the_networks_exchanged_weights() -> None:
