@@ -376,7 +376,13 @@ class _Bench:
 
     def secrecy(self) -> list[Check]:
         """Equal recipes, rounds, sites and seeds: nothing but the noise may differ, and it must."""
-        recipe, plan = self.recipe, self.plan
+        checks = [self._secret_noise()]
+        if self.plan.sampling.rate < 1:
+            checks.append(self._secret_draws())
+        return [*checks, self._secret_images()]
+
+    def _secret_noise(self) -> Check:
+        recipe = self.recipe
         made = [work.site_noise(recipe, 1, "a") for _ in range(2)]
         with _world(recipe.seed):
             mine = []
@@ -400,65 +406,57 @@ class _Bench:
         found = {name: _correlation(mine[0], other) for name, other in others.items()}
         allowed = float(stats.norm.isf(_SHARE / (2 * len(found)))) / math.sqrt(self.size)
         name, worst = max(found.items(), key=lambda item: abs(item[1]))
-        checks = [
-            Check(
-                name="noise is secret and fresh",
-                passed=abs(worst) <= allowed and all(source.secret for source in made),
-                found=f"largest correlation {worst:.4f}, with {name}"
-                + ("" if all(source.secret for source in made) else "; the source says that its seed is known"),
-                expected=f"at most {allowed:.4f} with {len(found)} others, made from all that a server knows",
-                false_alarm=_SHARE,
-            )
-        ]
-        rate = plan.sampling.rate
-        if rate < 1:
-            cohort = _made_up(recipe, 100)
-            drawn = []
-            for _ in range(2):
-                private = work.Private(
-                    sampling=Sampling(rate=rate, steps=max(4, math.ceil(0.4 / (rate * (1 - rate))))),
-                    noise_multiplier=plan.noise_multiplier,
-                    noise=work.site_noise(recipe, 1, "a"),
-                )
-                with _world(recipe.seed):
-                    _seed_all(recipe.seed)
-                    rng = np.random.default_rng(recipe.seed)
-                    batches = work.private_batches(cohort, private, rng, recipe.privacy.views)
-                    drawn.append([tuple(cohort.samples.patient_N[index].ravel().tolist()) for index in batches])
-            checks.append(
-                Check(
-                    name="draws are secret",
-                    passed=drawn[0] != drawn[1],
-                    found="equal seeds gave other patients"
-                    if drawn[0] != drawn[1]
-                    else "equal seeds gave equal patients",
-                    expected="other patients: who is in a step is part of what hides them",
-                    false_alarm=1e-9,
-                )
-            )
-        seeds = []
+        secret = all(source.secret for source in made)
+        return Check(
+            name="noise is secret and fresh",
+            passed=abs(worst) <= allowed and secret,
+            found=f"largest correlation {worst:.4f}, with {name}"
+            + ("" if secret else "; the source says that its seed is known"),
+            expected=f"at most {allowed:.4f} with {len(found)} others, made from all that a server knows",
+            false_alarm=_SHARE,
+        )
+
+    def _secret_draws(self) -> Check:
+        recipe, rate = self.recipe, self.plan.sampling.rate
+        cohort, drawn = _made_up(recipe, 100), []
         for _ in range(2):
-            private = work.Private(
-                sampling=plan.sampling, noise_multiplier=plan.noise_multiplier, noise=work.site_noise(recipe, 1, "a")
-            )
+            private = self._private(Sampling(rate=rate, steps=max(4, math.ceil(0.4 / (rate * (1 - rate))))))
             with _world(recipe.seed):
-                _seed_all(recipe.seed)
+                rng = np.random.default_rng(recipe.seed)
+                batches = work.private_batches(cohort, private, rng, recipe.privacy.views)
+                drawn.append([tuple(cohort.samples.patient_N[index].ravel().tolist()) for index in batches])
+        others = drawn[0] != drawn[1]
+        return Check(
+            name="draws are secret",
+            passed=others,
+            found=f"equal seeds gave {'other' if others else 'equal'} patients",
+            expected="other patients: who is in a step is part of what hides them",
+            false_alarm=1e-9,
+        )
+
+    def _secret_images(self) -> Check:
+        recipe, seeds = self.recipe, []
+        for _ in range(2):
+            private = self._private(self.plan.sampling)
+            with _world(recipe.seed):
                 model = build(recipe).train()
                 course = work.Course(
                     model, _made_up(recipe, 1), recipe, round_=1, site="a", device=self.device, private=private
                 )  # fmt: skip
                 seeds.append(course.dropout_seed)
-        checks.append(
-            Check(
-                name="images and their changes are secret",
-                passed=seeds[0] != seeds[1],
-                found=f"equal seeds gave {'another' if seeds[0] != seeds[1] else 'an equal'} stream of images, "
-                "augmentation and dropout",
-                expected="another stream: with a known one, one patient more would change what all others give",
-                false_alarm=1e-9,
-            )
+        others = seeds[0] != seeds[1]
+        return Check(
+            name="images and their changes are secret",
+            passed=others,
+            found=f"equal seeds gave {'another' if others else 'an equal'} stream of images, augmentation and dropout",
+            expected="another stream: with a known one, one patient more would change what all others give",
+            false_alarm=1e-9,
         )
-        return checks
+
+    def _private(self, sampling: Sampling) -> work.Private:
+        """As a round has it, with fresh noise."""
+        noise = work.site_noise(self.recipe, 1, "a")
+        return work.Private(sampling=sampling, noise_multiplier=self.plan.noise_multiplier, noise=noise)
 
     def _alone(self, source: Noise) -> torch.Tensor:
         """One noise vector as the engine releases it when nobody was drawn."""

@@ -327,18 +327,9 @@ def _left(sent: Sequence[Sent]) -> Html:
         for item in sent
     ]
     head = (
-        "Site",
-        "Time",
-        "What",
-        "Round",
-        "Bytes",
-        "Digest",
-        "Norm",
-        "Clip / noise",
-        "Epsilon of updates",
-        "Scores",
+        "Site", "Time", "What", "Round", "Bytes", "Digest", "Norm", "Clip / noise", "Epsilon of updates", "Scores",
         "Fate",
-    )
+    )  # fmt: skip
     shown = table(
         head, rows, caption="Every message with results, as the logs have it", numbers_from=99, class_="compact"
     )
