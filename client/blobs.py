@@ -17,13 +17,12 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
-from client.reach import proxy_of
+from client.reach import proxy_login, proxy_of, tls
 from common.blobs import BELL_PATH, DIGEST, MARK, PATH, TICKET, signed_request
 from common.deployment import SiteHome
 from common.errors import FedicomError
@@ -67,10 +66,7 @@ class Remote:
         config = home.config
         self._key, self._stop = NodeKey.load(home.node_key), stop
         self._public = b64encode(self._key.pem).decode()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(home.ca)
-        self._url, self._pool = f"https://{config.gateway}", _pool(proxy_of(config, os.environ), context)
+        self._url, self._pool = f"https://{config.gateway}", _pool(proxy_of(config, os.environ), tls(home.ca))
 
     def round(self, ticket: str) -> RemoteRound:
         """One round's weights, as `common.blobs.Blobs`."""
@@ -250,10 +246,8 @@ def _pool(proxy: str | None, context: ssl.SSLContext) -> PoolManager:
     if proxy is None:
         made = PoolManager(**given)
     else:
-        url, login = urlsplit(proxy), {}
-        if url.username:  # not by urllib3's `make_headers`, which knows no name or password beyond Latin-1
-            word = f"{unquote(url.username)}:{unquote(url.password or '')}"
-            login["proxy-authorization"] = f"Basic {b64encode(word.encode()).decode()}"
+        # not by urllib3's `make_headers`, which knows no name or password beyond Latin-1
+        login = {"proxy-authorization": word} if (word := proxy_login(proxy)) else {}
         made = ProxyManager(proxy, proxy_headers=login, **given)
     made.pool_classes_by_scheme = {"http": HTTPConnectionPool, "https": _Lines}
     return made

@@ -70,43 +70,34 @@ def gateway(home: SiteHome) -> Iterator[Line]:
         yield Line(level="ok", what="proxy", says=f"{_shown(proxy)} is used for the gateway")
     try:
         line, status, date = ask_gateway(host, port, home.ca, proxy)
-    except ssl.SSLCertVerificationError as error:
+    except OSError as error:
+        yield _unreached(error, config.gateway, via, home.ca)
+        return
+    yield Line(level="ok", what="gateway", says=f"{line}{via}")
+    yield _refusal(status)
+    yield _clock(date)
+
+
+def _unreached(error: OSError, address: str, via: str, ca: Path) -> Line:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        says = f"its certificate does not hold against this federation's authority ({error.verify_message})"
         fix = "if the network inspects TLS, exempt the gateway; else ask the coordinator: somebody may stand between"
         if error.verify_code in _DATES:
             fix = (
                 f"look whether {datetime.now(UTC):%Y-%m-%d %H:%M} UTC is right, and set this machine's clock; else ask "
                 "the coordinator, who renews it with `fedicom provision rotate gateway`"
             )
-            if ended := expiring(home.ca, 0, then=AUTHORITY_ENDS):  # then a new one of the gateway's would not help
+            if ended := expiring(ca, 0, then=AUTHORITY_ENDS):  # then a new one of the gateway's would not help
                 fix = f"{fix}. {ended}"
         elif error.verify_code in _NAMES:
-            fix = f"gateway in site.yaml is {config.gateway}: ask the coordinator for the name that it is reached by"
-        yield Line(
-            level="FAIL",
-            what="gateway",
-            says=f"its certificate does not hold against this federation's authority ({error.verify_message})",
-            fix=fix,
-        )
-        return
-    except ssl.SSLError as error:
-        yield Line(
-            level="FAIL",
-            what="gateway",
-            says=f"no TLS 1.3 with {config.gateway}{via} ({error.reason})",
-            fix="check the port; a firewall that inspects TLS must let this connection through unopened",
-        )
-        return
-    except OSError as error:
-        yield Line(
-            level="FAIL",
-            what="gateway",
-            says=f"{config.gateway} cannot be reached{via} ({error.strerror or type(error).__name__})",
-            fix=f"open the firewall for outgoing TCP to {config.gateway}, or name the proxy in site.yaml",
-        )
-        return
-    yield Line(level="ok", what="gateway", says=f"{line}{via}")
-    yield _refusal(status)
-    yield _clock(date)
+            fix = f"gateway in site.yaml is {address}: ask the coordinator for the name that it is reached by"
+    elif isinstance(error, ssl.SSLError):
+        says = f"no TLS 1.3 with {address}{via} ({error.reason})"
+        fix = "check the port; a firewall that inspects TLS must let this connection through unopened"
+    else:
+        says = f"{address} cannot be reached{via} ({error.strerror or type(error).__name__})"
+        fix = f"open the firewall for outgoing TCP to {address}, or name the proxy in site.yaml"
+    return Line(level="FAIL", what="gateway", says=says, fix=fix)
 
 
 def _refusal(status: int) -> Line:
@@ -150,26 +141,27 @@ def ask_gateway(host: str, port: int, ca: Path, proxy: str | None) -> tuple[str,
     Raises:
         OSError: There is no connection, or no TLS 1.3 under this authority (`ssl.SSLError`).
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_verify_locations(ca)
-    with closing(_connect(host, port, proxy)) as plain, context.wrap_socket(plain, server_hostname=host) as line:
+    with closing(_connect(host, port, proxy)) as plain, tls(ca).wrap_socket(plain, server_hostname=host) as line:
         request = f"POST {_ROUTE} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
         line.sendall(request.encode())
         status, headers = _answer(line)
         return f"{line.version()} with {host}:{port}, signed by the federation's authority", status, headers.get("date")
 
 
+def tls(ca: Path) -> ssl.SSLContext:
+    """How a node speaks with the gateway: TLS 1.3, under the federation's own authority alone."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_verify_locations(ca)
+    return context
+
+
 def _connect(host: str, port: int, proxy: str | None) -> socket.socket:
     if proxy is None:
         return socket.create_connection((host, port), timeout=_CONNECT_S)
-    url = urlsplit(proxy)
     line = socket.create_connection(proxy_address(proxy), timeout=_CONNECT_S)
     try:
-        login = ""
-        if url.username:
-            word = b64encode(f"{unquote(url.username)}:{unquote(url.password or '')}".encode()).decode()
-            login = f"Proxy-Authorization: Basic {word}\r\n"
+        login = f"Proxy-Authorization: {word}\r\n" if (word := proxy_login(proxy)) else ""
         line.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n{login}\r\n".encode())
         status, _ = _answer(line)
         if status != 200:
@@ -281,6 +273,13 @@ def proxy_address(proxy: str) -> tuple[str, int]:
     """Host and port of a proxy's URL."""
     url = urlsplit(proxy)
     return url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+
+
+def proxy_login(proxy: str) -> str:
+    """What is said to a proxy whose URL has a name and a password, in UTF-8; empty for others."""
+    url = urlsplit(proxy)
+    word = b64encode(f"{unquote(url.username or '')}:{unquote(url.password or '')}".encode()).decode()
+    return f"Basic {word}" if url.username else ""
 
 
 def _shown(proxy: str) -> str:
