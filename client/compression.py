@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -76,7 +76,9 @@ class Remainders:
 
     def _before(self, plan: RoundPlan) -> tuple[Path, dict[str, Array]] | None:
         """What the newest round before this one left, and where."""
-        for round_, path in sorted(self._files(plan.recipe_id), reverse=True):
+        files = self._folder.glob(f"{plan.recipe_id[:16]}-*.safetensors")
+        found = ((int(name[1]), path) for path in files if (name := _NAME.fullmatch(path.name)))
+        for round_, path in sorted(found, reverse=True):
             if round_ < plan.round:
                 with storing("what rounding left out"), suppress(SafetensorError):
                     left = load_file(path)
@@ -85,11 +87,6 @@ class Remainders:
                 log.warning("what rounding left out of round %d cannot be read any more", round_)
                 return None
         return None
-
-    def _files(self, recipe_id: str) -> Iterator[tuple[int, Path]]:
-        for path in self._folder.glob(f"{recipe_id[:16]}-*.safetensors"):
-            if found := _NAME.fullmatch(path.name):
-                yield int(found[1]), path
 
 
 def _plus(delta: Weights, left: Mapping[str, Array]) -> Weights:

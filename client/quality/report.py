@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -166,7 +166,6 @@ def make_report(
     sides = split or {}
     duplicates = _duplicates(pictures, sides)
     near, across, within = _near(found)
-    class_of = _shown_class(task.classes)
     features_rows = _most_common_dimensions(pictures)
     suspects = _label_suspects(found, table, features_rows)
     agreements = _agreements(table, pictures, key)
@@ -175,12 +174,7 @@ def make_report(
         ((p.name[:12], p.patient, p.letters or 0) for p in examined if (p.letters or 0) >= MIN_LETTERS),
         key=lambda each: (-each[2], each[0]),
     )
-    class_patients: dict[str, set[str]] = {name: set() for name in task.classes}
-    class_images = dict.fromkeys(task.classes, 0)
-    for picture in pictures:
-        for name in _classes_of(picture, task.classes):
-            class_images[name] += 1
-            class_patients[name].add(picture.patient)
+    class_images, class_patients = _by_class(pictures, task.classes)
     patients = {picture.patient for picture in pictures}
     patients_of_row: dict[str, set[str]] = {}
     for picture in pictures:
@@ -201,7 +195,7 @@ def make_report(
         rows_without_image=found.rows_without_image,
         rows_of_several_patients=sum(len(found) > 1 for found in patients_of_row.values()),
         class_images=class_images,
-        class_patients={name: len(members) for name, members in class_patients.items()},
+        class_patients=class_patients,
         histograms=_histograms(pictures),
         missing_tags=_missing(pictures),
         refused=dict(found.refused),
@@ -217,19 +211,33 @@ def make_report(
         splits=None if split is None else _sides(patients, split),
         findings=(),
     )
-    points = None
+    return _with_findings(report), _points(found, task.classes, features_rows)
+
+
+def _points(found: Survey, classes: Sequence[str], features_rows: Sequence[int]) -> Points | None:
     drawn = make_map(
-        np.stack([found.features[row] for row in features_rows]), [pictures[row].name for row in features_rows]
+        np.stack([found.features[row] for row in features_rows]), [found.pictures[row].name for row in features_rows]
     )
-    if drawn is not None:
-        rows = [features_rows[row] for row in drawn.rows]
-        points = Points(
-            map=drawn,
-            classes=tuple(class_of(pictures[row]) for row in rows),
-            vendors=tuple(pictures[row].vendor for row in rows),
-            dimensions=pictures[rows[0]].dimensions,
-        )
-    return _with_findings(report), points
+    if drawn is None:
+        return None
+    shown = [found.pictures[features_rows[row]] for row in drawn.rows]
+    return Points(
+        map=drawn,
+        classes=tuple(_shown_class(picture, classes) for picture in shown),
+        vendors=tuple(picture.vendor for picture in shown),
+        dimensions=shown[0].dimensions,
+    )
+
+
+def _by_class(pictures: Sequence[Picture], classes: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Images of each class, and patients with at least one."""
+    patients: dict[str, set[str]] = {name: set() for name in classes}
+    images = dict.fromkeys(classes, 0)
+    for picture in pictures:
+        for name in _classes_of(picture, classes):
+            images[name] += 1
+            patients[name].add(picture.patient)
+    return images, {name: len(members) for name, members in patients.items()}
 
 
 def _classes_of(picture: Picture, classes: Sequence[str]) -> tuple[str, ...]:
@@ -240,13 +248,8 @@ def _classes_of(picture: Picture, classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name, has in zip(classes, picture.target, strict=True) if has)
 
 
-def _shown_class(classes: Sequence[str]) -> Callable[[Picture], str]:
-    def shown(picture: Picture) -> str:
-        if picture.target is None:
-            return "no label"
-        return " + ".join(_classes_of(picture, classes)) or "none"
-
-    return shown
+def _shown_class(picture: Picture, classes: Sequence[str]) -> str:
+    return "no label" if picture.target is None else " + ".join(_classes_of(picture, classes)) or "none"
 
 
 def _most_common_dimensions(pictures: Sequence[Picture]) -> list[int]:
