@@ -32,7 +32,7 @@ def selftest_verb(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     from client.machine import devices_of
     from client.privacy_audit import privacy_audit
-    from common.privacy_table import show_audit
+    from client.privacy_table import show_audit
 
     home = site_home(arguments.home)
     recipe = signed_recipe(home, arguments.recipe).recipe

@@ -80,8 +80,8 @@ def _audit(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, help="of coins and made-up images; the noise is secret all the same")
     arguments = parser.parse_intermixed_args(words)
     from client.privacy_audit import privacy_audit
+    from client.privacy_table import show_audit
     from common.privacy_audit import FILE
-    from common.privacy_table import show_audit
     from simulations.privacy_page import write_audit_page
 
     subject = subject_of(arguments.what, arguments.patients)

@@ -13,8 +13,8 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
 from functools import cache
@@ -77,14 +77,10 @@ class Remembered:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
+        with closing(self._db), _keeping():
             if kind is None:  # of series that are gone or have changed
                 self._db.execute("DELETE FROM looks WHERE about = ? AND run != ?", (self._about, self._run))
             self._db.commit()
-        except sqlite3.Error as problem:
-            raise _failed(problem) from None
-        finally:
-            self._db.close()
 
     def name_of(self, series: Series) -> str | None:
         """Keyed hash of all that decides what is seen; None where that is not known for sure."""
@@ -104,18 +100,16 @@ class Remembered:
         """What `keep` was given."""
         if name is None:
             return None
-        try:
+        with _keeping():
             row = self._db.execute("SELECT value FROM looks WHERE name = ?", (name,)).fetchone()
             if row is None:
                 return None
-            text = row[0] if self._secret is None else open_text(row[0], self._secret)
-            found: dict[str, Any] = json.loads(text)
+            try:
+                found: dict[str, Any] = json.loads(row[0] if self._secret is None else open_text(row[0], self._secret))
+            except (ValueError, TypeError, StorageError):  # of another key, or damaged: it is seen again
+                return None
             self._db.execute("UPDATE looks SET run = ? WHERE name = ?", (self._run, name))
-        except (ValueError, TypeError, StorageError):  # of another key, or damaged: it is seen again
-            return None
-        except sqlite3.Error as problem:
-            raise _failed(problem) from None
-        self._commit()
+            self._commit()
         return found
 
     def keep(self, name: str | None, value: Mapping[str, Any]) -> None:
@@ -124,18 +118,13 @@ class Remembered:
             return
         text = json.dumps(value).encode()
         sealed = text if self._secret is None else seal_text(text, self._secret)
-        try:
+        with _keeping():
             self._db.execute("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?)", (name, self._about, self._run, sealed))
-        except sqlite3.Error as problem:
-            raise _failed(problem) from None
-        self._commit()
+            self._commit()
 
     def _commit(self) -> None:
         if time.monotonic() - self._last > _COMMIT_S:
-            try:
-                self._db.commit()
-            except sqlite3.Error as problem:
-                raise _failed(problem) from None
+            self._db.commit()
             self._last = time.monotonic()
 
 
@@ -149,6 +138,14 @@ def _opened(path: Path) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+@contextmanager
+def _keeping() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as problem:
+        raise _failed(problem) from None
 
 
 def _failed(error: sqlite3.Error) -> StorageError:
