@@ -43,11 +43,11 @@ _UNDECAYED = ("gain", "cls_token", "dist_token", "reg_token", "pos_embed", "posi
 _BLOCK = re.compile(r"layer\d+|(?:_?blocks|stages|layers)\.\d+|features\.denseblock\d+")
 
 
-def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
+def build(recipe: Recipe) -> nn.Module:
     """The recipe's network with its initial weights, in training mode, on the CPU.
 
     `forward` takes (B, channels, *data.size) and gives logits (B, task.outputs). Initial
-    weights depend on the recipe (and `seed`) alone: torch's global generator is neither read
+    weights depend on the recipe alone: torch's global generator is neither read
     nor moved. Stochastic depth is off; `model.dropout` sits before the head (in MONAI's ViT,
     where its authors put it).
 
@@ -56,16 +56,12 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     weights file in evaluation mode, look at no patient, and stay as they are. `group_ws` also standardises the
     weights of convolutions.
 
-    Args:
-        recipe: Decides everything but the seed.
-        seed: Of the initial weights; the recipe's own by default.
-
     Raises:
         ConfigError: The network is unknown, does not fit `data.size`, lacks the wanted option, or
             the weights file is not the approved one or does not fit.
     """
     config = recipe.model
-    with importing(), _own_randomness(recipe.seed if seed is None else seed):
+    with importing(), _own_randomness(recipe.seed):
         try:
             model = _FAMILIES[config.family](recipe)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -85,7 +81,7 @@ def build(recipe: Recipe, *, seed: int | None = None) -> nn.Module:
     if config.weights_file is not None:
         _load_weights(model, config)
     if config.trainable != "all":
-        with _own_randomness(recipe.seed if seed is None else seed):
+        with _own_randomness(recipe.seed):
             adaptation.adapt(model, config, _head_prefixes(model))
     _check_fit(model, recipe)
     return model

@@ -164,7 +164,7 @@ def _duplicates(report: Report) -> Html:
         ]
         parts.append(
             table(
-                ("Images", "Under", "Patients", "Labels differ", "Both sides of the split"), _coded(rows, 2),
+                ("Images", "Under", "Patients", "Labels differ", "Both sides of the split"), _coded(rows),
                 caption=f"Equal pixel by pixel after decoding{_first(len(report.duplicates))}", numbers_from=9,
             )
         )  # fmt: skip
@@ -189,18 +189,16 @@ def _duplicates(report: Report) -> Html:
         ]
         parts.append(
             table(
-                ("Images", "Under", "Patients", "Labels differ", "Bits"), _coded(near, 2),
+                ("Images", "Under", "Patients", "Labels differ", "Bits"), _coded(near),
                 caption=f"Nearly equal{_first(across + within)}", numbers_from=4,
             )
         )  # fmt: skip
     return join(*parts)
 
 
-def _coded(rows: Sequence[tuple[str, ...]], column: int) -> list[tuple[Child, ...]]:
-    """Pseudonyms in the first and in this column, in the font of code."""
-    return [
-        tuple(tag("code", cell) if at in (0, column) else cell for at, cell in enumerate(row)) for row in rows
-    ]  # fmt: skip
+def _coded(rows: Sequence[tuple[str, ...]]) -> list[tuple[Child, ...]]:
+    """Pseudonyms, in the first and the third column, in the font of code."""
+    return [tuple(tag("code", cell) if at in (0, 2) else cell for at, cell in enumerate(row)) for row in rows]
 
 
 def _first(count: int) -> str:

@@ -9,6 +9,7 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,15 +203,15 @@ def test_initial_weights_are_equal_in_another_process_which_imports_timm_only_to
         "import sys, random, torch; from common import models; from common.config import *;"
         "assert not {'timm', 'monai', 'torchvision'} & set(sys.modules), 'imported too early';"
         "torch.manual_seed(7); torch.rand(5);"
-        "r = Recipe(name='x', data=Preprocessing(size=(32, 32)));"
-        "print(models.get_weights(models.build(r, seed=3)).digest);"
+        "r = Recipe(name='x', seed=3, data=Preprocessing(size=(32, 32)));"
+        "print(models.get_weights(models.build(r)).digest);"
         "from common.timm_shim import ensure_light_timm; ensure_light_timm();"
         "import torchvision; print(torchvision.transforms.Normalize([0.5], [0.5])(torch.ones(1, 2, 2)).sum().item())"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
-    here = models.build(Recipe(name="y", data=Preprocessing(size=(32, 32))), seed=3)
+    here = models.build(Recipe(name="y", seed=3, data=Preprocessing(size=(32, 32))))
     assert done.stdout.split() == [models.get_weights(here).digest, "4.0"]
 
 
@@ -225,7 +226,7 @@ def test_building_neither_reads_nor_moves_a_global_generator():
     assert before[1:] == after[1:]
     torch.manual_seed(2)
     assert models.get_weights(models.build(recipe())) == first
-    assert models.get_weights(models.build(recipe(), seed=1)) != first
+    assert models.get_weights(models.build(replace(recipe(), seed=1))) != first
 
 
 def test_building_opens_no_connection(monkeypatch):
@@ -369,7 +370,7 @@ def saved(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def colour_file(tmp_path_factory) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """A three-channel, five-class network's weights, with statistics unlike the initial ones."""
-    model = models.build(colour_recipe(), seed=9)
+    model = models.build(replace(colour_recipe(), seed=9))
     model.train()(torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 1)
     state = model.state_dict()
     return saved(tmp_path_factory.mktemp("weights") / "colour.safetensors", state), state
@@ -469,7 +470,9 @@ def test_norms_and_biases_over_a_frozen_backbone_leave_its_weights_and_statistic
     ],
 )
 def test_low_rank_additions_start_at_nothing_and_merge_into_the_plain_network(family, name, size, some, tmp_path):
-    source = saved(tmp_path / "start.safetensors", models.build(recipe(family, name, size), seed=5).state_dict())
+    source = saved(
+        tmp_path / "start.safetensors", models.build(replace(recipe(family, name, size), seed=5)).state_dict()
+    )
     plain = models.build(recipe(family, name, size, **source)).eval()
     low = models.build(recipe(family, name, size, trainable="lora", lora_rank=3, **source)).eval()
     x = torch.randn(2, 1, *size, generator=torch.Generator().manual_seed(0))

@@ -40,7 +40,7 @@ SMALL = recipe_for((24, 24), family="monai", name="resnet10", width=0.125)
 def trained(recipe, seed=0):
     """A new network, and weights whose running statistics are those of data, as after training."""
     model = build(recipe)
-    pupil = build(recipe, seed=seed)
+    pupil = build(dataclasses.replace(recipe, seed=seed))
     for module in pupil.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
