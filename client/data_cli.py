@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli import run_verb
 from common.printable import number_of
+from common.storage import private_folder, write_whole
 
 if TYPE_CHECKING:
+    from common.deployment import SiteHome
     from common.imaging.index import Index
     from common.imaging.overview import SeriesOverview
 
@@ -131,24 +133,20 @@ def _parser(word: str, description: str) -> argparse.ArgumentParser:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "--site", type=_site_folder, metavar="FOLDER", help="the site's own folder: its cache and key are used"
-    )
+    place.add_argument("--site", type=_site, metavar="FOLDER", help="the site's own folder: its cache and key are used")
     place.add_argument("--cache", type=Path, metavar="FOLDER", help="a private folder; default: ~/.cache/fedicom")
 
 
-def _site_folder(word: str) -> Path:
+def _site(word: str) -> SiteHome:
     """Checked before anything is made below it: a folder of images that was named in its place shall stay as it is."""
-    from common.deployment import home_folder
+    from common.deployment import SiteHome, home_folder
 
-    return home_folder(Path(word), "site.yaml")
+    return SiteHome(home_folder(Path(word), "site.yaml"))
 
 
 def _cache(arguments: argparse.Namespace) -> Path:
     if arguments.site is not None:
-        from common.deployment import SiteHome
-
-        return SiteHome(arguments.site).cache
+        return Path(arguments.site.cache)
     if arguments.cache is not None:
         return Path(arguments.cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedicom"
@@ -162,23 +160,19 @@ def _place(arguments: argparse.Namespace, *folders: Path) -> tuple[Path, bytes]:
     """
     from common.cache import must_lie_beside
     from common.identity import read_private
-    from common.storage import private_folder
 
     cache = _cache(arguments)
     for folder in folders:
         must_lie_beside(cache, folder)
     private_folder(cache)
     if arguments.site is not None:
-        from common.deployment import SiteHome
-
-        return cache, read_private(SiteHome(arguments.site).cohort_key, "the site's key")
+        return cache, read_private(arguments.site.cohort_key, "the site's key")
     return cache, pseudonyms_key(cache)
 
 
 def pseudonyms_key(folder: Path) -> bytes:
     """The key of what belongs to no site, made where there is none yet."""
     from common.identity import read_private
-    from common.storage import write_whole
 
     path = folder / "pseudonyms.key"
     if not path.exists():

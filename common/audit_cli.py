@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.epsilon import rounded_up
+from common.errors import ConfigError, FedicomError
 from common.printable import number_of, printable
-from common.storage import named_file, named_path, page_with_json
+from common.storage import named_file, named_path, page_with_json, storing
 
 if TYPE_CHECKING:
     from common.chain import AuditError
@@ -72,7 +73,6 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 def _one_log(word: str) -> Path:
     path = _logs(word)
     if path.is_dir():
-        from common.errors import ConfigError
         from common.logs import log_files
 
         found = [str(file) for file in log_files(path)]
@@ -92,7 +92,6 @@ def _logs(word: str) -> Path:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from common.chain import AuditError
-    from common.errors import ConfigError
 
     if arguments.key is not None and arguments.registry is not None:
         raise ConfigError("--key and --registry: both say who must have signed; give one of them")
@@ -203,7 +202,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _trace(arguments: argparse.Namespace) -> int:
-    from common.errors import FedicomError
     from common.lineage import trace
     from common.logs import read_logs
 
@@ -267,10 +265,8 @@ def _keys(arguments: argparse.Namespace) -> tuple[Keys | None, list[str]]:
     """The keys of the registry, and what is to be said about where they come from."""
     if arguments.registry is None:
         return None, []
-    from common.errors import ConfigError
     from common.logs import Keys
     from common.registry import read_registry
-    from common.storage import storing
 
     path, authority, warnings = arguments.registry, arguments.authority, []
     beside = path.with_name("authority.pub")
@@ -289,7 +285,6 @@ def _keys(arguments: argparse.Namespace) -> tuple[Keys | None, list[str]]:
 def _recipes(places: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:
     """Contents of the recipes that lie beside the logs, each held against its id."""
     from common.config import as_plain, recipe_from_json
-    from common.errors import FedicomError
 
     found: dict[str, Mapping[str, Any]] = {}
     for path in sorted(

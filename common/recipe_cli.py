@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common.cli import SETTINGS_HELP, settings_of
+from common.errors import ConfigError
 from common.storage import named_file, named_place
 
 
@@ -47,7 +48,6 @@ def _sign(words: Sequence[str]) -> int:
     from common.config import load_recipe
     from common.deployment import ServerHome, home_folder
     from common.enrolment import login
-    from common.errors import ConfigError
     from common.identity import Signer
     from common.journal import SharedLog
     from common.signed import sign_recipe
@@ -95,7 +95,6 @@ def _verify(words: Sequence[str]) -> int:
 
 def _coordinator(home: Path | None) -> str | None:
     from common.deployment import ServerHome, home_folder
-    from common.errors import ConfigError
 
     try:
         folder = home_folder(home, "server.yaml", "site.yaml")

@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from client.data_cli import _add_places, _cache, _place, _progress
 from common.clock import utc_now
 from common.errors import ConfigError, DataError
 from common.printable import number_of
-from common.storage import page_with_json, storing, write_whole
+from common.storage import page_with_json, private_folder, storing, write_whole
 
 if TYPE_CHECKING:
     from client.quality.drift import Drift
@@ -87,7 +88,8 @@ def report_verb(words: Sequence[str]) -> int:
     report = _with_objections(report, arguments)
     plain = report.plain()
     if arguments.site is not None:
-        keep_report(_kept(arguments), plain, key)
+        private_folder(arguments.site.state)
+        keep_report(arguments.site.quality_file(arguments.folder.absolute()), plain, key)
     if arguments.out is not None or not arguments.json:
         write_whole(out, page(report, points).encode())
         write_whole(out.with_suffix(".json"), json.dumps(plain, indent=1).encode())
@@ -211,11 +213,9 @@ def _secret(arguments: argparse.Namespace) -> bytes | None:
     """Of the site's cache, where that is encrypted."""
     if arguments.site is None:
         return None
-    from common.deployment import SiteHome
     from common.shard import read_secret
 
-    home = SiteHome(arguments.site)
-    return read_secret(home.config.cache.key, home.path)
+    return read_secret(arguments.site.config.cache.key, arguments.site.path)
 
 
 def _told(bar: Any) -> Callable[[int, int], None]:
@@ -228,31 +228,15 @@ def _with_objections(report: Report, arguments: argparse.Namespace) -> Report:
     """With what the gate of site.yaml says, where the site has one."""
     if arguments.site is None:
         return report
-    from dataclasses import replace
-
     from client.quality.gate import objections
-    from common.deployment import SiteHome
 
-    gate = SiteHome(arguments.site).config.quality
+    gate = arguments.site.config.quality
     return report if gate is None else replace(report, objections=objections(report.plain(), gate))
-
-
-def _kept(arguments: argparse.Namespace) -> Path:
-    from common.deployment import SiteHome
-    from common.storage import private_folder
-
-    home = SiteHome(arguments.site)
-    private_folder(home.state)
-    return home.quality_file(arguments.folder.absolute())
 
 
 def _state(arguments: argparse.Namespace) -> Path:
     """Where records are kept: the state of the site, or without a site the cache."""
-    if arguments.site is None:
-        return _cache(arguments)
-    from common.deployment import SiteHome
-
-    return SiteHome(arguments.site).state
+    return _cache(arguments) if arguments.site is None else Path(arguments.site.state)
 
 
 def _table(folder: Path) -> Table | None:
