@@ -27,7 +27,7 @@ from client.parallel import dismiss
 from client.policy import ledger_policy
 from client.quality.gate import QualityError, require_quality
 from client.secure import Sums
-from client.site import Code, Site
+from client.site import Site
 from common.chain import GENESIS, Event, parts, verify
 from common.clock import utc_now
 from common.compute import compute_with
@@ -38,6 +38,7 @@ from common.exchange import (
     Agreement,
     Answer,
     Ask,
+    Code,
     Dealing,
     Hello,
     MaskedUpdate,

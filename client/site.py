@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from common.exchange import (
     Agreement,
     Answer,
     Ask,
+    Code,
     Gathering,
     Hello,
     MaskedUpdate,
@@ -68,9 +69,6 @@ class _ClosedError(PrivacyError):
 
 class _WithdrawnError(ConfigError):
     """The approval went while the work was done."""
-
-
-Code = Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
 
 
 class Site:

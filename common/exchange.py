@@ -46,6 +46,7 @@ Share = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{66}$")]
 """One holder's share of a secret, 66 hexadecimal digits."""
 Sealed = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{164}$")]
 """Two shares, encrypted to their holder, 164 hexadecimal digits."""
+Code = Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
 Version = Annotated[str, StringConstraints(pattern=r"^[ -~]{0,40}$")]
 
 
@@ -319,7 +320,7 @@ class Refusal:
     site: Name
     recipe_id: Digest
     round: Round
-    code: Literal["recipe", "version", "budget", "policy", "data", "training", "message"]
+    code: Code
     why: Reason
     audit_head: MaybeDigest = ""
 
