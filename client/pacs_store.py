@@ -26,7 +26,7 @@ from common.errors import StorageError
 from common.imaging.received import Received, examine
 from common.imaging.refusal import Refusal
 from common.pseudonyms import pseudonym
-from common.storage import commit, flush_folder, held_alone, private_folder, storing
+from common.storage import commit, flush_folder, held_alone, private, private_folder, storing
 
 MOST_INSTANCE_BYTES = 2**33
 _DIGITS = 32
@@ -60,7 +60,7 @@ class Store:
             part.unlink()
         path = self.state / "journal.sqlite"
         with storing("the journal"):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            os.close(private(path, os.O_RDWR | os.O_CREAT))
         with _journalling():
             # a C-GET may store from the thread that reads the association
             self._journal = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -186,7 +186,7 @@ class Store:
 
     def _write(self, part: Path, chunks: Iterable[bytes]) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
+        with open(part, "wb", opener=private) as out:
             for chunk in chunks:
                 out.write(chunk)
                 digest.update(chunk)

@@ -36,7 +36,7 @@ from common.chain import (
     verify_against,
 )
 from common.identity import Signer
-from common.storage import Flush, commit, flush_folder, held_alone, private_folder, storing, to_disk
+from common.storage import Flush, commit, flush_folder, held_alone, private, private_folder, storing, to_disk
 
 __all__ = ["GENESIS", "AuditError", "AuditLog", "Event", "verify", "verify_against"]
 
@@ -155,7 +155,7 @@ class AuditLog:
         body = {"number": chain.number, "time": text_of(now), "kind": kind, "facts": facts, "before": chain.head}
         digest = digest_of(body)
         line = line_of({**body, "hash": digest, "signature": self._signer.sign(bytes.fromhex(digest))}) + b"\n"
-        with storing("the audit log"), open(self._path, "ab", buffering=0, opener=_private) as file:
+        with storing("the audit log"), open(self._path, "ab", buffering=0, opener=private) as file:
             try:
                 if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,10 +222,6 @@ class AuditLog:
     def _alone(self) -> AbstractContextManager[int]:
         # A lock of its own: the folder's may be held for as long as a run takes.
         return held_alone(self._lock, "the audit log")
-
-
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
 
 
 def _drop_torn_line(path: Path) -> None:

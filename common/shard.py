@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from common.errors import ConfigError, StorageError
 from common.identity import read_private
+from common.storage import private
 
 Storage: TypeAlias = Literal["float32", "float16"]
 
@@ -200,7 +201,7 @@ class Appender:
             StorageError: It is there, and the secret is another one.
         """
         self.form, self.path = form, path
-        self._file = open(path, "a+b", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+        self._file = open(path, "a+b", opener=private)  # noqa: SIM115
         self._cipher: _Cipher | None = None
         self._start = 0
         if form.secret is not None:

@@ -68,6 +68,14 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+def private(name: str | Path, flags: int) -> int:
+    """Opens a file that is 0600 from its first byte where this makes it; an `opener` for `open`.
+
+    A key that a crash leaves readable to others would be refused later.
+    """
+    return os.open(name, flags, 0o600)
+
+
 def write_whole(path: Path, data: bytes | tuple[bytes | memoryview, ...], flush: Flush = to_disk) -> None:
     """Replaces the file by these bytes in one step: after a crash it holds the old bytes or the new ones.
 
@@ -81,8 +89,7 @@ def write_whole(path: Path, data: bytes | tuple[bytes | memoryview, ...], flush:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storing(path.name):
         try:
-            # 0600 from its first byte: a key that a crash leaves readable to others would be refused later
-            with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as out:
+            with open(part, "wb", opener=private) as out:
                 out.writelines(data if isinstance(data, tuple) else [data])
                 out.flush()
                 flush(out.fileno())
@@ -133,7 +140,7 @@ def held_alone(path: Path, what: str, busy: Callable[[], FedicomError] | None = 
         The file, open.
     """
     with storing(what):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        handle = private(path, os.O_RDWR | os.O_CREAT)
     try:
         with storing(what):
             try:

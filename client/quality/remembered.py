@@ -32,7 +32,7 @@ from common.imaging.fastread import Series
 from common.pseudonyms import pseudonym
 from common.samples import maker
 from common.shard import open_text, seal_text
-from common.storage import private_folder, storing
+from common.storage import private, private_folder, storing
 
 FILE = "looks.sqlite"
 _COMMIT_S = 1.0
@@ -60,7 +60,7 @@ class Remembered:
         self._last = time.monotonic()
         path = private_folder(place) / FILE
         with storing("what was seen of the images"):
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(private(path, os.O_RDWR | os.O_CREAT))
         try:
             self._db = _opened(path)
         except sqlite3.OperationalError as problem:  # a full disk, or another report at work
@@ -70,7 +70,7 @@ class Remembered:
             for end in ("", "-wal", "-shm"):
                 with suppress(FileNotFoundError):
                     path.with_name(path.name + end).unlink()
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(private(path, os.O_RDWR | os.O_CREAT))
             self._db = _opened(path)
 
     def __enter__(self) -> Self:
