@@ -255,6 +255,7 @@ class _Bench:
         poisoned[0].fill_(float("nan"))
         found = self._released(model, _times(self.loss, 10 * clip / min(norms)), poisoned, target[: 2 * views], 64)
         nan_norm = float(found.norm()) * batch / clip
+        divided = dict.fromkeys(f"{batch / share:.6g}" for share in (max(denominators), min(denominators)))
         return [
             Check(
                 name="sensitivity to one patient",
@@ -272,7 +273,7 @@ class _Bench:
             Check(
                 name="fixed denominator",
                 passed=all(abs(share - 1) <= _EXACT for share in denominators),
-                found=f"sums were divided by {batch / max(denominators):.6g} to {batch / min(denominators):.6g}",
+                found=f"sums were divided by {' to '.join(divided)}",
                 expected=f"{batch}, however many were drawn",
             ),
         ]

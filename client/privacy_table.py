@@ -22,7 +22,7 @@ def show_audit(found: PrivacyAudit, console: Console) -> None:
         says += f"{bound.canaries} canaries"
         table.add_row(
             _sign(bound.passed), f"one-run audit, {bound.steps} steps", says,
-            f"at most {rounded_up(bound.upper)} (PLD of the same steps); {bound.confidence:.0%} confidence",
+            f"at most {rounded_up(bound.upper)} (PLD of the same steps); {100 * bound.confidence:g} % confidence",
         )  # fmt: skip
     console.print(table)
     alarm = sum(check.false_alarm for check in found.checks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.audit_report import Account, Line, LogLine, Sent, SiteLine, Story
 from common.epsilon import rounded_up
-from common.html import Child, Html, card, document, items, join, pairs, table, tag
+from common.html import Child, Html, card, document, items, join, moment, pairs, table, tag
 from common.lineage import Approval, Lineage, counted
 from common.printable import number_of
 
@@ -42,6 +42,7 @@ figure.lineage{overflow-x:auto}
 .lineage .round rect{stroke:var(--c0)}
 .lineage path{fill:none;stroke:var(--muted);stroke-width:1.5}
 .lineage .tip{fill:var(--muted);stroke:none}
+@media (max-width:560px){table.compact td:last-child:not(.n){min-width:22em}}
 @media print{.lineage{min-width:0}}
 """
 
@@ -101,7 +102,7 @@ def _given_name(story: Story) -> str:
 
 def _span(told: Account) -> str:
     times = sorted(time for log in told.logs for time in (log.first, log.last) if time)
-    return f"Events from {_moment(times[0])} to {_moment(times[-1])}" if times else "No event could be read"
+    return f"Events from {moment(times[0])} to {moment(times[-1])}" if times else "No event could be read"
 
 
 def _verdict(told: Account) -> Html:
@@ -237,7 +238,7 @@ def _story(story: Story) -> Html:
     privacy = recipe.get("privacy", {})
     facts: list[tuple[str, Child]] = [
         ("Recipe", join(_given_name(story), " ", _hash(story.recipe_id))),
-        ("From, to", f"{_moment(story.first)} to {_moment(story.last)}"),
+        ("From, to", f"{moment(story.first)} to {moment(story.last)}"),
         ("Rounds", f"{story.rounds} aggregated; " + ("concluded" if story.concluded else "not concluded")),
         ("Signed by", _hash(story.coordinator) if story.coordinator else "not in the logs"),
     ]
@@ -297,7 +298,7 @@ def _site(site: SiteLine) -> Sequence[Child]:
 
 
 def _approval(approval: Approval) -> Html:
-    return join(approval.by or "unnamed", tag("span", _moment(approval.time), class_="sub"))
+    return join(approval.by or "unnamed", tag("span", moment(approval.time), class_="sub"))
 
 
 def _noise(item: Sent) -> Child:
@@ -383,7 +384,7 @@ def _lineage(found: Lineage, name: str) -> Html:
     boxes.append(_box(320, middle - 82, x - 340, 54, "recipe", recipe, "", found.recipe_id[:12]))
     lines.append(_line(x - 18, middle, x + 18, middle))
     boxes.append(
-        _box(x + 20, middle, 250, 88, "model", found.file, _moment(found.exported), f"SHA-256 {found.sha256[:16]}",
+        _box(x + 20, middle, 250, 88, "model", found.file, moment(found.exported), f"SHA-256 {found.sha256[:16]}",
              f"weights {found.weights[:16]}")
     )  # fmt: skip
     of_sites, of_rounds = number_of(len(sites), "site"), number_of(len(found.rounds), "round")
@@ -462,11 +463,6 @@ def _apart(children: Iterable[Child]) -> list[Child]:
 
 def _hash(text: str) -> Html:
     return tag("span", text[:12], class_="hash", title=text)
-
-
-def _moment(iso: str) -> str:
-    found = re.match(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)", iso)
-    return f"{found[1]} {found[2]} UTC" if found else iso
 
 
 def _second(iso: str) -> Html:

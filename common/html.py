@@ -82,6 +82,12 @@ def pairs(*cells: tuple[Child, Child]) -> Html:
     return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in cells))
 
 
+def moment(iso: str) -> str:
+    """A time stamp for the eye: date, time to the minute, zone."""
+    shown = re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d(\.\d+)?)?", r"\1 \2 ", iso)
+    return re.sub(r"(\+00:00|Z)$", "UTC", shown)
+
+
 def card(name: str, value: Child, more: Child = None, *, small: bool = False) -> Html:
     """A number that stands out; `small` for a word in its place."""
     return tag(

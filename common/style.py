@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0679b", "#a97c00", "#3f8fc4", "#6b6b6b")
-"""Okabe and Ito's colours for colour-blind readers, yellow and pink darkened until thin lines show on white."""
-DARK_PALETTE = ("#4aa8e0", "#ff8c42", "#2fc79a", "#dd94c8", "#e0b63c", "#9ccdf0", "#a8a8a8")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b0679b", "#6b4a00", "#3f3a8c", "#6b6b6b")
+"""Four of Okabe and Ito's, darkened until thin lines show on white, and three that the colour-blind tell from them."""
+DARK_PALETTE = ("#4aa8e0", "#ff8c42", "#2fc79a", "#dd94c8", "#ffe45c", "#9a7bff", "#8d8d8d")
 
 INK, MUTED, GRID, CARD = "#1b2028", "#5b6472", "#dfe3e8", "#ffffff"
 DARK_INK, DARK_MUTED, DARK_GRID, DARK_CARD = "#e7eaee", "#9ea8b5", "#39424e", "#1b2129"
@@ -112,7 +112,8 @@ dd{margin-bottom:10px}
 body{background:#fff;font-size:10.5pt}
 main,header.top,footer{max-width:none;padding-left:0;padding-right:0}
 nav{display:none}
-h2{margin-top:24px;break-after:avoid}
+h2{margin-top:24px}
+h2,h3{break-after:avoid}
 figure,.card,tr,.warn{break-inside:avoid}
 .scroll{overflow:visible}
 .figures{grid-template-columns:1fr 1fr}

@@ -13,7 +13,8 @@ from typing import Any
 
 from common.epsilon import rounded_down, rounded_up
 from common.exchange import Scores, Spent
-from common.metrics import SCALARS, Metrics
+from common.html import moment
+from common.metrics import SCALARS
 from common.onnx_model import STATEMENT
 from common.privacy_audit import told
 from common.storage import write_whole
@@ -26,14 +27,6 @@ _TRAINED = {
     "head": "the classification head; all else as in the file",
     "norm_bias": "the classification head, biases and scales of norms; all else as in the file",
     "lora": "the classification head and low-rank additions, merged into the weights; all else as in the file",
-}
-_LABELS = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "f1": "F1",
-    "ece": "Expected calibration error",
-    "brier": "Brier score",
-    "loss": "Log loss",
 }
 
 
@@ -87,7 +80,10 @@ def _details(report: RunReport, exported: Exported | None) -> Iterator[str]:
             ("Description", _text(recipe.description) or ABSENT),
             ("Developed by", ABSENT),
             ("Licence of the weights", ABSENT),
-            ("Trained", f"from {_text(report.started)}, {report.wall_s:.0f} s in all, on {_text(report.device)}"),
+            (
+                "Trained",
+                f"from {_text(moment(report.started))}, {report.wall_s:.0f} s in all, on {_text(report.device)}",
+            ),
             (
                 "Network",
                 f"{model.family} {_code(model.name)}, {model.dimensions}D, norm {model.norm}, stem {model.stem}, "
@@ -213,7 +209,7 @@ def _results(report: RunReport) -> Iterator[str]:
     yield ""
     yield "### Central test set"
     yield ""
-    yield from _scores(report.central)
+    yield from _scores(report)
     if report.central is not None and report.central.confusion:
         classes = [_text(name) for name in report.recipe.task.classes]
         yield ""
@@ -225,7 +221,7 @@ def _results(report: RunReport) -> Iterator[str]:
     yield "### Sites, each on its own test patients"
     yield ""
     yield from _table(
-        ("Site", "Patients", *map(_label, SCALARS)),
+        ("Site", "Patients", *(words.metric(name, report) for name in SCALARS)),
         [(_text(site.name), *_site_scores(site.test)) for site in report.sites],
     )
     if noised := words.of_scores(report.sites):
@@ -254,14 +250,16 @@ def _results(report: RunReport) -> Iterator[str]:
         )
 
 
-def _scores(metrics: Metrics | None) -> Iterator[str]:
+def _scores(report: RunReport) -> Iterator[str]:
+    metrics = report.central
     if metrics is None:
         yield f"Results: {ABSENT}."
     elif metrics.suppressed:
         yield "Results: suppressed, too few patients."
     else:
         yield from _table(
-            ("Metric", "Estimate [interval]"), [(_label(name), _value(metrics.values, name)) for name in SCALARS]
+            ("Metric", "Estimate [interval]"),
+            [(words.metric(name, report), _value(metrics.values, name)) for name in SCALARS],
         )
 
 
@@ -392,12 +390,8 @@ def release_section(audit: Mapping[str, Any]) -> Iterator[str]:
     if "epsilon_at_least" in audit:
         low, high, steps = audit["epsilon_at_least"], audit["epsilon_at_most"], audit["steps"]
         yield f"- One-run audit (Steinke et al. 2023), {steps} steps: epsilon at least {rounded_down(low)} with"
-        yield f"  {audit['confidence']:.0%} confidence, at most {rounded_up(high)} by the account. One training sees"
-        yield "  only so much: the gap says nothing about the account."
-
-
-def _label(name: str) -> str:
-    return _LABELS.get(name, name.replace("_", " ").capitalize())
+        yield f"  {words.percent(audit['confidence'])} confidence, at most {rounded_up(high)} by the account."
+        yield "  One training sees only so much: the gap says nothing about the account."
 
 
 def _value(values: Mapping[str, float], name: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.epsilon import rounded_down, rounded_up
-from common.html import Child, Html, document, items, join, pairs, table, tag
+from common.html import Child, Html, document, items, join, moment, pairs, table, tag
 from common.storage import write_whole
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _audit(found: PrivacyAudit) -> str:
     ]  # fmt: skip
     if bound is not None:
         cells: list[tuple[Child, Child]] = [
-            ("Epsilon at least", f"{bound.lower:.3f} with {bound.confidence:.0%} confidence"),
+            ("Epsilon at least", f"{bound.lower:.3f} with {100 * bound.confidence:g} % confidence"),
             ("Epsilon at most", f"{bound.upper:.3f} at delta {bound.delta:g}, by PLD, of the same {bound.steps} steps"),
             ("Guesses", f"{bound.right} of {bound.guesses} right, about {bound.canaries} canaries"),
         ]
@@ -87,7 +87,7 @@ def _audit(found: PrivacyAudit) -> str:
     )
     sections.append(("What this cannot find", limits))
     return _page(
-        f"Privacy audit: {found.recipe}", "Fedicom privacy audit", verdict, f"{found.made} · on {found.device}",
+        f"Privacy audit: {found.recipe}", "Fedicom privacy audit", verdict, f"{moment(found.made)} · on {found.device}",
         *sections,
     )  # fmt: skip
 

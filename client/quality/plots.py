@@ -24,7 +24,8 @@ CSS = """
 .found{list-style:none;padding:0!important;margin:14px 0;max-width:none!important}
 .found li{display:flex;gap:12px;padding:9px 14px;background:var(--card);border:1px solid var(--grid);margin:-1px 0 0}
 .found .level{flex:none;width:6.4em;font-weight:650;font-size:13px;text-transform:uppercase;letter-spacing:.03em}
-.found .error .level{color:var(--c1)}.found .warning .level{color:var(--c4)}.found .note .level{color:var(--muted)}
+.found .error .level{color:color-mix(in srgb,var(--c1) 78%,var(--ink))}
+.found .warning .level{color:var(--c4)}.found .note .level{color:var(--muted)}
 .found .do{color:var(--muted)}
 svg.map{display:block;width:100%;height:auto;max-width:520px;margin:4px auto 0}
 .dot{display:inline-block;width:10px;height:10px;border-radius:50%;flex:none}

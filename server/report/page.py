@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from common import exchange
 from common.config import as_plain
 from common.epsilon import rounded_up
-from common.html import Child, Html, card, document, items, join, pairs, table, tag
+from common.html import Child, Html, card, document, items, join, moment, pairs, table, tag
 from common.metrics import SCALARS
 from common.printable import number_of
 from server.accounts import cross_checks
@@ -43,7 +43,7 @@ def page(report: RunReport) -> str:
         ("glossary", "Words used here", _glossary()),
     ]
     recipe = report.recipe
-    meta = f"Started {words.moment(report.started)} · took {words.duration(report.wall_s)} · on {report.device}"
+    meta = f"Started {moment(report.started)} · took {words.duration(report.wall_s)} · on {report.device}"
     top = (
         tag("p", "Federated training report", class_="eyebrow"),
         tag("h1", recipe.name),
@@ -482,7 +482,7 @@ def _shown(metrics: Metrics | None) -> Metrics | None:
 
 def _classes(report: RunReport) -> str:
     classes = report.recipe.task.classes
-    return " and ".join(classes) if len(classes) == 2 else f"{len(classes)} classes"
+    return " and ".join(f"“{name}”" for name in classes) if len(classes) == 2 else f"{len(classes)} classes"
 
 
 def _patients(site: SiteSummary, split: str) -> Child:

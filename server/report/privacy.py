@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from common.epsilon import rounded_down, rounded_up
 from common.html import Child, Html, join, table, tag
-from server.report import RunReport
+from server.report import RunReport, words
 
 if TYPE_CHECKING:
     from common.privacy_audit import Bound
@@ -68,6 +68,6 @@ def _bound(bound: Bound | None) -> tuple[Html, ...]:
     text = (
         f" An attacker who saw every gradient of {bound.steps} steps guessed right about {bound.right} of "
         f"{bound.guesses} made-up patients, which proves an epsilon of at least {rounded_down(bound.lower)} "
-        f"({bound.confidence:.0%} confidence); the account of these steps allows {rounded_up(bound.upper)}."
+        f"({words.percent(bound.confidence)} confidence); the account of these steps allows {rounded_up(bound.upper)}."
     )
     return (join(text),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -177,12 +176,6 @@ def metric(name: str, report: RunReport) -> str:
 
 def direction(name: str) -> str:
     return "lower" if name in _LOWER_IS_BETTER else "higher"
-
-
-def moment(iso: str) -> str:
-    """A time stamp for the eye: date, time to the minute, zone."""
-    shown = re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d(\.\d+)?)?", r"\1 \2 ", iso)
-    return re.sub(r"(\+00:00|Z)$", "UTC", shown)
 
 
 def stopped_early(report: RunReport) -> str:

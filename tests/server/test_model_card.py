@@ -170,6 +170,8 @@ def test_each_figure_stands_beside_its_name(tmp_path):
     assert "softmax over classes" in text
     assert "| Calibration | none: the probabilities" in text
     assert "| f | 81 | 0.750 | 0.625 | not defined |" in text
+    assert "| Sensitivity at 80 % specificity |" in text
+    assert "| Specificity | Sensitivity at 80 % specificity |" in text, "the sites' table"
     assert "- Asked for by the recipe: noise multiplier 1.5, delta 1e-05." in text
     assert "in one round or more: south\\|east." in text, "also where a later round took all"
 

@@ -170,6 +170,10 @@ def test_every_kind_of_run_gives_balanced_html(case: str, tmp_path: Path) -> Non
     assert len(text) < 2_000_000
 
 
+def test_names_of_classes_stand_out_of_the_sentence_that_says_how_well_they_are_told_apart(page: str) -> None:
+    assert "it tells “clear” and “lesion” apart with an AUROC of" in words(page)
+
+
 def test_the_same_run_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
     assert write(make(), tmp_path) == page
 
