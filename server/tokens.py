@@ -42,7 +42,7 @@ def install_token(home: ServerHome, role: Role, name: str, *, by: str = "") -> P
         The file with the token, 0600, to be handed over and deleted here.
 
     Raises:
-        ConfigError: The name is none.
+        ConfigError: The name is none, or `home` no coordinator's.
         StorageError: A file cannot be read or written.
     """
     if not re.fullmatch(NAME_PATTERN, name):
@@ -61,7 +61,7 @@ def remove_token(home: ServerHome, role: Role, name: str, *, by: str = "") -> No
     """Takes a person's token away.
 
     Raises:
-        ConfigError: There is none of this name.
+        ConfigError: There is none of this name, or `home` is no coordinator's.
         StorageError: A file cannot be read or written.
     """
     with _changing(home) as tokens:
@@ -92,6 +92,7 @@ def read_tokens(home: ServerHome) -> dict[str, list[dict[str, str]]]:
 @contextmanager
 def _changing(home: ServerHome) -> Iterator[dict[str, list[dict[str, str]]]]:
     """The tokens' table, written whole at the end."""
+    _ = home.config  # nothing is made where no coordinator lives
     with locked(private_folder(home.keys)):
         tokens = read_tokens(home)
         yield tokens

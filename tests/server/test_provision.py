@@ -408,6 +408,12 @@ def test_of_the_tokens_only_the_hashes_are_kept_and_each_has_256_bits(made):
         assert table[role] == [{"name": table[role][0]["name"], "sha256": hashlib.sha256(token.encode()).hexdigest()}]
 
 
+def test_a_token_for_a_folder_that_is_no_coordinators_leaves_nothing_that_a_kit_would_not_go_into(tmp_path):
+    with pytest.raises(ConfigError, match="configuration is missing"):
+        install_token(ServerHome(tmp_path / "typo"), "auditor", "bob")
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_person_gets_a_token_of_his_own_and_loses_it(kits):
     home = ServerHome(kits / "coordinator")
     first = install_token(home, "auditor", "bob", by="eve").read_text()
