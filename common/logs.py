@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -114,7 +115,7 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
 
     Args:
         where: Files, or folders that hold logs themselves or in `audit/`; the folder of one run stands for the log of
-            the coordinator that ran it.
+            the coordinator that ran it. One that is named twice is read once.
         keys: Without them each log is held against the key that it names itself.
 
     Returns:
@@ -124,7 +125,9 @@ def read_logs(where: Iterable[Path], keys: Keys | None = None, *, tolerance_s: f
         ConfigError: There is no log, in one of the folders perhaps, or two are of one owner.
         StorageError: A file cannot be read.
     """
-    logs = [_read(path, keys, tolerance_s) for place in where for path in log_files(place)]
+    # A run's folder stands for its coordinator's log, which may be given as well.
+    files = {os.path.realpath(path): path for place in where for path in log_files(place)}
+    logs = [_read(path, keys, tolerance_s) for path in files.values()]
     if not logs:
         raise ConfigError("there is no log; give files like audit/north.jsonl, or the folder that holds them")
     logs = _named(_one_coordinator(logs))

@@ -298,6 +298,8 @@ def test_the_folder_of_a_run_stands_for_its_coordinators_log(tmp_path):
     (tmp_path / "coordinator" / "runs" / "chest").mkdir(parents=True)
     logs = read_logs([tmp_path / "coordinator" / "runs" / "chest"])
     assert [log.name for log in logs] == ["server", "north", "south"]
+    again = read_logs([tmp_path / "coordinator" / "runs" / "chest", tmp_path / "coordinator" / "audit"])
+    assert again == logs, "given twice, read once"
 
 
 def test_two_runs_of_one_recipe_with_equal_updates_are_told_apart_by_what_was_spent(tmp_path):
