@@ -20,7 +20,8 @@ from pydantic.dataclasses import dataclass
 from common.composition import compose
 from common.compression import Form
 from common.errors import ConfigError
-from common.fixed import FixedPoint, secure_objection
+from common.fixed import FixedPoint
+from common.recipe_rules import objection
 from common.wrong_fields import RUN_KEYS, sentences
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ class Task:
     """What is to be told apart."""
 
     kind: Literal["binary", "multiclass", "multilabel"] = "binary"
+    """binary: one of two classes; multiclass: one of several; multilabel: any number of them."""
     dimensions: Literal[2, 3] = 2
     """2: one image is a sample; 3: one volume is a sample."""
     classes: Annotated[tuple[Text, ...], Len(2)] = ("negative", "positive")
@@ -70,9 +72,13 @@ class Augmentation:
     """Random changes of the training samples (MONAI transforms); everything off by default."""
 
     probability: Fraction = 0.5
+    """Of each change by itself, for each sample."""
     flip_left_right: bool = False
+    """Mirrors along the columns."""
     flip_up_down: bool = False
+    """Mirrors along the rows."""
     rotate_deg: Annotated[float, Ge(0), Le(180)] = 0.0
+    """Largest turn either way, in degrees."""
     shift_fraction: Annotated[float, Ge(0), Le(0.5)] = 0.0
     """Largest translation as a fraction of each axis."""
     zoom_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0
@@ -80,7 +86,9 @@ class Augmentation:
     intensity_shift: Annotated[float, Ge(0)] = 0.0
     """Largest offset in normalised intensity units."""
     intensity_scale: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Intensities are multiplied by a number from [1 - s, 1 + s]."""
     noise_std: Annotated[float, Ge(0)] = 0.0
+    """Standard deviation of Gaussian noise, in normalised intensity units."""
 
     @property
     def active(self) -> bool:
@@ -107,7 +115,9 @@ class Preprocessing:
     intensity: Literal["window", "percentile"] = "percentile"
     """What becomes [0, 1]: `window`, the values low to high (HU for CT); `percentile`, percentiles of each image."""
     low: float = 0.5
+    """What becomes 0: a value of the image, or a percentile."""
     high: float = 99.5
+    """What becomes 1; all beyond is cut."""
     mean: float = 0.0
     """Subtracted after scaling to [0, 1]."""
     std: Positive = 1.0
@@ -152,10 +162,12 @@ class ModelConfig:
     """Which network."""
 
     family: Literal["timm", "monai", "scattering"] = "timm"
+    """Whose networks: timm (2D), MONAI (2D and 3D), or fixed wavelets under a few trained numbers."""
     name: str = "resnet18"
     """timm: any classifier it lists; monai: resnet10/18/34/50, densenet121, efficientnet-b0 to b7, vit; scattering:
     linear, linear_by_kind, linear_by_channel, convolutions (over fixed wavelets, for few patients under privacy)."""
     dimensions: Literal[2, 3] = 2
+    """As `task.dimensions`."""
     channels: Literal[1] = 1
     """Grey values; the weights of a colour network are folded into one channel."""
     norm: Literal["auto", "batch", "group", "group_ws"] = "auto"
@@ -168,9 +180,11 @@ class ModelConfig:
     patch: Count | None = None
     """Patch edge of a transformer; null: timm's own, for MONAI each axis' largest divisor up to 16 and size / 4."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of the features before the head that are left out at random in training."""
     weights_file: str | None = None
     """Local safetensors file to start from; never downloaded."""
     weights_sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of `weights_file`, which is refused when it is another file."""
     trainable: Literal["all", "head", "norm_bias", "lora"] = "all"
     """What is trained and exchanged: all; the head; it and biases and norms; it and low-rank additions (lora)."""
     lora_rank: Annotated[int, Ge(1), Le(256)] = 4
@@ -211,27 +225,36 @@ class Training:
     batch_size: Annotated[int, Ge(1), Le(1_000_000)] = 32
     """Patients a step; under differential privacy the expected number."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Begins anew at each visit."""
     lr: Positive = 1e-3
+    """Learning rate at its highest."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     """SGD only."""
     weight_decay: Annotated[float, Ge(0)] = 1e-4
+    """AdamW: decoupled; SGD: added to the gradient. Not of biases and norms."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Over the whole federation, not restarted each round."""
     warmup_rounds: Annotated[float, Ge(0)] = 0.0
+    """Rounds, or a part of one, in which the learning rate rises from 0."""
     restarts: Annotated[int, Ge(0)] = 0
     """Warm restarts of the cosine (SGDR, Loshchilov and Hutter 2017), equally spaced."""
     min_lr_fraction: Fraction = 0.01
+    """Where the cosine ends, as a share of `lr`."""
     layer_lr_decay: Annotated[float, Gt(0), Le(1)] = 1.0
     """Learning rate factor from each block to the one before it."""
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """focal weighs cases down that are told right already (Lin et al. 2017)."""
     focal_gamma: Annotated[float, Ge(0)] = 2.0
+    """How strongly; loss=focal only."""
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Share of each label that is spread over all classes; not for multi-label tasks."""
     class_weights: Annotated[tuple[Positive, ...], Len(2)] | Literal["balanced"] | None = None
     """balanced: from the site's own counts (refused under differential privacy: counts are private); 1 for a class that
     no training sample has."""
     proximal_mu: Annotated[float, Ge(0)] = 0.0
     """FedProx (Li et al. 2020): mu / 2 * ||w - w_global||^2 added to the loss."""
     gradient_clip: Positive | None = None
+    """Largest L2 norm of a step's gradient, under differential privacy of the noised one; null: any."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"
     """bfloat16: layers under autocast, weights, clip and sums stay float32; auto: that on a GPU, float32 on CPU."""
     memory_format: Literal["contiguous", "channels_last"] = "contiguous"
@@ -243,9 +266,11 @@ class Privacy:
     """Patient-level differential privacy of every site's updates (DP-SGD, Abadi et al. 2016)."""
 
     mechanism: Literal["none", "dp_sgd"] = "none"
+    """dp_sgd: clipped, noised gradients and a ledger at each site; none: no promise to any patient."""
     epsilon: Annotated[float, Ge(1e-6), Le(1e6)] | None = None
     """Budget of the whole run at each site; the site solves for the noise."""
     delta: Annotated[float, Ge(1e-30), Lt(0.01)] | None = None
+    """Chance that the promise of epsilon fails; below 1 / training patients of the smallest site."""
     noise_multiplier: Annotated[float, Ge(0.3), Le(1e6)] | None = None
     """Noise standard deviation in units of `clip_norm`, instead of `epsilon`."""
     clip_norm: Positive = 1.0
@@ -300,6 +325,7 @@ class EarlyStopping:
     patience_rounds: Annotated[int, Ge(0)] = 0
     """0 never stops early."""
     min_improvement: Annotated[float, Ge(0)] = 0.0
+    """Rise of the mean validation AUROC that counts as one."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -307,6 +333,7 @@ class Federation:
     """Who takes part and how updates become one."""
 
     sites: Count = 4
+    """How many take part; a run waits for so many before its first round."""
     quorum: Count = 2
     """Fewest accepted updates that may change the model."""
     fraction: Annotated[float, Gt(0), Le(1)] = 1.0
@@ -373,12 +400,15 @@ class Evaluation:
     bootstraps: Annotated[int, Ge(100), Le(10_000)] = 1000
     """Resamples of patients for each confidence interval."""
     confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    """Of every confidence interval."""
     specificity: Annotated[float, Gt(0), Lt(1)] = 0.95
     """Sensitivity is reported at this specificity."""
     min_cell: Count = 5
     """Results over fewer patients are suppressed."""
     validation_fraction: Annotated[float, Ge(0), Lt(0.5)] = 0.15
+    """Share of a site's patients who watch the training, and are never trained on."""
     test_fraction: Annotated[float, Ge(0), Lt(0.5)] = 0.15
+    """Share of a site's patients who measure the final model, and are seen at no other time."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -388,8 +418,11 @@ class Recipe:
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,79}$")]
     """Letters, digits, spaces, `_`, `.` and `-`: it names the folder of the run."""
     description: str = ""
+    """What the model tells, in a sentence; sites read it in their review."""
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    """Of the first weights and, without differential privacy, of all that is drawn."""
     rounds: Annotated[int, Ge(1), Le(100_000)] = 10
+    """How often the model travels to the sites and back."""
     task: Task = Task()
     data: Preprocessing = Preprocessing()
     model: ModelConfig = ModelConfig()
@@ -400,45 +433,8 @@ class Recipe:
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        task, model, privacy = self.task, self.model, self.privacy
-        if model.dimensions != task.dimensions:
-            raise ValueError(
-                f"model.dimensions is {model.dimensions} but task.dimensions is {task.dimensions}; "
-                f"choose a {task.dimensions}D model"
-            )
-        if len(self.data.size) != task.dimensions:
-            raise ValueError(f"data.size has {len(self.data.size)} axes but task.dimensions is {task.dimensions}")
-        if why := self.data.swaps_sides(task.laterality_sensitive):
+        if why := objection(self):
             raise ValueError(why)
-        weights = self.training.class_weights
-        if isinstance(weights, tuple) and len(weights) != task.outputs:
-            raise ValueError(f"training.class_weights has {len(weights)} numbers for {task.outputs} classes")
-        if task.kind == "multilabel" and self.training.label_smoothing:
-            raise ValueError("training.label_smoothing is for single-label tasks")
-        if self.federation.strategy == "fedprox" and self.training.proximal_mu == 0:
-            raise ValueError("federation.strategy=fedprox needs training.proximal_mu above 0")
-        patience = self.federation.early_stopping.patience_rounds
-        if patience and not self.evaluation.validation_fraction:
-            raise ValueError(
-                f"federation.early_stopping.patience_rounds is {patience}, but evaluation.validation_fraction is 0: "
-                "there is nothing to watch"
-            )
-        if privacy.active:
-            if weights == "balanced":
-                raise ValueError(
-                    "training.class_weights=balanced uses private counts; give fixed weights under privacy"
-                )
-            if model.norm == "batch":
-                raise ValueError("model.norm=batch mixes patients; under privacy use group or auto")
-            if self.federation.site_weights == "patients":
-                raise ValueError("federation.site_weights=patients releases exact counts; under privacy use equal")
-            if patience:
-                raise ValueError(
-                    f"federation.early_stopping.patience_rounds is {patience}, but choosing the model by validation "
-                    "scores, which carry no noise, is outside the promise of epsilon; under privacy use 0"
-                )
-        if privacy.secure_aggregation and (objection := secure_objection(self.federation)):
-            raise ValueError(objection)
         return self
 
     @property
@@ -472,6 +468,7 @@ class Phantom:
     """Virtual hospitals made of synthetic DICOM; nothing is downloaded."""
 
     dimensions: Literal[2, 3] = 2
+    """2: radiographs; 3: CT volumes."""
     patients: Count = 120
     """Patients of each hospital, before its own quantity factor."""
     central_patients: Count = 160
@@ -479,6 +476,7 @@ class Phantom:
     size: Annotated[int, Ge(16), Le(512)] = 64
     """Pixels (voxels) along each axis of an image (volume)."""
     seed: Annotated[int, Ge(0)] = 0
+    """Of the patients."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -500,6 +498,7 @@ class Simulation:
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of each worker; 0 shares the cores out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU where torch sees one."""
     cache: Cache = Cache()
     metrics: Literal["bounded", "noised", "none"] = "bounded"
     """The virtual hospitals' policy on scores, see docs/privacy.md; noised: with rounded counts of patients too."""

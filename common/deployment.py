@@ -52,11 +52,15 @@ class FederationPlan:
     """`federation.yaml`: what `fedicom provision` makes keys and certificates for."""
 
     name: Name
+    """Of the federation."""
     host: Host
     """How the sites reach the gateway; it stands in the certificate."""
     port: Port = 8443
+    """Of the gateway."""
     sites: Annotated[tuple[Name, ...], Len(0, 10_000)]
+    """One that makes its own keys is left out, and added later."""
     auditors: tuple[Name, ...] = ()
+    """People who may read the coordinator's status and log, and run nothing."""
     contact: Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]{0,200}$")] = ""
     """Whom a site calls; it stands in every kit."""
     also_hosts: tuple[Host, ...] = ()
@@ -87,10 +91,13 @@ class Policy:
     delta: Annotated[float, Gt(0), Lt(0.01)] = 1e-5
     """Below one over the number of patients."""
     min_noise_multiplier: Annotated[float, Gt(0)] = 0.3
+    """Least noise of a step, in units of the clipping norm."""
     max_sampling_rate: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Largest part of the patients that one step may draw."""
     max_steps: Annotated[int, Ge(1)] = 100_000
     """Noised steps of one visit."""
     max_rounds: Annotated[int, Ge(1)] = 10_000
+    """Of one recipe."""
     min_patients: Annotated[int, Ge(1)] = 20
     """Fewer training patients than this, and nothing is trained."""
     models: tuple[str, ...] = ()
@@ -161,16 +168,17 @@ class SiteConfig:
     """`site.yaml`: a hospital node."""
 
     site: Name
+    """As in the registry."""
     federation: Name
+    """As in the registry."""
     gateway: Address
     """host:port of the coordinator's gateway: the only address that the node calls."""
     data: str | Mapping[str, str] | None = None
-    """Folder with labels.csv and the DICOM files; or, for a hospital in several studies, a folder for each recipe's
-    name."""
+    """Folder with labels.csv and the DICOM files; for a hospital in several studies one for each recipe's name."""
     proxy: str | None = None
-    """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY of the environment, unless NO_PROXY
-    excepts the gateway."""
+    """HTTPS proxy, for example http://proxy:3128; null takes HTTPS_PROXY, unless NO_PROXY excepts the gateway."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where training runs; auto: the first GPU that torch sees, else the CPU."""
     devices: tuple[Annotated[int, Ge(0)], ...] = ()
     """Numbers of the GPUs that share each batch, for example [0, 1]; on CPUs, as many processes. Empty: one."""
     threads: Annotated[int, Ge(0)] = 0
@@ -207,7 +215,9 @@ class ServerConfig:
     """`server.yaml`: the coordinator."""
 
     federation: Name
+    """As in the registry."""
     listen: Host = "0.0.0.0"  # noqa: S104 - the gateway is the one open port
+    """Address on which the gateway listens; 0.0.0.0: on every network of this machine."""
     port: Port = 8443
     """Of the gateway."""
     superlink_port: Port | None = None
@@ -215,19 +225,18 @@ class ServerConfig:
     control_port: Port | None = None
     """Loopback port for `fedicom server run|status|stop|resume|conclude` and for Prometheus; null takes a free one."""
     test_data: str | Mapping[str, str | None] | None = None
-    """Folder of the coordinator's own labelled images, which no site holds; or a folder, or null, for each recipe's
-    name; null: no central evaluation."""
+    """Folder of labelled images that no site holds, or one for each recipe's name; null: no central evaluation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Of the central evaluation; auto: the first GPU that torch sees, else the CPU."""
     checkpoint_key: str | None = None
     """Key file with which checkpoints are encrypted at rest; null leaves them plain."""
     int8: bool = False
     """Also write model.int8.onnx, where that is at least twice as fast and as good on `test_data`."""
     cache: Cache = Cache()
     gateway: Mapping[str, float | int] = field(default_factory=dict)
-    """Limits of the gateway that differ from its defaults, by name."""
+    """Limits that differ from their defaults, by name: the table below."""
     blobs: bool = True
-    """Weights travel beside Flower's messages, through the same gateway; false where what stands in its place does not
-    pass them on."""
+    """Weights travel beside Flower's messages; false where what stands for the gateway does not pass them on."""
 
     def test_data_of(self, recipe: str) -> str | None:
         """The test set for the recipe of this name; None where it shall have none.

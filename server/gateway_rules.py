@@ -85,6 +85,7 @@ class GatewayLimits:
     header_bytes: Annotated[int, Ge(1024)] = 16 << 10
     """Largest request line and headers together."""
     handshake_s: Seconds = 10.0
+    """For TLS."""
     header_s: Seconds = 10.0
     """From the handshake, or the first byte of a later request, to the end of the headers."""
     body_s: Seconds = 300.0
@@ -102,11 +103,15 @@ class GatewayLimits:
     stop_s: Seconds = 5.0
     """That requests under way are given at a stop."""
     connections: Count = 512
+    """Of everybody together."""
     connections_per_address: Count = 64
     """An IPv6 network of 64 bits counts as one address."""
     connections_per_node: Count = 32
+    """That one member has open."""
     requests_per_s_per_node: Rate = 50.0
+    """That one member may keep up; beyond them it is told to wait."""
     request_burst_per_node: Count = 200
+    """Requests of a member at once before that rate holds."""
     requests_at_once_per_node: Count = 4
     """At the SuperLink; more wait here, so that other nodes' come in between. The embedded gateway alone holds it."""
     answer_bytes: Count = 4 << 30
@@ -115,6 +120,7 @@ class GatewayLimits:
     refusals_per_s_per_address: Rate = 1.0
     """Requests without a known node's credentials; more are answered 429 whatever they ask, and counted, not logged."""
     refusal_burst_per_address: Count = 20
+    """Such requests at once before that rate holds."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

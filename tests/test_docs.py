@@ -82,6 +82,13 @@ def test_the_page_of_settings_says_what_a_number_may_be() -> None:
     assert "at most 100,000" in rounds.group()
 
 
+def test_every_setting_is_explained() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| ([^|]*) \|$", text, re.MULTILINE)
+    assert len(rows) > 150
+    assert [name for name, says in rows if not says.strip()] == []
+
+
 def test_every_field_of_an_update_is_on_the_page_of_what_leaves() -> None:
     tree = ast.parse((ROOT / "common" / "exchange.py").read_text(encoding="utf-8"))
     text = (ROOT / "docs" / "what-leaves-the-site.md").read_text(encoding="utf-8")
