@@ -51,11 +51,11 @@ _VERBS = {
     "log": ("client.cli", "log_verb", "the last events of this site's signed log, in words"),
 }
 _EPILOG = """first day, with the kit from the coordinator:
-  fedicom site unpack north.kit /srv/fedicom      then edit /srv/fedicom/site.yaml
-  fedicom site preflight --home /srv/fedicom
-  fedicom site review recipe.json --home /srv/fedicom
-  fedicom site approve recipe.json --home /srv/fedicom
-  fedicom site start --home /srv/fedicom
+  fedicom site unpack north.kit /var/lib/fedicom/site    (then edit site.yaml there)
+  fedicom site preflight --home /var/lib/fedicom/site
+  fedicom site review recipe.json --home /var/lib/fedicom/site
+  fedicom site approve recipe.json --home /var/lib/fedicom/site
+  fedicom site start --home /var/lib/fedicom/site
 
 --home may be left out inside the site's folder, or when FEDICOM_HOME names it. docs/site.md is the handbook."""
 _LEAST_PREFIX = 6
@@ -404,7 +404,9 @@ def log_verb(words: Sequence[str]) -> int:
         "Show the last events of this site's signed log, in words. The whole log is checked first: numbers, hashes, "
         "signatures, times. `fedicom audit` holds it against the coordinator's.",
     )
-    parser.add_argument("-n", "--number", type=int, default=20, help="how many events; 0 shows all (default 20)")
+    parser.add_argument(
+        "-n", "--number", type=int, default=20, metavar="N", help="how many events; 0: all (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, as they stand in the log")
     arguments = parser.parse_args(words)
     home, console = site_home(arguments.home), Console()
@@ -431,9 +433,10 @@ def site_parser(verb: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"fedicom site {verb}", description=description)
     parser.add_argument(
         "--home",
+        metavar="DIR",
         type=Path,
         default=Path(os.environ.get("FEDICOM_HOME", ".")),
-        help="this site's folder; else FEDICOM_HOME, else the current folder",
+        help="this site's folder (default: FEDICOM_HOME, else the current folder)",
     )
     return parser
 
@@ -450,7 +453,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def add_by(parser: argparse.ArgumentParser) -> None:
     """Who it is that acts."""
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log; else the login name")
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
 
 
 def site_home(folder: Path) -> SiteHome:

@@ -46,7 +46,9 @@ def data_verb(words: Sequence[str]) -> int:
 def index_verb(words: Sequence[str]) -> int:
     """`fedicom data index`: brings the index of a folder up to date."""
     parser = _parser("index", "Look at every file of a folder, and open those that are new or have changed.")
-    parser.add_argument("--jobs", type=int, help="processes that read headers; default: one for each core")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that read headers (default: one for each core)"
+    )
     parser.add_argument("--hash", action="store_true", help="also note the SHA-256 of every image file")
     arguments = parser.parse_args(words)
     from common.cache import shown
@@ -134,7 +136,7 @@ def _parser(word: str, description: str) -> argparse.ArgumentParser:
 def _add_places(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--site", type=_site, metavar="FOLDER", help="the site's own folder: its cache and key are used")
-    place.add_argument("--cache", type=Path, metavar="FOLDER", help="a private folder; default: ~/.cache/fedicom")
+    place.add_argument("--cache", type=Path, metavar="FOLDER", help="a private folder (default: ~/.cache/fedicom)")
 
 
 def _site(word: str) -> SiteHome:

@@ -175,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         "--key-file", type=Path, required=True, metavar="KEY", help="32 secret bytes, mode 0600; equal key, equal names"
     )
     parser.add_argument("--make-key", action="store_true", help="make the key file first")
-    parser.add_argument("--profile", choices=["basic"], default="basic", help="the profile of PS3.15 Annex E")
+    parser.add_argument(
+        "--profile", choices=["basic"], default="basic", help="profile of PS3.15 Annex E (default: %(default)s)"
+    )
     dates = parser.add_mutually_exclusive_group()
     dates.add_argument("--keep-dates", action="store_true", help="keep the dates of study and acquisition")
     dates.add_argument(

@@ -112,9 +112,14 @@ def init_verb(words: Sequence[str]) -> int:
         "init", "Make this site's own keys; only public.json leaves the house. Not needed with a complete kit."
     )
     parser.add_argument("site", nargs="?", help="this site's name, as agreed with the coordinator")
-    parser.add_argument("--federation", help="name of the federation")
+    parser.add_argument("--federation", metavar="NAME", help="name of the federation")
     parser.add_argument("--gateway", metavar="HOST:PORT", help="the coordinator's gateway")
-    parser.add_argument("--policy", default="standard", help="policy to start from: open, standard or strict")
+    parser.add_argument(
+        "--policy",
+        default="standard",
+        metavar="NAME",
+        help="policy to start from: open, standard or strict (default: %(default)s)",
+    )
     parser.add_argument("--renew", action="store_true", help="make new keys for a site that takes part already")
     add_by(parser)
     arguments = parser.parse_args(words)

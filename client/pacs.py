@@ -275,21 +275,25 @@ def _parser() -> argparse.ArgumentParser:
         "go on after an interruption, or to fetch what is new.",
     )
     parser.add_argument("--pacs", required=True, metavar="NAME", help="a name of pacs.yaml")
-    parser.add_argument("--modality", required=True, action="append", help="for example CT; may be given several times")
+    parser.add_argument(
+        "--modality", required=True, action="append", metavar="CODE", help="for example CT; may be given several times"
+    )
     parser.add_argument("--since", required=True, metavar="DATE", help="first study date, such as 2026-01-01")
-    parser.add_argument("--until", metavar="DATE", help="last study date; default: today")
+    parser.add_argument("--until", metavar="DATE", help="last study date (default: today)")
     parser.add_argument("--body-part", metavar="CODE", help="Body Part Examined of the series, such as CHEST")
     parser.add_argument(
         "--accessions", type=named_file, metavar="FILE", help="only these accession numbers, one a line"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: the folder `data` of site.yaml")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where images go (default: the folder `data` of site.yaml)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="at most so many studies")
     parser.add_argument("--rate", type=float, metavar="MB/S", help="at most so many megabytes a second")
     parser.add_argument(
         "--labels", type=named_file, metavar="CSV", help="say which studies have labels, and the other way"
     )
     parser.add_argument("--site", type=Path, metavar="FOLDER", help="the site's own folder, with pacs.yaml")
-    parser.add_argument("--config", type=named_file, metavar="FILE", help="another pacs.yaml")
+    parser.add_argument("--config", type=named_file, metavar="FILE", help="another pacs.yaml (default: that of --site)")
     return parser
 
 

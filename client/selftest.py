@@ -24,9 +24,11 @@ def selftest_verb(words: Sequence[str]) -> int:
     )
     add_recipe(parser)
     parser.add_argument(
-        "--patients", type=int, default=_PATIENTS, metavar="N", help=f"training patients here; {_PATIENTS} without it"
+        "--patients", type=int, default=_PATIENTS, metavar="N", help="training patients here (default: %(default)s)"
     )
-    parser.add_argument("--canaries", type=int, default=0, metavar="M", help="also a one-run audit with M canaries")
+    parser.add_argument(
+        "--canaries", type=int, default=0, metavar="M", help="also a one-run audit with M canaries (default: none)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result, for the coordinator")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(words)

@@ -27,9 +27,12 @@ _MOST_S = 1e9
 def audit_verb(words: Sequence[str]) -> int:
     """`fedicom audit verify|report|trace`."""
     parser = argparse.ArgumentParser(prog="fedicom audit", description="Check the signed logs of a run, offline.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verify | report | trace")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{verify,report,trace}", help="what to do")
     verify = verbs.add_parser(
-        "verify", help="is a log whole, alone and beside the other side's; names the first bad event"
+        "verify",
+        help="is a log whole, alone and beside the other side's; names the first bad event",
+        description="Check one log: numbers, hashes, chain, signatures and times, and with --against that the other "
+        "side remembers the same. Exit code 1, and the first bad event, when it does not hold.",
     )
     verify.add_argument(
         "log", type=_one_log, help="for example audit/north.jsonl; its earlier parts are found beside it"
@@ -38,15 +41,28 @@ def audit_verb(words: Sequence[str]) -> int:
         "--against", type=_one_log, nargs="+", default=[], metavar="LOG",
         help="logs of the other side, which remembers heads of this one",
     )  # fmt: skip
-    verify.add_argument("--key", help="public key that signs the log now, 64 hexadecimal digits")
+    verify.add_argument("--key", metavar="HEX", help="public key that signs the log now, 64 hexadecimal digits")
     _shared(verify)
-    report = verbs.add_parser("report", help="one HTML page and JSON: who trained what, on whose word, and what left")
+    report = verbs.add_parser(
+        "report",
+        help="one HTML page and JSON: who trained what, on whose word, and what left",
+        description="Check all logs against each other, and write what they tell as a page and as JSON. Exit code 1 "
+        "when anything does not hold.",
+    )
     report.add_argument("logs", type=_logs, nargs="+", metavar="RUN_DIR_OR_LOG", help="folder of a run, or logs")
     report.add_argument(
-        "--out", type=Path, help="page to write, or a folder; default: audit_report.html in the folder of the run"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="page to write, or a folder (default: audit_report.html in the folder of the run)",
     )
     _shared(report)
-    trace = verbs.add_parser("trace", help="from a model file to recipe, rounds, sites, data manifests and code")
+    trace = verbs.add_parser(
+        "trace",
+        help="from a model file to recipe, rounds, sites, data manifests and code",
+        description="Go from a model file back through the logs; each link is checked. Exit code 1 where one is "
+        "missing or does not fit.",
+    )
     trace.add_argument("model", type=named_file, help="model.onnx or another export of the run")
     trace.add_argument("--logs", type=_logs, required=True, nargs="+", metavar="DIR", help="folder of logs, or logs")
     _shared(trace)
@@ -62,10 +78,10 @@ def _shared(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--authority", metavar="HEX",
-        help="public key that signed the registry; default: authority.pub beside it, else the registry's own word",
+        help="public key that signed the registry (default: authority.pub beside it, else the registry's own word)",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance", type=float, default=300.0, metavar="SECONDS", help="how far clocks may disagree, default 300"
+        "--tolerance", type=float, default=300.0, metavar="SECONDS", help="how far clocks may disagree (default: 300)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -10,9 +10,9 @@ from common import imports
 from common.printable import number_of
 from common.storage import named_file
 
-SETTINGS_HELP = """settings are name=value, with the names of the YAML files in configs/, for example
-  recipe=pneumonia_xray rounds=10 privacy.epsilon=8 federation.sites=5"""
-FIELDS_HELP = """all fields: docs/configuration.md; `fedicom recipe show name=value ...` prints what they make"""
+SETTINGS_HELP = """Settings are name=value, with the names of the YAML files in configs/, for example
+  recipe=pneumonia_xray rounds=10 privacy.epsilon=8 federation.sites=5
+All fields: docs/configuration.md. `fedicom recipe show name=value ...` prints the recipe that they make."""
 
 
 def run_verb(
@@ -41,10 +41,10 @@ def settings_of(words: Sequence[str], prog: str, description: str, more_help: st
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog=f"{SETTINGS_HELP}\n{FIELDS_HELP}\n{more_help}",
+        epilog=f"{SETTINGS_HELP}\n\n{more_help}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="name=value")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="fields of the run, see below")
     found, dashed = parser.parse_known_args(words)
     if dashed:
         name, _, value = dashed[0].lstrip("-").partition("=")
@@ -61,9 +61,10 @@ def predict_verb(words: Sequence[str]) -> int:
         description="Run an exported model over a DICOM folder, with the preprocessing that the file carries.",
     )
     parser.add_argument("model", type=named_file, help="model.onnx of a run")
-    parser.add_argument("dicom", type=Path, metavar="DICOM_DIR")
+    parser.add_argument("dicom", type=Path, metavar="DICOM_DIR", help="images in any folders below it")
     parser.add_argument(
         "--out",
+        metavar="FILE",
         type=Path,
         default=Path("predictions.csv"),
         help="table to write; it names patients (default: %(default)s)",

@@ -14,7 +14,7 @@ from common.storage import named_file, named_place
 def recipe_verb(words: Sequence[str]) -> int:
     """`fedicom recipe show|sign|verify`."""
     parser = argparse.ArgumentParser(prog="fedicom recipe", description="Look at, sign and verify recipes.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{show,sign,verify}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{show,sign,verify}", help="what to do")
     for name, (_, says) in _VERBS.items():
         verbs.add_parser(name, help=says, add_help=False)
     verb = parser.parse_args(words[:1]).verb
@@ -40,10 +40,15 @@ def _sign(words: Sequence[str]) -> int:
         epilog=SETTINGS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="name=value")
-    parser.add_argument("--home", type=Path, metavar="DIR", help="the coordinator's folder; or FEDICOM_HOME, or here")
-    parser.add_argument("--out", type=named_place, metavar="FILE", help="file to write; without it, NAME.recipe.json")
-    parser.add_argument("--by", default="", metavar="NAME", help="who signs, for the log; without it, the login name")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="fields of the recipe, see below")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        metavar="DIR",
+        help="the coordinator's folder (default: FEDICOM_HOME, else the current folder)",
+    )
+    parser.add_argument("--out", type=named_place, metavar="FILE", help="file to write (default: NAME.recipe.json)")
+    parser.add_argument("--by", default="", metavar="NAME", help="who signs, for the log (default: the login name)")
     arguments = parser.parse_intermixed_args(words)
     from common.config import load_recipe
     from common.deployment import ServerHome, home_folder
@@ -75,9 +80,9 @@ def _verify(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fedicom recipe verify", description="Check the content, the id and the signature of a signed recipe."
     )
-    parser.add_argument("file", type=named_file, metavar="FILE")
+    parser.add_argument("file", type=named_file, metavar="FILE", help="file of `fedicom recipe sign`")
     trusted = parser.add_mutually_exclusive_group()
-    trusted.add_argument("--home", type=Path, metavar="DIR", help="whose registry names the coordinator's key")
+    trusted.add_argument("--home", type=Path, metavar="DIR", help="folder whose registry names the coordinator's key")
     trusted.add_argument("--key", metavar="HEX", help="the coordinator's public key, 64 hexadecimal digits")
     arguments = parser.parse_args(words)
     from common.signed import read_recipe

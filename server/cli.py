@@ -94,9 +94,11 @@ def _start(words: Sequence[str]) -> int:
 def _run(words: Sequence[str]) -> int:
     parser = _asking("run", "Put a signed recipe to work.")
     parser.add_argument("recipe", metavar="RECIPE", help="file of `fedicom recipe sign`")
-    parser.add_argument("--name", help="of the run; without it, the recipe's")
+    parser.add_argument("--name", metavar="NAME", help="of the run (default: the recipe's)")
     parser.add_argument("--detach", action="store_true", help="return at once")
-    parser.add_argument("--patience-h", type=float, metavar="H", help="hours to ask again while too few sites answer")
+    parser.add_argument(
+        "--patience-h", type=float, metavar="H", help="hours to ask again while too few sites answer (default: 48)"
+    )
     arguments, more = parser.parse_known_args(words)
     if "=" in arguments.recipe and not Path(arguments.recipe).exists():
         raise ConfigError(
@@ -130,8 +132,8 @@ def _status(words: Sequence[str]) -> int:
         "How the coordinator, its runs and their sites stand. Exit code 1 where no site can reach it: it does not run, "
         "its gateway or SuperLink is down or has a certificate that ran out, or nobody could be asked for two minutes.",
     )
-    parser.add_argument("--watch", action="store_true", help="live, until Ctrl-C")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--watch", action="store_true", help="keep showing it until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
     arguments = parser.parse_args(words)
     asking = _Asking(arguments)
     if arguments.watch and not arguments.json:
@@ -177,7 +179,7 @@ def _conclude(words: Sequence[str]) -> int:
 
 def _tell(action: str, says: str, words: Sequence[str], done: str) -> int:
     parser = _asking(action, says)
-    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("run", metavar="RUN", help="name of the run, as `fedicom server runs` lists it")
     arguments = parser.parse_args(words)
     from urllib.parse import quote
 
@@ -188,7 +190,7 @@ def _tell(action: str, says: str, words: Sequence[str], done: str) -> int:
 
 def _audit(words: Sequence[str]) -> int:
     parser = _asking("audit", "Fetch the coordinator's signed log; `fedicom audit verify` checks it offline.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write it to")
     arguments = parser.parse_args(words)
     from common.chain import part
     from common.storage import private_folder, write_whole
@@ -222,9 +224,9 @@ def _export(words: Sequence[str]) -> int:
 
 def _registry(words: Sequence[str]) -> int:
     parser = _parser("registry", "Take a newer registry; the running coordinator sees it within a second.")
-    parser.add_argument("action", choices=("install",))
+    parser.add_argument("action", choices=("install",), help="put it in place of the one before")
     parser.add_argument("file", type=named_file, metavar="FILE", help="registry.json of the authority's folder")
-    parser.add_argument("--by", default="", metavar="NAME", help="who does it, for the log")
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
     arguments = parser.parse_args(words)
     from common.enrolment import install_registry
 
@@ -235,10 +237,10 @@ def _registry(words: Sequence[str]) -> int:
 
 def _token(words: Sequence[str]) -> int:
     parser = _parser("token", "Make a token: operators run and stop, auditors read.")
-    parser.add_argument("action", choices=("new",))
-    parser.add_argument("--role", choices=("operator", "auditor"), required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--by", default="", metavar="NAME", help="who does it, for the log")
+    parser.add_argument("action", choices=("new",), help="make one; `fedicom provision token --remove` takes it away")
+    parser.add_argument("--role", choices=("operator", "auditor"), required=True, help="what the token allows")
+    parser.add_argument("--name", required=True, metavar="NAME", help="the person's; it stands in the log")
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
     arguments = parser.parse_args(words)
     from server.tokens import install_token
 
@@ -264,15 +266,25 @@ _VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def _parser(verb: str, says: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"fedicom server {verb}", description=says)
-    parser.add_argument("--home", type=Path, metavar="DIR", help="the coordinator's folder; or FEDICOM_HOME, or here")
+    parser.add_argument(
+        "--home",
+        type=Path,
+        metavar="DIR",
+        help="the coordinator's folder (default: FEDICOM_HOME, else the current folder)",
+    )
     return parser
 
 
 def _asking(verb: str, says: str) -> argparse.ArgumentParser:
     parser = _parser(verb, says)
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="or FEDICOM_TOKEN_FILE, or the operator's")
     parser.add_argument(
-        "--control", metavar="127.0.0.1:PORT", help="of the coordinator, where its folder cannot be read"
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="token to show (default: FEDICOM_TOKEN_FILE, else keys/operator.token)",
+    )
+    parser.add_argument(
+        "--control", metavar="127.0.0.1:PORT", help="where the coordinator listens (default: as its folder says)"
     )
     return parser
 

@@ -40,7 +40,7 @@ def provision_verb(words: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("plan", nargs="?", type=named_file, metavar="PLAN", help="federation.yaml: who takes part")
-    parser.add_argument("--out", type=Path, help="folder to make; it must not exist, or be empty")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; it must not exist, or be empty")
     parser.add_argument("--example", action="store_true", help="print a federation.yaml to edit")
     _sealing(parser)
     _by(parser)
@@ -141,7 +141,7 @@ def _install(words: Sequence[str]) -> int:
 def _token(words: Sequence[str]) -> int:
     parser = _at_home("token", "Give a person a token, or take it away. An auditor reads; an operator runs and stops.")
     parser.add_argument("name", help="the person's name; it stands in the log")
-    parser.add_argument("--role", required=True, choices=("operator", "auditor"))
+    parser.add_argument("--role", required=True, choices=("operator", "auditor"), help="what the token allows")
     parser.add_argument("--remove", action="store_true", help="take the token away")
     arguments = parser.parse_args(words)
     from common.deployment import ServerHome
@@ -190,7 +190,7 @@ def _in_authority(verb: str, description: str) -> argparse.ArgumentParser:
         type=_authority,
         default="." if Path("authority.key").is_file() else "kits/authority",
         metavar="DIR",
-        help="the authority's folder; else the current folder if it is one, else kits/authority",
+        help="the authority's folder (default: the current folder if it is one, else kits/authority)",
     )
     _by(parser)
     return parser
@@ -209,7 +209,7 @@ def _at_home(verb: str, description: str) -> argparse.ArgumentParser:
         type=Path,
         default=Path(os.environ.get("FEDICOM_HOME", ".")),
         metavar="DIR",
-        help="the coordinator's folder; else FEDICOM_HOME, else the current folder",
+        help="the coordinator's folder (default: FEDICOM_HOME, else the current folder)",
     )
     _by(parser)
     return parser
@@ -217,7 +217,9 @@ def _at_home(verb: str, description: str) -> argparse.ArgumentParser:
 
 def _kit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--public", type=named_file, metavar="FILE", help="public.json that the site made and sent")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the kit; else where the authority's lies")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the kit (default: where the authority's lies)"
+    )
     _sealing(parser)
 
 
@@ -242,7 +244,9 @@ def _sealing(parser: argparse.ArgumentParser) -> None:
 
 
 def _passphrase_words(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--passphrase-file", type=named_file, metavar="FILE", help="file with the passphrase, mode 600")
+    parser.add_argument(
+        "--passphrase-file", type=named_file, metavar="FILE", help="file with the passphrase, mode 0600"
+    )
     parser.add_argument("--passphrase-env", metavar="NAME", help="environment variable with the passphrase")
 
 
@@ -253,7 +257,7 @@ def _passphrase(arguments: argparse.Namespace) -> Secret | None:
 
 
 def _by(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log; else the login name")
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -128,9 +128,11 @@ def export_verb(words: Sequence[str]) -> int:
         "recipe and installed code. The audit's outcome goes into the file and its card.",
     )
     parser.add_argument("run", metavar="RUN", help="folder of the run; or, with --home, its name")
-    parser.add_argument("--home", type=Path, metavar="DIR", help="the coordinator's folder; or FEDICOM_HOME")
-    parser.add_argument("--audit", type=Path, metavar="FILE", help=f"without it, {FILE} in the run's folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where it goes; without it, {FOLDER}/ in the run")
+    parser.add_argument("--home", type=Path, metavar="DIR", help="the coordinator's folder (default: FEDICOM_HOME)")
+    parser.add_argument(
+        "--audit", type=Path, metavar="FILE", help=f"audit to release it by (default: {FILE} in the run's folder)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where it goes (default: {FOLDER}/ in the run)")
     parser.add_argument("--unaudited", action="store_true", help="release it without a passed audit, and say so in it")
     arguments = parser.parse_args(words)
     folder, log = _run(arguments.run, arguments.home)

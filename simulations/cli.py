@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from simulations.partition import Partition
 
 
-_RUN = """of the run, beside the recipe:
-  simulation.hospitals=DIR   one folder a hospital; without it, phantoms
-  out=DIR                    where everything goes; without it, runs/NAME
+_RUN = """Fields of the run, beside the recipe:
+  simulation.hospitals=DIR   one folder a hospital (default: phantoms are made)
+  out=DIR                    where everything goes (default: runs/ and the recipe's name)
+  baselines=true             also train each site alone, and all data in one place
   resume=true                go on after the last finished round in out
   resume=conclude            train no more: make the model of the rounds that are done in out
   overwrite=true             remove the run in out, and start again"""
@@ -175,42 +176,75 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fedicom hospitals", description="Make virtual hospitals of real DICOM files."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{phantom,import}")
-    phantom = verbs.add_parser("phantom", help="synthetic radiographs or CT volumes with a nodule to detect")
-    phantom.add_argument("out", type=Path)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{phantom,import}", help="what to do")
+    phantom = verbs.add_parser(
+        "phantom",
+        help="synthetic radiographs or CT volumes with a nodule to detect",
+        description="Draw hospitals of synthetic patients as DICOM, some with a nodule; they look like nobody.",
+    )
+    phantom.add_argument("out", type=Path, help="new folder, with one folder a hospital")
     phantom.add_argument("--dimensions", type=int, choices=(2, 3), default=2, help="of an image (default: %(default)s)")
-    phantom.add_argument("--sites", type=int, default=4, help="hospitals (default: %(default)s)")
+    phantom.add_argument("--sites", type=int, default=4, metavar="N", help="hospitals (default: %(default)s)")
     phantom.add_argument(
-        "--patients", type=int, default=120, help="of each hospital, before its own factor (default: %(default)s)"
+        "--patients",
+        type=int,
+        default=120,
+        metavar="N",
+        help="of each hospital, before its own factor (default: %(default)s)",
     )
     phantom.add_argument(
-        "--central-patients", type=int, default=160, help="of the coordinator's test set (default: %(default)s)"
+        "--central-patients",
+        type=int,
+        default=160,
+        metavar="N",
+        help="of the coordinator's test set (default: %(default)s)",
     )
-    phantom.add_argument("--size", type=int, default=64, help="pixels along each axis (default: %(default)s)")
-    phantom.add_argument("--seed", type=_seed, default=0, help="of what is drawn (default: %(default)s)")
-    load = verbs.add_parser("import", help="MedMNIST .npz, a folder of labelled pictures, or NIfTI with a label table")
+    phantom.add_argument(
+        "--size", type=int, default=64, metavar="N", help="pixels along each axis (default: %(default)s)"
+    )
+    phantom.add_argument("--seed", type=_seed, default=0, metavar="N", help="of what is drawn (default: %(default)s)")
+    load = verbs.add_parser(
+        "import",
+        help="MedMNIST .npz, a folder of labelled pictures, or NIfTI with a label table",
+        description="Turn public data into DICOM hospitals, and deal its patients out among them.",
+    )
     load.add_argument("source", type=Path, help=".npz file, folder of PNG or JPEG, or folder of .nii.gz")
-    load.add_argument("out", type=Path)
-    load.add_argument("--sites", type=int, default=5, help="hospitals (default: %(default)s)")
+    load.add_argument("out", type=Path, help="new folder, with one folder a hospital")
+    load.add_argument("--sites", type=int, default=5, metavar="N", help="hospitals (default: %(default)s)")
     load.add_argument(
         "--partition",
         choices=("iid", "dirichlet", "quantity", "column"),
         default="dirichlet",
         help="who gets which patients (default: %(default)s)",
     )
-    load.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet label skew (default: %(default)s)")
     load.add_argument(
-        "--min-patients", type=int, default=20, help="least patients of a site under dirichlet (default: %(default)s)"
+        "--alpha", type=float, default=0.5, metavar="X", help="of the Dirichlet label skew (default: %(default)s)"
     )
-    load.add_argument("--column", help="of the label table, for --partition column")
     load.add_argument(
-        "--seed", type=_seed, default=0, help="of the deal and of the central test set (default: %(default)s)"
+        "--min-patients",
+        type=int,
+        default=20,
+        metavar="N",
+        help="least patients of a site under dirichlet (default: %(default)s)",
     )
-    load.add_argument("--table", type=Path, help="label table (.csv) of NIfTI volumes")
-    load.add_argument("--id-column", default="id", help="of the label table (default: %(default)s)")
-    load.add_argument("--label-column", default="label", help="of the label table (default: %(default)s)")
+    load.add_argument("--column", metavar="NAME", help="of the label table, for --partition column")
+    load.add_argument(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of the deal and of the central test set (default: %(default)s)",
+    )
+    load.add_argument("--table", type=Path, metavar="FILE", help="label table (.csv) of NIfTI volumes")
+    load.add_argument(
+        "--id-column", default="id", metavar="NAME", help="column with the ID of ID.nii.gz (default: %(default)s)"
+    )
+    load.add_argument(
+        "--label-column", default="label", metavar="NAME", help="column with the class (default: %(default)s)"
+    )
     load.add_argument(
         "--classes",
+        metavar="A,B,...",
         help="names in the order of their numbers, separated by commas; the last is positive (default: of known "
         "MedMNIST files their own, of pictures the subfolders by name)",
     )
@@ -221,12 +255,14 @@ def _hospitals_parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--central-fraction",
+        metavar="X",
         type=float,
         default=0.2,
         help="share of patients held out as the central test set; MedMNIST has its own (default: %(default)s)",
     )
     load.add_argument(
         "--patient-pattern",
+        metavar="REGEX",
         help="regular expression of the patient in a picture's file name (default: every picture is a patient)",
     )
     load.add_argument(

@@ -41,7 +41,7 @@ def privacy_verb(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fedicom privacy", description="Test the privacy mechanism of this installation, and attack its models."
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(_VERBS) + "}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(_VERBS) + "}", help="what to do")
     for name, (_, says) in _VERBS.items():
         verbs.add_parser(name, help=says, add_help=False)
     verb = parser.parse_args(words[:1]).verb
@@ -51,20 +51,26 @@ def privacy_verb(words: Sequence[str]) -> int:
 def _audit(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fedicom privacy audit",
-        description="Test what trains this recipe here: the size, shape and secrecy of the noise, the clip, the draws, "
-        "the account; then train once with made-up patients and bound epsilon from below (one-run audit). Exit "
-        "code 1 when a test fails or the bound passes the accountant's epsilon. No images are read.",
+        description="Test what trains this recipe here: the size, shape and secrecy of the noise, the clip,\n"
+        "the draws, the account; then train once with made-up patients and bound epsilon from below\n"
+        "(one-run audit). Exit code 1 when a test fails or the bound passes the accountant's epsilon.\n"
+        "No images are read.",
         epilog=SETTINGS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "what", nargs="*", metavar="RUN|RECIPE", help="folder of a run, file of a signed recipe, or name=value words"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON and the page go; without it, the run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the JSON and the page go (default: the run; of a recipe, runs/NAME-privacy)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument(
         "--patients", type=int, nargs="+", metavar="N",
-        help=f"training patients of each site of a recipe; without it, one site of {_PATIENTS}",
+        help=f"training patients of each site of a recipe (default: one site of {_PATIENTS})",
     )  # fmt: skip
     parser.add_argument(
         "--canaries",
@@ -75,9 +81,14 @@ def _audit(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--steps", type=int, default=_STEPS, metavar="T",
-        help=f"noised steps of the one-run audit, {_STEPS} without it; 0: all of the run",
+        help="noised steps of the one-run audit; 0: all of the run (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, help="of coins and made-up images; the noise is secret all the same")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="of coins and made-up images; the noise is secret all the same (default: drawn)",
+    )
     arguments = parser.parse_intermixed_args(words)
     from client.privacy_audit import privacy_audit
     from client.privacy_table import show_audit
@@ -146,29 +157,40 @@ def _attack(words: Sequence[str]) -> int:
         "with pictures, and prints the table. With the defaults, about five minutes on one core.",
     )
     parser.add_argument("images", nargs="?", type=Path, metavar="FILE.npz|FOLDER",
-        help="MedMNIST of two classes, or a folder of `fedicom hospitals`; else phantoms. Pictures are rebuilt of both",
+        help="MedMNIST of two classes, or a folder of `fedicom hospitals` (default: phantoms alone)",
     )  # fmt: skip
     parser.add_argument(
         "--epsilon", type=_epsilon, nargs="+", default=[None, 50.0, 8.0, 3.0, 1.0], metavar="E",
-        help="numbers, or none; without it, none 50 8 3 1",
+        help="privacy of each federation: numbers, or none (default: none 50 8 3 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--models", type=int, default=12, help="federations for each epsilon; 0: inversion only (default: %(default)s)"
+        "--models",
+        type=int,
+        default=12,
+        metavar="N",
+        help="federations for each epsilon; 0: inversion only (default: %(default)s)",
     )
     parser.add_argument(
-        "--patients", type=int, default=800, help="half of them are in each training (default: %(default)s)"
+        "--patients",
+        type=int,
+        default=800,
+        metavar="N",
+        help="half of them are in each training (default: %(default)s)",
     )
-    parser.add_argument("--sites", type=int, default=2, help="of each federation (default: %(default)s)")
+    parser.add_argument("--sites", type=int, default=2, metavar="N", help="of each federation (default: %(default)s)")
     parser.add_argument(
-        "--pictures", type=int, default=2, help="of each kind are rebuilt; 0: none (default: %(default)s)"
+        "--pictures", type=int, default=2, metavar="N", help="of each kind are rebuilt; 0: none (default: %(default)s)"
     )
     parser.add_argument(
         "--iterations",
+        metavar="N",
         type=int,
         default=400,
         help="of the gradient inversion, for each of two starts (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data, draws and starts (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of data, draws and starts (default: %(default)s)"
+    )
     parser.add_argument(
         "--out",
         type=Path,

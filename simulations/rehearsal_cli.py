@@ -30,12 +30,13 @@ def rehearse_verb(words: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--out",
+        metavar="DIR",
         type=Path,
         default=Path("runs/federation"),
         help="folder of everything; an earlier rehearsal there is REMOVED (default: %(default)s)",
     )
-    parser.add_argument("--sites", type=int, default=3, help="hospitals (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of training (default: %(default)s)")
+    parser.add_argument("--sites", type=int, default=3, metavar="N", help="hospitals (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of training (default: %(default)s)")
     arguments = parser.parse_args(words)
     console = Console()
     began = time.monotonic()

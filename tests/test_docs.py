@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
 import csv
 import importlib.util
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from common.composition import groups
 from common.config import Phantom, load_settings
 from common.imaging import RefusalCode
 from common.samples import NOT_A_SAMPLE
+from server.provision_cli import _VERBS as PROVISION_VERBS
 from simulations.cli import _hospitals_parser
 from simulations.phantoms import make_phantoms
 
@@ -127,6 +131,33 @@ def test_every_file_and_test_that_a_page_names_is_there() -> None:
         assert not test or f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{page} names {path}::{test}"
 
 
+@pytest.mark.parametrize(("page", "file"), [("site.md", "client/node.py"), ("coordinator.md", "server/api.py")])
+def test_the_handbooks_name_every_metric_and_no_other(page: str, file: str) -> None:
+    written = set(re.findall(r'"(fedicom_\w+)"', (ROOT / file).read_text(encoding="utf-8")))
+    told = set(re.findall(r"`(fedicom_\w+)`", (ROOT / "docs" / page).read_text(encoding="utf-8")))
+    assert len(written) > 15
+    assert told == written
+
+
+def test_the_messages_that_the_hospitals_handbook_explains_are_those_of_the_program() -> None:
+    """`...` in the handbook and a name at the beginning are filled in by the program."""
+    said = []
+    for room in ("client", "common"):
+        for node in (n for file in (ROOT / room).rglob("*.py") for n in ast.walk(ast.parse(file.read_text("utf-8")))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                said.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
+    program = "\n".join(said)
+    table = (ROOT / "docs" / "site.md").read_text(encoding="utf-8").partition("## When something is wrong")[2]
+    rows = re.findall(r"^\| (?!message \||---)(.+?) \| ", table, re.MULTILINE)
+    assert len(rows) > 20
+    for row in rows:
+        for part in filter(None, (part.strip(" :;,") for part in re.split(r"\.\.\.| / |: |; ", row))):
+            later = part.split(" ", 2)[-1]
+            assert part in program or (" " in later and later in program), f"{row}: nothing says {part!r}"
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     reached, left = set(), [ROOT / "README.md"]
     while left:
@@ -161,6 +192,34 @@ def test_every_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
                 helps[path] = capsys.readouterr().out
             for option in (word for word in rest if word.startswith("--")):
                 assert option in helps[path], f"{page}: {option} of {path}"
+
+
+def _parsers(*path: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """(words, parser) of a command and of all below it, as `--help` shows them."""
+    shown: list[argparse.ArgumentParser] = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: shown.append(parser))
+        fedicom.main([*path, "--help"])
+    yield " ".join(path), shown[0]
+    # argparse has a class of its own for verbs; others are a word with choices, and provision's are in its epilog.
+    verbs = [a.choices or () for a in shown[0]._actions if a.dest in ("verb", "word")]
+    for verb in PROVISION_VERBS if path == ("provision",) else itertools.chain(*verbs):
+        yield from _parsers(*path, verb)
+
+
+def test_every_word_of_every_command_is_explained_in_one_way() -> None:
+    parsers = list(_parsers())
+    assert len(parsers) > 50
+    for words, parser in parsers:
+        assert parser.description or not words, f"{words} says nothing of itself"
+        for action in parser._actions:
+            name = f"{words} {(action.option_strings or [action.dest])[-1]}"
+            says = action.help or ""
+            assert says, f"{name} is not explained"
+            assert not re.search(r"without it|\bor here\b|; else|(?<!\()default", says), f"{name}: {says}"
+            if action.option_strings and action.nargs != 0:
+                assert action.metavar or action.choices, f"{name}: what is its value?"
+                assert action.default in (None, [], ()) or "(default: " in says, f"{name}: {says}"
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,23 @@ def report_verb(words: Sequence[str]) -> int:
         "the house. Exit code 1 when there is an error, or the limits of site.yaml are not kept.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of DICOM files, or one that holds `dicom/`")
-    parser.add_argument("labels", type=Path, nargs="?", metavar="labels.csv", help="default: DIR/labels.csv")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="or a folder; default: quality.html; the JSON goes beside it"
+        "labels", type=Path, nargs="?", metavar="labels.csv", help="table of labels (default: DIR/labels.csv)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="page to write, or a folder; the JSON goes beside it (default: quality.html)",
     )
     parser.add_argument("--json", action="store_true", help="print the JSON; no file is written without --out")
-    parser.add_argument("--classes", default="", help="class names in their order, with commas; for weighted kappa")
-    parser.add_argument("--jobs", type=int, help="processes that read images; default: one for each core")
+    parser.add_argument(
+        "--classes",
+        default="",
+        metavar="A,B,...",
+        help="class names in their order, for weighted kappa (default: by the alphabet)",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that read images (default: one for each core)")
     parser.add_argument(
         "--where", metavar="NAME", help="only print which files a pseudonym of the report stands for; for this screen"
     )
@@ -108,12 +118,18 @@ def drift_verb(words: Sequence[str]) -> int:
         "age, sex, class, vendor, modality and kilovoltage. A time is written behind the folder by Study Date, for "
         "example images@..2025-12-31 and images@2026-01-01.. , both days included.",
     )
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+    parser.add_argument("a", metavar="A", help="folder, or folder@FROM..TO")
+    parser.add_argument("b", metavar="B", help="another one, or another time of it")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="preparation as a recipe says: recipe=NAME")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
-    parser.add_argument("--min-cell", type=int, default=5, help="smallest number of patients shown; default 5")
-    parser.add_argument("--jobs", type=int, help="processes that read images; default: one for each core")
+    parser.add_argument(
+        "--min-cell",
+        type=int,
+        default=5,
+        metavar="N",
+        help="fewest patients of a bin that is shown (default: %(default)s)",
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that read images (default: one for each core)")
     _add_places(parser)
     arguments = parser.parse_intermixed_args(words)
     if arguments.min_cell < 1:
@@ -158,8 +174,8 @@ def diff_verb(words: Sequence[str]) -> int:
         "manifest hash as it stands in logs and updates. Without names: list the versions. Exit code 1 when a patient "
         "changed between training, validation and test, which must never be.",
     )
-    parser.add_argument("old", nargs="?", metavar="OLD")
-    parser.add_argument("new", nargs="?", metavar="NEW")
+    parser.add_argument("old", nargs="?", metavar="OLD", help="first digits of its manifest hash")
+    parser.add_argument("new", nargs="?", metavar="NEW", help="first digits of its manifest hash")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     _add_places(parser)
     arguments = parser.parse_intermixed_args(words)
