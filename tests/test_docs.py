@@ -8,6 +8,7 @@ import contextlib
 import csv
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -263,7 +264,20 @@ def test_the_readmes_command_trains_on_a_folder_as_the_readme_draws_it(
             out.writerows({**row, "label": "normal" if row["label"] == "no nodule" else "pneumonia"} for row in rows)
     tiny = ["rounds=1", "training.local_epochs=1", "privacy=none", "simulation.threads=1", "simulation.device=cpu"]
     assert fedicom.main([*shlex.split(command.group())[1:], *tiny]) == 0
-    assert (tmp_path / "runs" / "my_chest" / "model.onnx").is_file()
+    out = tmp_path / "runs" / "my_chest"
+    assert (out / "model.onnx").is_file()
+    # and what the folder holds stands on the page about simulations
+    page = (ROOT / "docs" / "simulation.md").read_text(encoding="utf-8").partition("## Results")[2]
+    for path in out.glob("[!.]*"):
+        assert re.search(rf"`{re.escape(path.name)}/?[`<]", page.partition("\nHow to read")[0]), path.name
+    row = re.search(r"^\| `summary.json` \| (.*) \|$", page, re.MULTILINE)
+    assert row is not None
+    listed = re.findall(r"`(\w+)[.\w<>]*?(?:\.{([\w,]+)})?`", row.group(1))
+    told = {name: set(inside.split(",")) for name, inside in listed}
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary) == set(told) - {"baselines"}
+    for name, kept in (("global", summary["global"]), ("onnx", summary["onnx"]), ("sites", summary["sites"]["north"])):
+        assert set(kept) == told[name], name
 
 
 @pytest.mark.parametrize(("page", "text"), _inline_settings())
