@@ -420,7 +420,7 @@ def log_verb(words: Sequence[str]) -> int:
         if arguments.json:
             print(json.dumps({"time": event.time, "kind": event.kind, "facts": event.facts}))  # noqa: T201
         else:
-            text = Text.assemble((f"{event.time[:19].replace('T', ' ')}  ", "dim"), in_words(event))
+            text = Text.assemble((f"{event.time[:19].replace('T', ' ')} UTC  ", "dim"), in_words(event))
             console.print(text, soft_wrap=True)
     return 0
 

@@ -243,6 +243,12 @@ def test_no_command_for_given_hospitals_asks_for_the_phantoms_classes_or_columns
         assert task.subgroups != phantoms.subgroups, words
 
 
+def test_the_readme_shows_the_demos_recipe_by_its_own_id() -> None:
+    recipe = load_settings(["recipe=phantom_2d"]).recipe
+    first = f"Recipe {recipe.name} {recipe.id[:12]}: {recipe.rounds} rounds, {recipe.federation.sites} sites, "
+    assert first + recipe.privacy.promise in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readmes_command_trains_on_a_folder_as_the_readme_draws_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
