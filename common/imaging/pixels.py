@@ -49,7 +49,7 @@ def decode(path: Path, *, projection: bool) -> tuple[NDArray[np.float32], NDArra
     found = read_single(path, projection=projection)
     layout = found.layout
     inverted = _inverted(layout, found.modality)
-    if inverted and not projection and found.scale != (1, 0):
+    if inverted and not projection and (found.modality_lut is not None or found.scale != (1, 0)):
         # might differ from slice to slice
         raise Refusal(RefusalCode.UNSUPPORTED_PIXELS, "A slice that is inverted and has a scale of its own.")
     (stored,) = stored_frames(path, layout, [0])

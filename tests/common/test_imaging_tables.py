@@ -115,6 +115,15 @@ def test_slices_with_a_modality_lut_are_read_through_it(tmp_path: Path) -> None:
     assert volume.values_ZYX[1].ravel().tolist() == [min(int(v) + 2048, 4095) * 2 for v in STORED.ravel()]
 
 
+def test_an_inverted_slice_with_a_table_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Turned about the ends of tables of 16 and of 8 bits, neighbours of equal grey were 65,000 apart."""
+    grey = {"PhotometricInterpretation": "MONOCHROME1", "sop_class": uid.MRImageStorage, "modality": "MR"}
+    slices = [ct(z, ModalityLUTSequence=table(256, 0, 16 - 8 * z, range(256)), **grey) for z in range(2)]
+    for made in slices:
+        del made.RescaleSlope, made.RescaleIntercept
+    assert all_refused(read_folder(write(tmp_path, *slices))) == {RefusalCode.UNSUPPORTED_PIXELS}
+
+
 def test_the_tone_curve_of_a_slice_is_a_way_to_show_it_and_changes_no_value(tmp_path: Path) -> None:
     slices = [ct(z, VOILUTSequence=table(4, 0, 16, [9, 9, 9, 9])) for z in range(3)]
     np.testing.assert_array_equal(one_volume(read_folder(write(tmp_path, *slices))).values_ZYX[1], hu(1))
