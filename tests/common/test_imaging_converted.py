@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from highdicom.legacy import LegacyConvertedEnhancedMRImage
+from highdicom.legacy import LegacyConvertedEnhancedMRImage, LegacyConvertedEnhancedPETImage
 from pydicom import uid
 from pydicom.dataset import Dataset
 
@@ -68,6 +68,23 @@ def test_a_converted_series_of_several_echoes_or_times_gives_the_volumes_of_its_
     for one, other in zip(apart.volumes, together.volumes, strict=True):
         np.testing.assert_array_equal(one.values_ZYX, other.values_ZYX)
         np.testing.assert_array_equal(one.affine, other.affine)
+
+
+def test_counts_and_concentrations_of_a_converted_pet_are_told_apart_and_scaled_slice_by_slice(tmp_path: Path) -> None:
+    pet = {"sop_class": uid.PositronEmissionTomographyImageStorage, "modality": "PT", **STUDY}
+    slices = [
+        ct(z, name=f"{unit}.", **{**pet, "Units": word, "RescaleSlope": 1.5 + z, "InstanceNumber": 3 * unit + z + 1})
+        for unit, word in enumerate(("BQML", "CNTS"))
+        for z in range(3)
+    ]
+    for made in slices:
+        made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID
+    converted = LegacyConvertedEnhancedPETImage(slices, "1.2.3.9", 2, "1.2.9.9", 1)
+    apart, together = read_folder(write(tmp_path / "a", *slices)), read_folder(write(tmp_path / "b", converted))
+    assert apart.refused == together.refused == ()
+    assert len(apart.volumes) == 2
+    for one, other in zip(apart.volumes, together.volumes, strict=True):
+        np.testing.assert_array_equal(one.values_ZYX, other.values_ZYX)
 
 
 def test_repeats_that_nothing_tells_apart_are_refused_either_way(tmp_path: Path) -> None:
