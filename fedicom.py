@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -32,6 +33,15 @@ _VERBS = {
 }
 
 
+_SCARCE = {
+    errno.ENOSPC: "free space on the disk that the output goes to, and on that of the folder",
+    errno.EDQUOT: "free space on the disk that the output goes to, and on that of the folder",
+    errno.EMFILE: "let this process have more files open (`ulimit -n`)",
+    errno.ENFILE: "close programs: this machine has too many files open",
+}
+"""What the rooms do not tell, for it is no file of theirs, and what to do."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 it failed with a message, 2 the request was wrong."""
     # At its end Python looks through torch's million objects for rubbish, which takes two seconds.
@@ -40,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     does = "Federated learning on DICOM images: the model travels, the images stay."
     try:
         code = run_verb("fedicom", _VERBS, words, does)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
         return code
     except FedicomError as error:
         # Some errors quote what others wrote.
@@ -54,11 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         # The reader of our output, `head` for example, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         return 0
+    except OSError as error:
+        if error.errno not in _SCARCE:
+            raise
+        _write_no_more()  # what is still to be written would fail again at the end
+        print(f"fedicom: {error.strerror}; {_SCARCE[error.errno]}, and run again", file=sys.stderr)  # noqa: T201
+        return 1
     except KeyboardInterrupt:
         print("fedicom: stopped by you", file=sys.stderr)  # noqa: T201
         return 130
+
+
+def _write_no_more() -> None:
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +169,33 @@ def test_a_reader_that_stops_reading_gets_no_traceback():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout == "name: phantom_2d\n"
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_output_to_a_full_disk_is_one_line_and_code_1():
+    command = f"{sys.executable} -m fedicom provision --example > /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fedicom: No space left on device; free space on the disk")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_an_output_at_all_the_work_is_done():
+    command = f"{sys.executable} -m fedicom provision --example >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_too_few_files_that_may_be_open_are_told_with_what_to_do(monkeypatch, capsys):
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/data/DOE^JANE")
+
+    monkeypatch.setattr(imports, "call", fail)
+    monkeypatch.setattr(fedicom, "_write_no_more", lambda: None)
+    code, _, err = run("recipe", "show", capsys=capsys)
+    assert code == 1
+    assert "let this process have more files open (`ulimit -n`)" in err
+    assert "DOE" not in err
 
 
 def test_python_does_not_search_torch_for_rubbish_at_its_end():
