@@ -108,7 +108,8 @@ def _kit(home: SiteHome) -> Iterator[Line]:
             level="FAIL",
             what="clock",
             says=f"this machine's clock is before {registry.issued}, when the registry was made",
-            fix="set the clock, and keep it right with NTP or chrony",
+            fix=f"if {datetime.now(UTC):%Y-%m-%d %H:%M} UTC is wrong, set the clock, and keep it right with NTP or "
+            "chrony; else the authority's was ahead: tell the coordinator",
         )
 
 

@@ -196,7 +196,9 @@ def test_a_registry_of_the_future_tells_of_a_wrong_clock(house: House) -> None:
     registry, authority = house.home.registry, Signer.load(house.kits / "authority" / "authority.key")
     later = (datetime.now(UTC) + timedelta(hours=2)).isoformat(timespec="seconds")
     replace(registry, version=2, issued=later).write(house.home.registry_file, authority)
-    assert "clock is before" in one(run(house, images=False), "clock", "FAIL").says
+    line = one(run(house, images=False), "clock", "FAIL")
+    assert "clock is before" in line.says
+    assert "else the authority's was ahead" in line.fix
 
 
 def test_a_missing_cohort_key_is_told_to_be_restored_and_not_made(house: House) -> None:
