@@ -33,6 +33,7 @@ RECIPE = Recipe(
     model=ModelConfig(family="monai", name="resnet10", width=0.0625, stem="small"),
     privacy=Privacy(mechanism="dp_sgd", epsilon=8.0, delta=1e-5),
 )
+PASSED = Check(name="noise", passed=True, found="1", expected="1")
 BOUND = Bound(canaries=300, steps=20, guesses=60, right=50, lower=1.0, upper=2.0, delta=1e-5)
 
 
@@ -74,7 +75,7 @@ def audit_of(run: Path, **parts: Any) -> PrivacyAudit:
     given: dict[str, Any] = {
         "recipe_id": RECIPE.id, "recipe": "gate", "code": audited_code(), "weights": weights(run), "made": "2026-01-01",
         "device": "cpu", "patients": {"north": 40}, "bound": BOUND,
-        "checks": (Check(name="noise", passed=True, found="1", expected="1"),),
+        "checks": (PASSED,),
     }  # fmt: skip
     return PrivacyAudit(**(given | parts))
 
@@ -157,7 +158,7 @@ FAILED = (Check(name="noise variance", passed=False, found="0.1", expected="1"),
     ("parts", "why"),
     [
         (None, "there is no privacy audit of it"),
-        ({"checks": FAILED}, "failed: noise variance"),
+        ({"checks": (PASSED, *FAILED)}, "failed: noise variance"),
         ({"checks": ()}, "nothing was checked"),
         ({"bound": replace(BOUND, lower=2.5)}, "failed: one-run audit"),
         ({"recipe_id": "ab" * 32}, "of recipe abababababab"),
@@ -178,6 +179,21 @@ def test_without_a_passed_audit_of_this_very_model_nothing_is_written(
     assert says["status"] == "unaudited"
     assert why in says["why"]
     assert "UNAUDITED" in (tmp_path / "out" / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize("bound", [None, BOUND, replace(BOUND, lower=2.0), replace(BOUND, lower=2.0001)])
+def test_an_audit_holds_with_a_bound_up_to_the_accountants_epsilon_or_none(run: Path, bound: Bound | None) -> None:
+    audit, holds = audit_of(run, bound=bound), bound is None or bound.lower <= 2
+    assert (audit.passed, audit.failed) == (holds, () if holds else ("one-run audit",))
+    assert unfit(audit, RECIPE, weights(run)) == (None if holds else "its privacy audit failed: one-run audit")
+    assert ("epsilon_at_least" in told(audit, None)) == (bound is not None)
+
+
+def test_an_audit_of_less_code_than_is_installed_or_of_more_does_not_hold(run: Path) -> None:
+    code = audited_code()
+    less = {name: code[name] for name in code if name != "client"}
+    for other, name in ((less, "client"), ({**code, "plugin": "ab" * 32}, "plugin"), ({}, ", ".join(sorted(code)))):
+        assert f"(different: {name})" in str(unfit(audit_of(run, code=other), RECIPE, weights(run)))
 
 
 def test_without_privacy_a_model_is_released_unaudited_only() -> None:
