@@ -111,6 +111,7 @@ def test_the_bound_composes_different_events_as_prv_does() -> None:
 
 
 def test_the_step_that_int_of_one_over_q_loses_costs_epsilon() -> None:
+    assert epsilon_pld([event(1.0, 0.1, 2)], 1e-5) > 1.05 * epsilon_pld([event(1.0, 0.1, 1)], 1e-5)
     rate = 32 / 500  # 1 / rate = 15.6
     run, accounted = 20 * math.ceil(1 / rate), 20 * int(1 / rate)
     assert epsilon_pld([event(1.0, rate, run)], 1e-5) > 1.02 * epsilon_pld([event(1.0, rate, accounted)], 1e-5)
