@@ -239,44 +239,49 @@ def _images(home: SiteHome, read: bool, progress: Progress | None) -> Iterator[L
         there = "the folder" if len(config.data_folders) == 1 else f"{len(config.data_folders)} folders"
         yield Line(level="ok", what="images", says=f"{there} and labels.csv are there; {why}")
         return
+    for approval in approved:
+        yield from _cohort(home, approval, progress)
+
+
+def _cohort(home: SiteHome, approval: Approval, progress: Progress | None) -> Iterator[Line]:
     from client.cohort import site_cohort
 
-    for approval in approved:
-        recipe = approval.signed.recipe
-        if config.quality is not None:
-            yield from _quality(home, config.quality, recipe.name)
-        try:
-            cohort = site_cohort(home, recipe, progress)
-        except FedicomError as error:
-            yield Line(
-                level="FAIL",
-                what="images",
-                says=f"{recipe.name}: {error}",
-                fix="mend the images or labels.csv; docs/data.md tells every reason",
-            )
-            continue
-        patients = cohort.patients("train")
-        used, lost = len(cohort.samples.patient_N), sum(cohort.refused.values())
-        of = number_of(len(cohort.samples.patients), "patient")
-        says = f"{recipe.name}: {number_of(used, 'image')} of {of}, {patients} to train on"
-        codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))
-        many = lost > used / 4
+    config = home.config
+    recipe = approval.signed.recipe
+    if config.quality is not None:
+        yield from _quality(home, config.quality, recipe.name)
+    try:
+        cohort = site_cohort(home, recipe, progress)
+    except FedicomError as error:
         yield Line(
-            level="warn" if many else "ok",
+            level="FAIL",
             what="images",
-            says=says + (f"; {number_of(lost, 'file')} not used: {codes}" if lost else ""),
-            fix="look whether these files should be used; docs/data.md explains each code" if many else "",
+            says=f"{recipe.name}: {error}",
+            fix="mend the images or labels.csv; docs/data.md tells every reason",
         )
-        least = min(cohort.class_counts("train").tolist())
-        if least < config.policy.min_cell:
-            yield Line(
-                level="warn",
-                what="labels",
-                says=f"{recipe.name}: a class has only {least} training patients",
-                fix="check labels.csv; so few teach little",
-            )
-        if not objections(recipe, config.policy):
-            yield from _objections(config, approval, patients)
+        return
+    patients = cohort.patients("train")
+    used, lost = len(cohort.samples.patient_N), sum(cohort.refused.values())
+    of = number_of(len(cohort.samples.patients), "patient")
+    says = f"{recipe.name}: {number_of(used, 'image')} of {of}, {patients} to train on"
+    codes = ", ".join(f"{code} {count}" for code, count in sorted(cohort.refused.items()))
+    many = lost > used / 4
+    yield Line(
+        level="warn" if many else "ok",
+        what="images",
+        says=says + (f"; {number_of(lost, 'file')} not used: {codes}" if lost else ""),
+        fix="look whether these files should be used; docs/data.md explains each code" if many else "",
+    )
+    least = min(cohort.class_counts("train").tolist())
+    if least < config.policy.min_cell:
+        yield Line(
+            level="warn",
+            what="labels",
+            says=f"{recipe.name}: a class has only {least} training patients",
+            fix="check labels.csv; so few teach little",
+        )
+    if not objections(recipe, config.policy):
+        yield from _objections(config, approval, patients)
 
 
 def _quality(home: SiteHome, gate: QualityGate, recipe: str) -> Iterator[Line]:
