@@ -168,7 +168,7 @@ def _attack(words: Sequence[str]) -> int:
         type=int,
         default=12,
         metavar="N",
-        help="federations for each epsilon; 0: inversion only (default: %(default)s)",
+        help="federations for each epsilon, 4 or more; 0: inversion only (default: %(default)s)",
     )
     parser.add_argument(
         "--patients",
