@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from client.policy import objections
+from common.clock import utc_now
 from common.config import recipe_from_json
 from common.deployment import SiteHome
 from common.errors import ConfigError, FedicomError, PrivacyError
@@ -67,7 +67,7 @@ class Approvals:
                 f"this site's policy forbids recipe {recipe.id[:12]}: {'; '.join(found)}. Ask the coordinator for "
                 "another recipe, or change the policy in site.yaml"
             )
-        approval = Approval(signed=signed, by=by, time=datetime.now(UTC).isoformat(timespec="seconds"))
+        approval = Approval(signed=signed, by=by, time=utc_now())
         signer = Signer.load(self._home.signing_key)
         plain = {
             "format": FORMAT,

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -17,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from common import kit as kits
 from common.audit import AuditError, AuditLog
+from common.clock import utc_now
 from common.composition import config_root
 from common.config import validate_json
 from common.deployment import ServerHome, SiteConfig, SiteHome, policy_names
@@ -34,11 +34,6 @@ NEXT = "next"
 WARN_DAYS = 30
 _FORMAT = "fedicom site keys 1"
 _MAX_BYTES = 1 << 16
-
-
-def now() -> str:
-    """This moment, UTC, ISO 8601, as registries and kits have it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def login() -> str:
@@ -76,7 +71,7 @@ def public_file(
     """
     old = previous.public if previous is not None else None
     keys = PublicKeys(
-        federation=federation, site=site, signing=signer.public, node=node.public, made=now(), previous=old
+        federation=federation, site=site, signing=signer.public, node=node.public, made=utc_now(), previous=old
     )
     data = keys.signed_bytes
     signatures = {"signing": signer.sign(data), "node": node.sign(data)}

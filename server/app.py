@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -15,6 +14,7 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common import wire
+from common.clock import utc_now
 from common.config import Federation, Recipe
 from common.errors import ExchangeError, QuorumError
 from common.exchange import (
@@ -353,7 +353,7 @@ class FlowerTransport:
         online = self._net.online(_LOOK_S if self._patient else _PAUSE_S[0])
         for site, number in self._sites.items():
             if number not in online and site not in self._away:
-                self._away[site] = _Away(time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds"))
+                self._away[site] = _Away(time.monotonic(), utc_now())
                 self._watch(site, "offline", "")
             elif number in online and site in self._away:
                 del self._away[site]

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.clock import utc_now
 from common.config import validate_json
 from common.deployment import ServerConfig, ServerHome
 from common.errors import ConfigError, ExchangeError, FedicomError, StorageError
@@ -30,7 +31,7 @@ from common.signed import parse_recipe
 from common.storage import full, held_alone, private_folder, storing, to_system, write_whole
 from common.supervise import Child, Supervisor, free_port
 from server.blobs import clear
-from server.runs import PATIENCE_S, Order, Run, run_names, utc_now
+from server.runs import PATIENCE_S, Order, Run, run_names
 from server.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -395,8 +396,7 @@ class Control:
             StorageError: The disk is full or not writable.
         """
         registry = self.home.registry
-        signed = parse_recipe(data, registry.coordinator)
-        recipe = signed.recipe
+        recipe = (signed := parse_recipe(data, registry.coordinator)).recipe
         wanted = name or recipe.name
         if not re.fullmatch(NAME_PATTERN, wanted):
             raise ConfigError(

@@ -40,6 +40,7 @@ import h11
 
 from common.bell import Bell
 from common.blobs import BELL_PATH, PATH
+from common.clock import utc_now
 from common.config import validate_json
 from common.errors import ConfigError, FedicomError
 from common.storage import storing, to_system, write_whole
@@ -71,7 +72,6 @@ from server.gateway_rules import (
     unlike,
     upstream_tls,
 )
-from server.runs import utc_now
 
 __all__ = ["Gateway", "GatewayConfig", "GatewayLimits", "GatewayStats", "RegistryKeys", "flower_header", "serve"]
 

@@ -20,9 +20,9 @@ import h11
 
 from common.bell import LOOK_S, Bell
 from common.blobs import BELL_S
+from common.clock import utc_now
 from server.blobs import Writing
 from server.gateway_rules import BELL_ROUTE, BLOB_ROUTE, GatewayLimits, GatewayStats
-from server.runs import utc_now
 
 if TYPE_CHECKING:
     from server.gateway import Gateway

@@ -17,9 +17,10 @@ from pathlib import Path
 import yaml
 
 from common.audit import AuditLog
+from common.clock import utc_now
 from common.config import validate_json
 from common.deployment import FederationPlan, read_yaml
-from common.enrolment import PublicKeys, login, now, read_public
+from common.enrolment import PublicKeys, login, read_public
 from common.errors import ConfigError, StorageError
 from common.identity import AUTHORITY_ENDS, Certificate, NodeKey, Signer, expiring, new_signing_key, read_private
 from common.kit import NODE, SIGNING, Files, new_folder, pack, put, signed_kit
@@ -62,7 +63,7 @@ def provision(
     ca = CertificateAuthority.new(plan.name, (plan.host, *plan.also_hosts))
     coordinator_key = new_signing_key()
     site_keys = {site: (new_signing_key(), NodeKey.new()) for site in plan.sites}
-    moment = now()
+    moment = utc_now()
     registry = _registry(
         Registry(
             federation=plan.name,
@@ -214,7 +215,7 @@ def revoke(authority: Path, name: str, why: str, *, by: str = "") -> tuple[str, 
             raise ConfigError(f"{name} {state}; `fedicom provision list` shows who takes part{then}")
         if not why.strip():
             raise ConfigError("a revocation needs a reason, one line; it stands in the registry and in the log")
-        gone = _with(member, revoked=now(), why=why.strip())
+        gone = _with(member, revoked=utc_now(), why=why.strip())
         new = house.changed(registry, sites={**registry.sites, name: gone})
         plan = replace(house.plan, sites=tuple(site for site in house.plan.sites if site != name))
         house.commit(new, plan, "keys revoked", by, site=name, public_key=member.signing, why=why.strip())
@@ -276,7 +277,7 @@ class _Authority:
     def changed(self, registry: Registry, **changes: object) -> Registry:
         """The next registry; every rule is checked."""
         plain = {**asdict(registry), **{key: _plain(value) for key, value in changes.items()}}
-        plain |= {"version": registry.version + 1, "issued": now()}
+        plain |= {"version": registry.version + 1, "issued": utc_now()}
         return validate_json(Registry, json.dumps(plain))
 
     def commit(
@@ -318,12 +319,12 @@ class _Authority:
         if sent is not None:
             _check_sent(sent, name, registry)
             signing, node = None, None
-            member = Member(signing=sent.signing, node=sent.node, since=now())
+            member = Member(signing=sent.signing, node=sent.node, since=utc_now())
             if renews and before is not None and _same_keys(sent, before):
                 member, action = before, "kit made again"
         else:
             signing, node = new_signing_key(), NodeKey.new()
-            member = Member(signing=Signer.from_bytes(signing).public, node=node.public, since=now())
+            member = Member(signing=Signer.from_bytes(signing).public, node=node.public, since=utc_now())
         retired = {key: tuple(value) for key, value in registry.retired.items()}
         if before is not None and before.signing != member.signing:
             retired[name] = (*retired.get(name, ()), before.signing)

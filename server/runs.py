@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +17,7 @@ from annotated_types import Ge, Le
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked
 
+from common.clock import utc_now
 from common.config import validate_json
 from common.deployment import Name, ServerHome, read_status
 from common.errors import ConfigError, FedicomError, StorageError
@@ -269,11 +269,6 @@ class RunStatus:
 _SITE: Mapping[str, Any] = {
     "state": "offline", "why": "", "round": None, "seconds": None, "epsilon": None, "last_seen": None,
 }  # fmt: skip
-
-
-def utc_now(timespec: str = "seconds") -> str:
-    """This moment, UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec=timespec)
 
 
 def _text(plain: Mapping[str, Any]) -> bytes:

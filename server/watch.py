@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from common.chain import TOLERANCE_S
+from common.clock import utc_now
 from common.deployment import ServerHome, read_status
 from common.enrolment import warnings
 from common.errors import FedicomError
 from common.identity import expiring
 from server.gateway_rules import CLOCK, stamp
-from server.runs import utc_now
 
 
 class Watch:
