@@ -408,7 +408,7 @@ def _elementwise(multiply: bool) -> Callable[..., Any]:
         book.plain(x)
         # The result must have the record as its first axis, which the parameter does not have.
         broadcast = isinstance(x, torch.Tensor) and (
-            parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[0] == 1)
+            parameter.dim() < x.dim() or (parameter.dim() == x.dim() and parameter.shape[:1] == (1,))
         )
         if not broadcast or any(
             m not in (1, n) for n, m in zip(reversed(x.shape), reversed(parameter.shape), strict=False)

@@ -1090,6 +1090,8 @@ def test_a_parameter_of_as_many_rows_as_records_is_not_taken_for_them(
         (lambda p, x: F.embedding(IDS, p, sparse=True) + x[:, 0], (3, 8)),
         (lambda p, x: p.expand(4, 8) * x[:, 0, 0], (4, 1)),  # another one for each record
         (lambda p, x: x[:, 0, 0] * p, (4, 1)),
+        (lambda p, x: (p * x.sum()).expand(4, 3), ()),  # a number of all records
+        (lambda p, x: F.linear(x.flatten(1).double(), p.double()), (4, 64)),
     ],
 )
 def test_a_use_that_is_not_one_for_each_record_has_no_rule(
