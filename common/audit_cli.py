@@ -131,10 +131,12 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
 
     if arguments.key is not None:
         verify(arguments.log, arguments.key, tolerance_s=arguments.tolerance)
+    named = [arguments.log, *arguments.against]
+    if len({path.resolve() for path in named}) < len(named):  # read once it would be held against nothing
+        raise ConfigError("a log is named twice; --against takes logs of the other side, each once")
     keys, warnings = _keys(arguments)
-    log, *others = _in_order(
-        read_logs([arguments.log, *arguments.against], keys, tolerance_s=arguments.tolerance), arguments
-    )
+    logs = read_logs(named, keys, tolerance_s=arguments.tolerance)
+    log, *others = sorted(logs, key=lambda log: named.index(log.path))
     for each in (log, *others):
         if each.wrong is not None:
             raise each.wrong
@@ -165,12 +167,6 @@ def _verified(arguments: argparse.Namespace) -> tuple[list[str], Mapping[str, An
         "against": [_plain(check) for check in checks], "warnings": warnings,
     }  # fmt: skip
     return [*lines, *warnings], plain
-
-
-def _in_order(logs: Sequence[Log], arguments: argparse.Namespace) -> list[Log]:
-    """As they were asked for: the log to verify first."""
-    order = [arguments.log, *arguments.against]
-    return sorted(logs, key=lambda log: order.index(log.path))
 
 
 def _whose(log: Log) -> str:
