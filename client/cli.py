@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from common.cli import run_verb
+from common.cli import add_by, run_verb
 from common.deployment import SiteHome, read_status
 from common.epsilon import rounded_down, rounded_up
 from common.errors import ConfigError, DataError, FedicomError
@@ -449,11 +449,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         help=f"file of `fedicom recipe sign`; or, of an approved one, the first {_LEAST_PREFIX} or more letters of its "
         "hash",
     )
-
-
-def add_by(parser: argparse.ArgumentParser) -> None:
-    """Who it is that acts."""
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
 
 
 def site_home(folder: Path) -> SiteHome:

@@ -11,8 +11,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.cli import add_by, site_parser
+from client.cli import site_parser
 from common import kit as kits
+from common.cli import add_by
 from common.deployment import SiteHome
 from common.enrolment import (
     NEXT,

@@ -36,6 +36,11 @@ def run_verb(
     return int(imports.call(f"{module}:{function}", words[1:]))
 
 
+def add_by(parser: argparse.ArgumentParser) -> None:
+    """Who it is that acts."""
+    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
+
+
 def settings_of(words: Sequence[str], prog: str, description: str, more_help: str = "") -> list[str]:
     """Hydra's name=value words, of a verb that takes nothing else; `--help` and words with dashes end the program."""
     parser = argparse.ArgumentParser(

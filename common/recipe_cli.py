@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from common.cli import SETTINGS_HELP, settings_of
+from common.cli import SETTINGS_HELP, add_by, settings_of
 from common.errors import ConfigError
 from common.storage import named_file, named_place
 
@@ -48,7 +48,7 @@ def _sign(words: Sequence[str]) -> int:
         help="the coordinator's folder (default: FEDICOM_HOME, else the current folder)",
     )
     parser.add_argument("--out", type=named_place, metavar="FILE", help="file to write (default: NAME.recipe.json)")
-    parser.add_argument("--by", default="", metavar="NAME", help="who signs, for the log (default: the login name)")
+    add_by(parser)
     arguments = parser.parse_intermixed_args(words)
     from common.config import load_recipe
     from common.deployment import ServerHome, home_folder

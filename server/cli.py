@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.cli import add_by
 from common.epsilon import rounded_up
 from common.errors import ConfigError, FedicomError, StorageError
 from common.printable import number_of, printable
@@ -226,7 +227,7 @@ def _registry(words: Sequence[str]) -> int:
     parser = _parser("registry", "Take a newer registry; the running coordinator sees it within a second.")
     parser.add_argument("action", choices=("install",), help="put it in place of the one before")
     parser.add_argument("file", type=named_file, metavar="FILE", help="registry.json of the authority's folder")
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
+    add_by(parser)
     arguments = parser.parse_args(words)
     from common.enrolment import install_registry
 
@@ -240,7 +241,7 @@ def _token(words: Sequence[str]) -> int:
     parser.add_argument("action", choices=("new",), help="make one; `fedicom provision token --remove` takes it away")
     parser.add_argument("--role", choices=("operator", "auditor"), required=True, help="what the token allows")
     parser.add_argument("--name", required=True, metavar="NAME", help="the person's; it stands in the log")
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
+    add_by(parser)
     arguments = parser.parse_args(words)
     from server.tokens import install_token
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.cli import add_by
 from common.storage import named_file, named_path, named_place
 from common.vault import Secret
 
@@ -43,7 +44,7 @@ def provision_verb(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; it must not exist, or be empty")
     parser.add_argument("--example", action="store_true", help="print a federation.yaml to edit")
     _sealing(parser)
-    _by(parser)
+    add_by(parser)
     arguments = parser.parse_args(words)
     if arguments.example:
         from server.kit_contents import EXAMPLE
@@ -192,7 +193,7 @@ def _in_authority(verb: str, description: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="the authority's folder (default: the current folder if it is one, else kits/authority)",
     )
-    _by(parser)
+    add_by(parser)
     return parser
 
 
@@ -211,7 +212,7 @@ def _at_home(verb: str, description: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="the coordinator's folder (default: FEDICOM_HOME, else the current folder)",
     )
-    _by(parser)
+    add_by(parser)
     return parser
 
 
@@ -254,10 +255,6 @@ def _passphrase(arguments: argparse.Namespace) -> Secret | None:
     if arguments.passphrase_file is None and arguments.passphrase_env is None:
         return None
     return Secret.passphrase_from(file=arguments.passphrase_file, variable=arguments.passphrase_env)
-
-
-def _by(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--by", default="", metavar="NAME", help="who does this, for the log (default: the login name)")
 
 
 def _say(lines: Sequence[str]) -> None:
