@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from common.chain import verify
 from common.compute import device_of
 from common.config import Recipe
 from common.deployment import ServerHome, read_status
@@ -31,7 +30,7 @@ from common.errors import ConfigError, DataError, ExchangeError, FedicomError, Q
 from common.exchange import Answer, Ask, Failure, Hello, Refusal, Reply, RoundPlan
 from common.identity import Signer, read_private
 from common.installed import package_versions
-from common.journal import Log, SharedLog, TaggedLog
+from common.journal import Log, SharedLog, TaggedLog, own_events
 from common.samples import Samples, prepare_folder
 from common.shard import read_secret
 from common.signed import read_recipe
@@ -163,7 +162,7 @@ def _work(
     test = _test_set(home, home.path / tested, recipe) if tested is not None else None
 
     # The head first: it opens the log, which mends what a full disk left of its last line.
-    past = verify(home.audit_file, Signer.load(home.signing_key).public) if audit.head else ()
+    past = own_events(home.audit_file, home.signing_key) if audit.head else ()
     ledger_heads = ledger_heads_in(past)
 
     def train(transport: Transport) -> Federated:
